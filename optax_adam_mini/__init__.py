@@ -1,0 +1,35 @@
+"""Adam-mini for JAX: `optax.adamw` with half of its memory (Zhang et al., arXiv 2406.16793)."""
+
+from optax_adam_mini.blocks import (
+    BlockSpec,
+    LabelFn,
+    fused,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    per_token,
+)
+from optax_adam_mini.partition.flax_layers import flax_layers
+from optax_adam_mini.partition.rules import by_path
+from optax_adam_mini.report import block_table
+from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockSpec",
+    "LabelFn",
+    "ScaleByAdamMiniState",
+    "adam_mini",
+    "block_table",
+    "by_path",
+    "flax_layers",
+    "fused",
+    "per_element",
+    "per_head",
+    "per_neuron",
+    "per_tensor",
+    "per_token",
+    "scale_by_adam_mini",
+]

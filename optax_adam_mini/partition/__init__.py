@@ -1,0 +1,1 @@
+"""Ways to choose the block specs: label functions, params -> pytree of `BlockSpec`."""

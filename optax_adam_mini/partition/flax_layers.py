@@ -1,0 +1,193 @@
+"""Block specs of Flax's own layers, read off the parameters' names and ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from optax_adam_mini.blocks import (
+    BlockSpec,
+    LabelFn,
+    check_used,
+    path_of,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    per_token,
+    some,
+)
+
+_BIASES = {"bias", "b", "offset"}
+_GAINS = {"scale", "negative_slope"}
+_EMBEDDINGS = {"embedding", "embeddings"}
+_KERNELS = {"kernel", "w", "lora_a", "lora_b"}
+
+
+def flax_layers(
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    value: Literal["neuron", "tensor"] = "neuron",
+    conv: Literal["channel", "tensor"] = "channel",
+    bias: Literal["element", "tensor"] = "element",
+    stacked: Mapping[str, int | Sequence[int]] | None = None,
+    default: BlockSpec | None = None,
+) -> LabelFn:
+    """The default label function: knows the parameters of Flax's own layers, Linen and NNX alike.
+
+    It reads names and ranks: kernels of Dense, DenseGeneral, Einsum and convolutions are cut by
+    output neuron or channel; in an attention layer (modules `query`, `key`, `value`, `out`) query
+    and key by head, value and output by neuron; embeddings by token; gains of norms are one block;
+    biases are cut per coordinate. Parameters that have no name (a bare array, an item of a list)
+    are read as kernels `(inputs, outputs)`, or as biases if they have one axis.
+
+    Args:
+        num_heads: attention heads, for models whose query and key are plain Dense kernels.
+        num_kv_heads: heads of the key where they are fewer (grouped-query attention); None for
+            `num_heads`.
+        value: cut of value kernels: by output neuron, or one block (the paper's advice for short
+            runs).
+        conv: cut of convolution kernels: by output channel, or one block.
+        bias: cut of biases: per coordinate, as the reference implementation does, or one block, as
+            the paper's Algorithm 3 does.
+        stacked: for each module whose layers are stacked for `scan`, its name and the axis (or
+            axes) they are stacked along, such as `{"layers": 0}`; a block at each of its indices.
+        default: spec of named parameters of two axes or more that are none of Flax's own; None to
+            make such a parameter an error.
+
+    Returns:
+        A label function `params -> pytree of BlockSpec`, for params that are arrays or
+        `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: here for options that do not exist; from the label function, naming every
+            parameter concerned, if a parameter cannot be read: of unknown name, a query or key
+            without a number of heads, a kernel whose output axes names and ranks do not tell.
+
+    Example:
+        >>> kernels = {"query": jnp.ones((8, 2, 4)), "mlp": jnp.ones((8, 32))}
+        >>> specs = flax_layers()({name: {"kernel": kernel} for name, kernel in kernels.items()})
+        >>> specs["query"]["kernel"].grid((8, 2, 4)), specs["mlp"]["kernel"].grid((8, 32))
+        ((1, 2, 1), (1, 32))
+    """
+    for name, given, allowed in [
+        ("value", value, ("neuron", "tensor")),
+        ("conv", conv, ("channel", "tensor")),
+        ("bias", bias, ("element", "tensor")),
+    ]:
+        if given not in allowed:
+            raise ValueError(f"flax_layers: {name} must be one of {allowed}, got {given!r}")
+    stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
+
+    def kernel(
+        name: str, module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+    ) -> BlockSpec | str:
+        """The spec of a kernel of `shape`, stacked axes left out, or why it cannot be told."""
+        rank = len(shape)
+        if rank < 2:
+            return per_element()
+        if module in ("query", "key"):
+            heads = num_kv_heads if module == "key" and num_kv_heads is not None else num_heads
+            if rank > 2:
+                return per_head(shape[-2], axis=-2)
+            if heads is None:
+                return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+            return per_head(heads)
+        if module == "value":
+            if value == "tensor":
+                return per_tensor()
+            return per_neuron() if rank == 2 else per_neuron(axis=(-2, -1))
+        if rank == 2 or module == "out":
+            return per_neuron()
+        if conv == "tensor" and (rank > 3 or "conv" in module):
+            return per_tensor()
+        # Which of three axes or more are outputs? The bias has one entry for each output.
+        if bias_shape is not None:
+            outputs = len(bias_shape)
+            if bias_shape == shape[-outputs:]:
+                return per_neuron() if outputs == 1 else per_neuron(axis=tuple(range(-outputs, 0)))
+            if bias_shape == shape[-2:-1]:
+                return per_neuron(axis=-2)  # ConvTranspose(transpose_kernel=True)
+            return f"its bias has shape {bias_shape}, which is not that of its last axes"
+        if "conv" in module or (rank > 3 and not re.search("dense|einsum|linear", module)):
+            return per_neuron()
+        return "it may be a convolution or a DenseGeneral with several output axes"
+
+    def label(
+        path: tuple[str, ...], shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+    ) -> BlockSpec | str:
+        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
+        name, module = (re.sub(r"_?\d+$", "", n.lower()) for n in (("", "", *path)[:-3:-1]))
+        if name in _BIASES:
+            return per_tensor() if bias == "tensor" else per_element()
+        if name in _GAINS:
+            return per_tensor()
+        if name in _EMBEDDINGS:
+            return per_token()
+        if name in _KERNELS:
+            return kernel(name, module, shape, bias_shape)
+        if len(shape) < 2:
+            return per_element()
+        if name == "":
+            return per_neuron()
+        return default or "its name is none of Flax's own: pass default to flax_layers"
+
+    def label_fn(params: Any) -> Any:
+        for module in stacks:
+            check_used(
+                f"flax_layers: stacked={{{module!r}: ...}}",
+                lambda path, module=module: module in path.split("/"),
+                module,
+                params,
+            )
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
+        specs: list[BlockSpec] = []
+        unread: list[str] = []
+        for path, shape in shapes.items():
+            axes = tuple(axis for module in path for axis in stacks.get(module, ()))
+            bias_path = (*path[:-1], "bias") if path and path[-1] == "kernel" else (*path[:-1], "b")
+            bias_shape = shapes.get(bias_path)
+            try:
+                spec = label(
+                    path,
+                    _without(axes, shape),
+                    None if bias_shape is None else _without(axes, bias_shape),
+                )
+            except ValueError as error:
+                spec = str(error)
+            if isinstance(spec, str):
+                unread.append(f"{'/'.join(path)} {shape}: {spec}")
+            else:
+                specs.append(_stack(spec, axes, len(shape)))
+        if unread:
+            raise ValueError(
+                "flax_layers cannot tell the blocks of "
+                + some(unread)
+                + "; or say it yourself, by_path([(pattern, spec)], default=flax_layers())"
+            )
+        return jax.tree.unflatten(treedef, specs)
+
+    return label_fn
+
+
+def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"there is no axis {axis} to be stacked along")
+    stacked = {axis % len(shape) for axis in axes}
+    return tuple(size for axis, size in enumerate(shape) if axis not in stacked)
+
+
+def _stack(spec: BlockSpec, axes: tuple[int, ...], rank: int) -> BlockSpec:
+    """`spec`, of a parameter without its stacked axes, for the parameter with them."""
+    if not axes or spec.rest is None:
+        return spec
+    kept = [axis for axis in range(rank) if axis not in {a % rank for a in axes}]
+    cuts = tuple((kept[a] if a >= 0 else kept[a] - rank, cut) for a, cut in spec.cuts)
+    return BlockSpec((*cuts, *((axis, None) for axis in axes)), unit=spec.unit)

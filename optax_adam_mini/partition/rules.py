@@ -1,0 +1,93 @@
+"""Block specs by rules over the parameters' paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.blocks import (
+    BlockSpec,
+    LabelFn,
+    check_used,
+    path_str,
+    resolve_block_specs,
+    some,
+)
+
+
+def by_path(
+    rules: Sequence[tuple[str, BlockSpec]],
+    default: BlockSpec | LabelFn | None = None,
+) -> LabelFn:
+    """A label function from ordered rules over the parameters' paths.
+
+    Args:
+        rules: `(pattern, spec)`: the first rule whose regular expression is found
+            (`re.search`) in a parameter's path `"a/b/c"` gives its spec.
+        default: spec, or label function, for the parameters that no rule matches; None to make such
+            a parameter an error.
+
+    Returns:
+        A label function `params -> pytree of BlockSpec`, for params that are arrays or
+        `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        TypeError, ValueError: here if a rule is not a valid regular expression and a spec; from
+            the label function if a rule matches no parameter or, without default, a parameter is
+            matched by no rule.
+
+    Example:
+        >>> label = by_path([("embed", per_token()), ("mlp", per_neuron())], default=per_tensor())
+        >>> params = {"embed": jnp.ones((9, 2)), "mlp": {"kernel": jnp.ones((2, 4))}}
+        >>> specs = label(params)
+        >>> specs["embed"] == per_token(), specs["mlp"]["kernel"] == per_neuron()
+        (True, True)
+    """
+    compiled: list[tuple[re.Pattern[str], BlockSpec]] = []
+    for rule in rules:
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise TypeError(f"each rule of by_path is a pair (pattern, spec), got {rule!r}")
+        pattern, spec = rule
+        if not isinstance(spec, BlockSpec):
+            raise TypeError(
+                f"by_path: the rule {pattern!r} must give a BlockSpec such as per_neuron(), got "
+                f"{spec!r} of type {type(spec).__name__}"
+            )
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as error:
+            raise ValueError(f"by_path: {pattern!r} is no regular expression: {error}") from error
+    if default is not None and not isinstance(default, BlockSpec) and not callable(default):
+        raise TypeError(
+            f"by_path: default must be a BlockSpec or a label function, got {default!r}"
+        )
+
+    def label_fn(params: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = [path_str(keys) for keys, _ in leaves]
+        for rule, _ in compiled:
+            check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
+        specs = [next((s for rule, s in compiled if rule.search(path)), None) for path in paths]
+        unmatched = [i for i, spec in enumerate(specs) if spec is None]
+        if unmatched:
+            if default is None:
+                shown = some([f"{paths[i]} {jnp.shape(leaves[i][1])}" for i in unmatched])
+                raise ValueError(
+                    f"by_path: no rule matches {shown}: add a rule for it, or a default such as "
+                    "flax_layers() or per_element()"
+                )
+            rest = [
+                leaf if spec is None else optax.MaskedNode()
+                for spec, (_, leaf) in zip(specs, leaves, strict=True)
+            ]
+            defaults = resolve_block_specs(default, jax.tree.unflatten(treedef, rest))
+            for i, (_, spec) in zip(unmatched, defaults, strict=True):
+                specs[i] = spec
+        return jax.tree.unflatten(treedef, specs)
+
+    return label_fn

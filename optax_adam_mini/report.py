@@ -1,0 +1,124 @@
+"""What was cut how, and what it saves: a table of the blocks, and the memory arithmetic."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_adam_mini.blocks import BlockSpec, LabelFn, period, resolve_block_specs, widen
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+    from rich.table import Table
+
+
+def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Table:
+    """A table of how every parameter is cut, and of what that saves.
+
+    Args:
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
+            function that returns one.
+
+    Returns:
+        A `rich.table.Table`, to be printed with `rich.print`: a row for each parameter (path,
+        shape, cut, number of blocks, bytes of `nu`), repeated layers in one row with their number,
+        and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
+        optimizer's state against AdamW's.
+
+    Raises:
+        TypeError, ValueError: if the specs do not fit the parameters.
+
+    Example:
+        >>> params = {"kernel": jax.ShapeDtypeStruct((768, 3072), jnp.float32)}
+        >>> table = block_table(params, per_neuron())
+        >>> [next(column.cells) for column in table.columns]
+        ['kernel', '(768, 3072)', '3,072 neurons x (768, 1)', '3,072', '12,288']
+    """
+    from rich.table import Table  # not needed to train, and slow to import
+
+    labels = resolve_block_specs(block_specs, params)
+    leaves = [
+        jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
+    ]
+    rows: dict[tuple[Any, ...], list[str]] = {}  # parameters alike but for the numbers in the path
+    for (path, spec), leaf in zip(labels, leaves, strict=True):
+        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec)
+        rows.setdefault(alike, []).append(path)
+
+    table = Table("parameter", "shape", "cut", title="Blocks of Adam-mini", title_justify="left")
+    table.add_column("blocks", justify="right")
+    table.add_column("bytes of v", justify="right")
+    v_before = v_after = mu_bytes = nu_bytes = 0
+    for (_, shape, dtype, spec), paths in rows.items():
+        size, blocks = len(paths) * math.prod(shape), len(paths) * math.prod(spec.grid(shape))
+        row_bytes = blocks * widen(_real(dtype)).itemsize
+        times = f"{len(paths)} x " if len(paths) > 1 else ""
+        table.add_row(
+            _common_path(paths),
+            f"{times}{shape}",
+            describe(spec, shape),
+            f"{blocks:,}",
+            f"{row_bytes:,}",
+        )
+        v_before, v_after = v_before + size, v_after + blocks
+        mu_bytes, nu_bytes = mu_bytes + size * dtype.itemsize, nu_bytes + row_bytes
+    table.add_section()
+    table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
+    removed = 1 - v_after / max(v_before, 1)
+    state, adamw = mu_bytes + nu_bytes, 2 * mu_bytes
+    table.caption = (
+        f"v: {v_before:,} numbers in Adam, {v_after:,} here, {removed:.2%} removed\n"
+        f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def describe(spec: BlockSpec, shape: tuple[int, ...]) -> str:
+    """The cut of an array of `shape` in words.
+
+    Args:
+        spec: how it is cut.
+        shape: the array's shape.
+
+    Returns:
+        The number of blocks and the shape of one, part by part.
+
+    Raises:
+        ValueError: if the spec does not fit the shape.
+
+    Example:
+        >>> describe(per_head(12), (768, 768))
+        '12 heads x (768, 64)'
+    """
+    for i, (axis, cut) in enumerate(spec.cuts):
+        if isinstance(cut, tuple):
+            words: list[str] = []
+            for size, part in cut:
+                cuts = (*spec.cuts[:i], (axis, part.cut_along(axis)), *spec.cuts[i + 1 :])
+                part_shape = list(shape)
+                part_shape[axis] = size
+                part = BlockSpec(cuts, rest=spec.rest, unit=part.unit)
+                words.append(describe(part, tuple(part_shape)))
+            repeats, unit = period(words)
+            joined = " + ".join(unit)
+            return joined if repeats == 1 else f"{repeats} x [{joined}]"
+    blocks = math.prod(spec.grid(shape))
+    block = tuple(runs[0][1] if runs else 0 for runs in spec.runs(shape))
+    return f"{blocks:,} {spec.unit}{'' if blocks == 1 else 's'} x {block}"
+
+
+def _common_path(paths: list[str]) -> str:
+    """One path for several that differ in their numbers: `h/*/kernel`."""
+    pieces = [re.split(r"(\d+)", path) for path in paths]
+    return "".join(p[0] if len(set(p)) == 1 else "*" for p in zip(*pieces, strict=True))
+
+
+def _real(dtype: Any) -> np.dtype:
+    return np.zeros((), dtype).real.dtype

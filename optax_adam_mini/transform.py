@@ -1,0 +1,377 @@
+"""Adam-mini as Optax gradient transformations (Zhang et al., arXiv 2406.16793, Algorithm 1)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs, spec_leaves, widen
+from optax_adam_mini.partition.flax_layers import flax_layers
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int, PyTree
+
+
+class ScaleByAdamMiniState(NamedTuple):
+    """State of [`scale_by_adam_mini`][].
+
+    Attributes:
+        count: number of updates made, shape `()`, int32.
+        mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`.
+        nu: mean of the squared gradient's moving average over each block, a pytree like the
+            parameters, float32 or wider; each array has the rank of its parameter and the shape
+            of its grid of blocks.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: PyTree
+    nu: PyTree
+
+
+def scale_by_adam_mini(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    block_specs: PyTree[BlockSpec] | LabelFn | None = None,
+) -> optax.GradientTransformation:
+    """Rescales updates by Adam-mini: Adam with one second moment for each block.
+
+    As `optax.scale_by_adam`, argument for argument, but for `block_specs`. See [`adam_mini`][].
+
+    Args:
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of `nu`, at least 0.
+        eps_root: added to `nu` under the square root, at least 0; greater than 0 where gradients
+            are taken through the update.
+        mu_dtype: dtype of `mu`; None for the parameters'.
+        nesterov: whether to use Nesterov momentum (Dozat 2016).
+        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
+            function that returns one; None for [`flax_layers`][]`()`.
+
+    Returns:
+        The transformation; its state is a [`ScaleByAdamMiniState`][].
+
+    Raises:
+        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
+            that do not fit the parameters.
+
+    Example:
+        >>> tx = scale_by_adam_mini(block_specs=per_tensor())
+        >>> params = {"scale": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"scale": jnp.array([1.0, 2.0, 3.0])}, state)
+        >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
+        ['0.463', '0.926', '1.389'] (1,)
+    """
+    _check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    return _compiled(
+        _scale_by_adam_mini,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=_check_mu_dtype(mu_dtype),
+        nesterov=nesterov,
+        block_specs=_check_block_specs(block_specs),
+    )
+
+
+def adam_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: PyTree[bool] | Callable[[Any], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    block_specs: PyTree[BlockSpec] | LabelFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
+
+    For the parameters $p$ of each block $b$, with the gradient $g$ and $t$ the number of the step:
+
+    $$
+    \begin{aligned}
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \operatorname{mean}_b (g \odot g) \\
+    p &\leftarrow p - \eta \left( \frac{m_t / (1 - \beta_1^t)}
+        {\sqrt{v_t / (1 - \beta_2^t) + \bar\varepsilon} + \varepsilon} + \lambda p \right)
+    \end{aligned}
+    $$
+
+    where $m$ has the parameters' shape and $v$ is one number for each block. Hyper-parameters carry
+    over from AdamW unchanged. An eager `update` runs as one compiled program; inside `jax.jit` it
+    is traced like any other code.
+
+    Args:
+        learning_rate: $\eta$, a number or a schedule `count -> number`.
+        b1: $\beta_1$, decay rate of the first moment, in [0, 1).
+        b2: $\beta_2$, decay rate of the second moment, in [0, 1).
+        eps: $\varepsilon$, at least 0.
+        eps_root: $\bar\varepsilon$, at least 0; greater than 0 where gradients are taken through
+            the update.
+        mu_dtype: dtype of `mu`; None for the parameters'.
+        weight_decay: $\lambda$, at least 0, multiplied by the learning rate; or a schedule.
+        mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
+            a function of the parameters that returns one; None for all.
+        nesterov: whether to use Nesterov momentum (Dozat 2016).
+        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
+            function that returns one; None for [`flax_layers`][]`()`.
+
+    Returns:
+        The transformation. Updates have the parameters' dtypes.
+
+    Raises:
+        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
+            that do not fit the parameters; in `update` if weight decay needs `params` and there are
+            none.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> tx = adam_mini(1e-1)
+        >>> state = tx.init(params)
+        >>> jax.tree.map(jnp.shape, state[0].nu)
+        {'bias': (3,), 'kernel': (1, 3)}
+        >>> loss = lambda params: jnp.sum(params["kernel"] ** 2) + jnp.sum(params["bias"])
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(f"{loss(params):.2f}")
+        2.05
+
+    References:
+        Zhang et al., [Adam-mini: Use Fewer Learning Rates To Gain
+        More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov and Hutter,
+        [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101).
+    """
+    _check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    _check_scalar_or_schedule("learning_rate", learning_rate, minimum=None)
+    _check_scalar_or_schedule("weight_decay", weight_decay, minimum=0.0)
+    if mask is not None and not callable(mask):
+        mask = jax.tree.map(bool, mask)
+    return _compiled(
+        _adam_mini,
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=_check_mu_dtype(mu_dtype),
+        weight_decay=weight_decay,
+        mask=mask,
+        nesterov=nesterov,
+        block_specs=_check_block_specs(block_specs),
+    )
+
+
+def _adam_mini(
+    *, learning_rate: Any, weight_decay: Any, mask: Any, **adam: Any
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(
+        _scale_by_adam_mini(**adam),
+        _add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()  # so that params may be left out of update
+
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                f"weight decay (weight_decay={weight_decay}) needs the parameters, and update got "
+                "none: call tx.update(grads, state, params), or set weight_decay=0.0"
+            )
+        return decay.update(updates, state, params)
+
+    return optax.GradientTransformation(decay.init, update_fn)
+
+
+def _scale_by_adam_mini(
+    *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
+) -> optax.GradientTransformation:
+    def init_fn(params: Any) -> ScaleByAdamMiniState:
+        leaves, treedef = jax.tree.flatten(params)
+        specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
+        # Zeros of what update will make, so that shape, dtype and sharding are the same.
+        blocks = [
+            jax.eval_shape(spec.block_mean, jax.eval_shape(_abs_sq, leaf))
+            for spec, leaf in zip(specs, leaves, strict=True)
+        ]
+        return ScaleByAdamMiniState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=jax.tree.unflatten(treedef, [jnp.zeros_like(block) for block in blocks]),
+        )
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
+        count = jnp.asarray(optax.safe_increment(state.count))
+        c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
+
+        def update_leaf(spec: BlockSpec, g: Any, m: Array, v: Array, p: Array) -> Any:
+            if g is None:
+                return None, m, v
+            g = g.astype(widen(g.dtype))
+            mu = b1 * m.astype(g.dtype) + (1 - b1) * g
+            nu = b2 * v + (1 - b2) * spec.block_mean(_abs_sq(g))
+            # All that is the same in a block is computed once for the block.
+            step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
+            if nesterov:
+                c1_next = _bias_correction(b1, count + 1)
+                mu_hat = b1 * mu / c1_next + (1 - b1) * g / c1
+                update = mu_hat * spec.spread(step, g.shape)
+            else:
+                update = mu * spec.spread(step / c1, g.shape)
+            return update.astype(p.dtype), mu.astype(m.dtype), nu.astype(v.dtype)
+
+        # mu, not updates, has the parameters' structure: gradients may be None.
+        mu, treedef = jax.tree.flatten(state.mu)
+        nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
+        like = grads if params is None else treedef.flatten_up_to(params)
+        labels = resolve_block_specs(block_specs, state.mu)
+        new: list[Any] = []
+        for (path, spec), g, m, v, p in zip(labels, grads, mu, nu, like, strict=True):
+            if v.shape != spec.grid(m.shape):
+                raise ValueError(
+                    f"{path}: the state's nu has shape {v.shape}, but {spec} cuts the shape "
+                    f"{m.shape} into the grid {spec.grid(m.shape)}: the state was made with other "
+                    "block specs; pass those, or init again"
+                )
+            new.append(update_leaf(spec, g, m, v, p))
+        updates, mu, nu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(3))
+        return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _bias_correction(decay: Any, count: Array) -> Array:
+    """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
+    if isinstance(decay, jax.Array):
+        log = jnp.log(decay)
+    else:
+        log = math.log(decay) if decay > 0 else -math.inf
+    return -jnp.expm1(count * log)
+
+
+def _abs_sq(x: Array) -> Array:
+    x = x.astype(widen(x.dtype))  # before it is squared: float16 overflows at 256^2
+    return jnp.real(x * jnp.conj(x))
+
+
+class _Static:
+    """The hyper-parameters of a transformation that are not arrays: a key of the jit cache."""
+
+    def __init__(self, factory: Callable[..., Any], leaves: tuple[Any, ...], treedef: Any):
+        self.factory, self.leaves, self.treedef = factory, leaves, treedef
+        self._hash = hash((factory, leaves, treedef))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and (self.factory, self.leaves, self.treedef) == (
+            other.factory,
+            other.leaves,
+            other.treedef,
+        )
+
+    def build(self, arrays: Any) -> optax.GradientTransformationExtraArgs:
+        leaves = [s if a is None else a for s, a in zip(self.leaves, arrays, strict=True)]
+        return self.factory(**jax.tree.unflatten(self.treedef, leaves))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _update(static: _Static, arrays: Any, updates: Any, state: Any, params: Any) -> Any:
+    return static.build(arrays).update(updates, state, params)
+
+
+def _compiled(
+    factory: Callable[..., Any], **hyperparams: Any
+) -> optax.GradientTransformationExtraArgs:
+    """`factory(**hyperparams)`, its update compiled as one program.
+
+    Hyper-parameters that are arrays (`optax.inject_hyperparams` passes such) are arguments of the
+    program, so that new values do not compile it again.
+    """
+    leaves, treedef = jax.tree.flatten(hyperparams)
+    is_array = lambda x: isinstance(x, (jax.Array, np.ndarray, np.generic))
+    arrays = tuple(x if is_array(x) else None for x in leaves)
+    static = _Static(factory, tuple(None if is_array(x) else x for x in leaves), treedef)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del extra_args
+        return _update(static, arrays, updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(static.build(arrays).init, update_fn)
+
+
+def _check_block_specs(block_specs: Any) -> Any:
+    """Refuses labels that are no specs; the rest can only be checked against parameters."""
+    if block_specs is None:
+        return flax_layers()
+    if not callable(block_specs):
+        spec_leaves(block_specs)
+    return block_specs
+
+
+def _check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
+    if mu_dtype is None:
+        return None
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"mu_dtype must be a floating-point dtype, got {mu_dtype!r}")
+    return dtype
+
+
+def _check_hyperparams(**hyperparams: Any) -> None:
+    for name, value in hyperparams.items():
+        upper = 1.0 if name in ("b1", "b2") else None
+        _check_scalar(name, value, 0.0, upper)
+
+
+def _check_scalar_or_schedule(name: str, value: Any, minimum: float | None) -> None:
+    if not callable(value):
+        _check_scalar(name, value, minimum, None, "a number or a schedule")
+
+
+def _check_scalar(
+    name: str, value: Any, minimum: float | None, below: float | None, kind: str = "a number"
+) -> None:
+    if isinstance(value, (jax.Array, np.ndarray)):  # may be traced: only its shape can be checked
+        if value.shape != ():
+            raise ValueError(f"{name} must be {kind}, got an array of shape {value.shape}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
+        if callable(value):
+            raise TypeError(
+                f"{name} must be {kind}, got the function {value!r}: for a schedule, wrap the "
+                "optimizer in optax.inject_hyperparams"
+            )
+        raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
+    value = float(value)
+    allowed = (minimum is None or value >= minimum) and (below is None or value < below)
+    if not allowed or value != value:
+        expected = f"in [{minimum:g}, {below:g})" if below is not None else f"at least {minimum:g}"
+        raise ValueError(f"{name} must be {expected}, got {value}")

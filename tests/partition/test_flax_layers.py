@@ -1,0 +1,265 @@
+"""The default label function on Flax's own layers, Linen and NNX: the expected cuts by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from optax_adam_mini import (
+    adam_mini,
+    flax_layers,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    per_token,
+)
+from optax_adam_mini.blocks import resolve_block_specs
+
+X = jnp.ones((2, 8, 8, 6))
+SEQUENCE = jnp.ones((2, 5, 6))
+TOKENS = jnp.ones((2, 5), jnp.int32)
+NEURON, ELEMENT, TENSOR = per_neuron(), per_element(), per_tensor()
+BY_HEAD, BY_HEAD_AND_DIM = per_head(3, axis=-2), per_neuron(axis=(-2, -1))
+ATTENTION = {
+    "query/kernel": BY_HEAD,
+    "query/bias": ELEMENT,
+    "key/kernel": BY_HEAD,
+    "key/bias": ELEMENT,
+    "value/kernel": BY_HEAD_AND_DIM,
+    "value/bias": ELEMENT,
+    "out/kernel": NEURON,
+    "out/bias": ELEMENT,
+}
+GATES = {f"h{gate}/{leaf}": NEURON if leaf == "kernel" else ELEMENT
+         for gate in "ifgo" for leaf in ("kernel", "bias")}  # fmt: skip
+
+LINEN = {
+    "dense": (nn.Dense(4), SEQUENCE, {"kernel": NEURON, "bias": ELEMENT}),
+    "dense_general": (
+        nn.DenseGeneral((3, 2)),
+        SEQUENCE,
+        {"kernel": BY_HEAD_AND_DIM, "bias": ELEMENT},
+    ),
+    "dense_general_two_inputs": (
+        nn.DenseGeneral(5, axis=(-2, -1)),
+        SEQUENCE,
+        {"kernel": NEURON, "bias": ELEMENT},
+    ),
+    "einsum": (nn.Einsum((6, 3, 2), "bsd,dhk->bshk"), SEQUENCE,
+               {"kernel": BY_HEAD_AND_DIM, "bias": ELEMENT}),
+    "conv": (nn.Conv(4, (3, 3)), X, {"kernel": NEURON, "bias": ELEMENT}),
+    "conv_no_bias": (nn.Conv(4, (3, 3), use_bias=False), X, {"kernel": NEURON}),
+    "conv_1d": (nn.Conv(4, 3), SEQUENCE, {"kernel": NEURON, "bias": ELEMENT}),
+    "conv_transpose": (nn.ConvTranspose(4, (3, 3)), X, {"kernel": NEURON, "bias": ELEMENT}),
+    "conv_transpose_transposed": (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), X,
+                                  {"kernel": per_neuron(axis=-2), "bias": ELEMENT}),
+    "conv_local": (nn.ConvLocal(4, (3, 3), use_bias=False), X, {"kernel": NEURON}),
+    "embed": (nn.Embed(9, 6), TOKENS, {"embedding": per_token()}),
+    "layer_norm": (nn.LayerNorm(), SEQUENCE, {"scale": TENSOR, "bias": ELEMENT}),
+    "rms_norm": (nn.RMSNorm(), SEQUENCE, {"scale": TENSOR}),
+    "group_norm": (nn.GroupNorm(2), X, {"scale": TENSOR, "bias": ELEMENT}),
+    "batch_norm": (nn.BatchNorm(use_running_average=False), X, {"scale": TENSOR, "bias": ELEMENT}),
+    "prelu": (nn.PReLU(), X, {"negative_slope": TENSOR}),
+    "attention": (nn.MultiHeadDotProductAttention(3), SEQUENCE, ATTENTION),
+    "attention_no_bias": (nn.MultiHeadDotProductAttention(3, use_bias=False), SEQUENCE,
+                          {k: v for k, v in ATTENTION.items() if "kernel" in k}),
+    "attention_qk_norm": (nn.MultiHeadDotProductAttention(3, normalize_qk=True), SEQUENCE,
+                          {**ATTENTION, "query_ln/scale": TENSOR, "key_ln/scale": TENSOR}),
+    "lstm": (nn.RNN(nn.OptimizedLSTMCell(4)), SEQUENCE,
+             {f"cell/{k}": v for k, v in GATES.items()}
+             | {f"cell/i{gate}/kernel": NEURON for gate in "ifgo"}),
+    "gru": (nn.RNN(nn.GRUCell(4)), SEQUENCE,
+            {"cell/ir/kernel": NEURON, "cell/ir/bias": ELEMENT, "cell/iz/kernel": NEURON,
+             "cell/iz/bias": ELEMENT, "cell/in/kernel": NEURON, "cell/in/bias": ELEMENT,
+             "cell/hr/kernel": NEURON, "cell/hz/kernel": NEURON, "cell/hn/kernel": NEURON,
+             "cell/hn/bias": ELEMENT}),
+}  # fmt: skip
+
+
+def linen_params(module, x):
+    return jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_linen(name):
+    module, x, expected = LINEN[name]
+
+    class Model(nn.Module):
+        layer: nn.Module
+
+        def __call__(self, x):
+            return self.layer(x)
+
+    # As it stands, and under Flax's automatic name, "Conv_0" and the like.
+    automatic = type(
+        "Model", (nn.Module,), {"__call__": nn.compact(lambda self, x: module.copy()(x))}
+    )
+    for model in (Model(module.clone(name=None)), automatic()):
+        params = linen_params(model, x)
+        found = dict(resolve_block_specs(flax_layers(), params))
+        assert {path.split("/", 1)[1]: spec for path, spec in found.items()} == expected
+    adam_mini(1e-3).init(params)
+
+
+NNX = {
+    "linear": (lambda r: nnx.Linear(6, 4, rngs=r), {"kernel": NEURON, "bias": ELEMENT}),
+    "linear_general": (lambda r: nnx.LinearGeneral(6, (3, 2), rngs=r),
+                       {"kernel": BY_HEAD_AND_DIM, "bias": ELEMENT}),
+    "einsum": (lambda r: nnx.Einsum("bsd,dhk->bshk", (6, 3, 2), (3, 2), rngs=r),
+               {"kernel": BY_HEAD_AND_DIM, "bias": ELEMENT}),
+    "conv": (lambda r: nnx.Conv(6, 4, (3, 3), rngs=r), {"kernel": NEURON, "bias": ELEMENT}),
+    "conv_transpose": (lambda r: nnx.ConvTranspose(6, 4, (3, 3), rngs=r),
+                       {"kernel": NEURON, "bias": ELEMENT}),
+    "embed": (lambda r: nnx.Embed(9, 6, rngs=r), {"embedding": per_token()}),
+    "layer_norm": (lambda r: nnx.LayerNorm(6, rngs=r), {"scale": TENSOR, "bias": ELEMENT}),
+    "rms_norm": (lambda r: nnx.RMSNorm(6, rngs=r), {"scale": TENSOR}),
+    "group_norm": (lambda r: nnx.GroupNorm(6, num_groups=2, rngs=r),
+                   {"scale": TENSOR, "bias": ELEMENT}),
+    "batch_norm": (lambda r: nnx.BatchNorm(6, rngs=r), {"scale": TENSOR, "bias": ELEMENT}),
+    "attention": (lambda r: nnx.MultiHeadAttention(3, 6, decode=False, rngs=r), ATTENTION),
+    "attention_no_bias": (
+        lambda r: nnx.MultiHeadAttention(3, 6, use_bias=False, decode=False, rngs=r),
+        {k: v for k, v in ATTENTION.items() if "kernel" in k}),
+    "lora": (lambda r: nnx.LoRALinear(6, 4, lora_rank=2, rngs=r),
+             {"kernel": NEURON, "bias": ELEMENT, "lora/lora_a": NEURON, "lora/lora_b": NEURON}),
+    "lstm": (lambda r: nnx.LSTMCell(6, 4, rngs=r),
+             GATES | {f"i{gate}/kernel": NEURON for gate in ("i", "f_", "g", "o")}),
+    "gru": (lambda r: nnx.GRUCell(6, 4, rngs=r),
+            {"dense_h/kernel": NEURON, "dense_i/kernel": NEURON, "dense_i/bias": ELEMENT}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx(name):
+    make, expected = NNX[name]
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.LoRAParam))
+    for params in (state, nnx.to_pure_dict(state)):
+        assert dict(resolve_block_specs(flax_layers(), params)) == expected
+
+
+def stacked_linen(x, axis):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            x = x + nn.MultiHeadDotProductAttention(3)(nn.LayerNorm()(x))
+            return nn.Dense(6)(x), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(9, 6)(tokens)
+            layers = nn.scan(Layer, {"params": axis}, length=4, split_rngs={"params": True})
+            return layers(name="layers")(x, None)[0]
+
+    return linen_params(Model(), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_layers(axis):
+    params = stacked_linen(TOKENS, axis)
+    found = dict(resolve_block_specs(flax_layers(stacked={"layers": axis}), params))
+    grids = {path: spec.grid(shape_of(params, path)) for path, spec in found.items()}
+
+    def stack(*grid):
+        return (*grid[:axis], 4, *grid[axis:])
+
+    layer = "layers/MultiHeadDotProductAttention_0"
+    assert grids == {
+        "Embed_0/embedding": (9, 1),
+        "layers/LayerNorm_0/scale": stack(1),
+        "layers/LayerNorm_0/bias": stack(6),
+        "layers/Dense_0/kernel": stack(1, 6),
+        "layers/Dense_0/bias": stack(6),
+        f"{layer}/query/kernel": stack(1, 3, 1),
+        f"{layer}/query/bias": stack(3, 2),
+        f"{layer}/key/kernel": stack(1, 3, 1),
+        f"{layer}/key/bias": stack(3, 2),
+        f"{layer}/value/kernel": stack(1, 3, 2),
+        f"{layer}/value/bias": stack(3, 2),
+        f"{layer}/out/kernel": stack(1, 1, 6),
+        f"{layer}/out/bias": stack(6),
+    }
+
+
+def shape_of(params, path):
+    for key in path.split("/"):
+        params = params[key]
+    return params.shape
+
+
+def test_stacked_tensor_cuts_keep_the_layers_apart():
+    params = stacked_linen(TOKENS, 0)
+    specs = flax_layers(stacked={"layers": 0}, value="tensor", bias="tensor")(params)
+    attention = specs["layers"]["MultiHeadDotProductAttention_0"]
+    assert attention["value"]["kernel"].grid((4, 6, 3, 2)) == (4, 1, 1, 1)
+    assert attention["value"]["bias"].grid((4, 3, 2)) == (4, 1, 1)
+
+
+def test_options():
+    attention = {
+        name: {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+        for name in ("query", "key", "value")
+    }
+    attention["key"]["kernel"] = jnp.ones((8, 4))
+    specs = flax_layers(num_heads=4, num_kv_heads=2, value="tensor", bias="tensor")(attention)
+    assert specs["query"] == {"kernel": per_head(4), "bias": TENSOR}
+    assert specs["key"]["kernel"] == per_head(2)
+    assert specs["value"]["kernel"] == TENSOR
+    conv = {"Conv_0": {"kernel": jnp.ones((3, 3, 2, 4))}, "Conv_1": {"kernel": jnp.ones((3, 2, 4))},
+            "Dense_0": {"kernel": jnp.ones((2, 4))}}  # fmt: skip
+    specs = flax_layers(conv="tensor")(conv)
+    assert specs == {
+        "Conv_0": {"kernel": TENSOR},
+        "Conv_1": {"kernel": TENSOR},
+        "Dense_0": {"kernel": NEURON},
+    }
+    assert flax_layers(default=NEURON)({"mystery": jnp.ones((2, 2))}) == {"mystery": NEURON}
+
+
+def test_unnamed_parameters_are_read_by_rank():
+    assert flax_layers()(jnp.ones((2, 3))) == NEURON
+    assert flax_layers()([jnp.ones((2, 3)), jnp.ones(3), jnp.ones(())]) == [
+        NEURON,
+        ELEMENT,
+        ELEMENT,
+    ]
+    assert flax_layers()({"w1": jnp.ones((2, 3)), "b1": jnp.ones(3)}) == {
+        "w1": NEURON,
+        "b1": ELEMENT,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "params", "text"),
+    [
+        ({"conv": "filter"}, {}, "conv must be one of ('channel', 'tensor'), got 'filter'"),
+        ({}, {"query": {"kernel": jnp.ones((8, 8))}},
+         "query/kernel (8, 8): the number of heads is not in a plain kernel: pass num_heads"),
+        ({}, {"a": {"table": jnp.ones((8, 8))}},
+         "a/table (8, 8): its name is none of Flax's own: pass default to flax_layers; or say it "
+         "yourself, by_path([(pattern, spec)], default=flax_layers())"),
+        ({}, {"a": {"kernel": jnp.ones((8, 2, 4))}},
+         "a/kernel (8, 2, 4): it may be a convolution or a DenseGeneral with several output axes"),
+        ({}, {"a": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones(8)}},
+         "a/kernel (8, 2, 4): its bias has shape (8,), which is not that of its last axes"),
+        ({"stacked": {"layer": 0}}, {"layers": {"kernel": jnp.ones((4, 8, 8))}},
+         "stacked={'layer': ...} matches no parameter; the closest paths are layers/kernel"),
+        ({"stacked": {"layers": 3}}, {"layers": {"kernel": jnp.ones((4, 8, 8))}},
+         "layers/kernel (4, 8, 8): there is no axis 3 to be stacked along"),
+    ],
+)  # fmt: skip
+def test_errors(kwargs, params, text):
+    with pytest.raises(ValueError, match=r".") as raised:
+        flax_layers(**kwargs)(params)
+    assert text in str(raised.value)
+
+
+def test_heads_that_do_not_divide():
+    params = {"query": {"kernel": jnp.ones((8, 10))}}
+    with pytest.raises(
+        ValueError, match="query/kernel: 4 blocks do not divide axis -1 of the shape"
+    ):
+        adam_mini(1e-3, block_specs=flax_layers(num_heads=4)).init(params)

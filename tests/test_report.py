@@ -1,0 +1,73 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import rich.console
+
+from optax_adam_mini import (
+    block_table,
+    by_path,
+    flax_layers,
+    fused,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+)
+from optax_adam_mini.report import describe
+
+QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
+
+
+def show(table):
+    console = rich.console.Console(width=160, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_table(capsys):
+    params = {
+        "wte": {"embedding": jax.ShapeDtypeStruct((100, 8), jnp.bfloat16)},
+        "h": [
+            {"qkv": {"kernel": jax.ShapeDtypeStruct((8, 24), jnp.float32)},
+             "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
+            for _ in range(3)
+        ],
+    }  # fmt: skip
+    text = show(block_table(params, by_path([("qkv", QKV)], default=flax_layers())))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if row]
+    assert rows == [
+        ["h/*/bias", "3 x (8,)", "8 elements x (1,)", "24", "96"],
+        ["h/*/qkv/kernel", "3 x (8, 24)",
+         "2 heads x (8, 4) + 2 heads x (8, 4) + 8 neurons x (8, 1)", "36", "144"],
+        ["wte/embedding", "(100, 8)", "100 tokens x (1, 8)", "100", "400"],
+        ["total", "1,400 numbers", "", "160", "640"],
+    ]  # fmt: skip
+    # AdamW: mu and nu of 800 bfloat16 and 600 float32; here mu of those and 160 float32.
+    assert "v: 1,400 numbers in Adam, 160 here, 88.57% removed" in text
+    assert "optimizer state: 4,640 bytes, 58.00% of AdamW's 8,000" in text
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_are_joined_only_where_they_are_alike():
+    params = {f"Dense_{i}": {"kernel": jnp.ones((2, 2 + i // 2))} for i in range(3)}
+    text = show(block_table(params, flax_layers()))
+    assert "Dense_*/kernel" in text
+    assert "Dense_2/kernel" in text
+
+
+def test_cuts_in_words():
+    assert describe(per_head(12), (768, 768)) == "12 heads x (768, 64)"
+    assert describe(per_head(12, axis=-2, stacked=0), (32, 768, 12, 64)) == (
+        "384 heads x (1, 768, 1, 64)"
+    )
+    assert describe(per_tensor(), (768,)) == "1 tensor x (768,)"
+    assert describe(per_tensor(), ()) == "1 tensor x ()"
+    assert describe(per_element(), (0, 3)) == "0 elements x (0, 1)"
+    by_head = fused(-1, [(4, per_tensor()), (4, per_tensor()), (4, per_neuron())] * 3)
+    assert describe(by_head, (8, 36)) == (
+        "3 x [1 tensor x (8, 4) + 1 tensor x (8, 4) + 4 neurons x (8, 1)]"
+    )
+    stacked = fused(-1, [(8, per_head(2)), (8, per_neuron())], stacked=0)
+    assert describe(stacked, (3, 8, 16)) == "6 heads x (1, 8, 4) + 24 neurons x (1, 8, 1)"

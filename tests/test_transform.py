@@ -1,0 +1,346 @@
+import re
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adam_mini import (
+    ScaleByAdamMiniState,
+    adam_mini,
+    by_path,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    scale_by_adam_mini,
+)
+from tests import numpy_adam_mini
+from tests.strategies import shapes_and_specs
+
+PARAMS = {
+    "kernel": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32),
+    "bias": np.arange(6, dtype=np.float32),
+}
+
+
+def gradients(step):
+    rng = np.random.default_rng(step)
+    return {
+        "kernel": rng.normal(size=(4, 6)).astype(np.float32),
+        "bias": rng.normal(size=6).astype(np.float32),
+    }
+
+
+def run(tx, params=PARAMS, steps=10, grads=gradients):
+    """All parameters on the way, and the last state."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+    trajectory = [params]
+    for t in range(steps):
+        params, state = step(params, state, grads(t))
+        trajectory.append(params)
+    return trajectory, state
+
+
+# --- Same numbers as optax.adamw, and as the paper's formulas ------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"b1": 0.0, "b2": 0.0},
+        {"b1": 0.8, "b2": 0.95, "eps": 1e-3},
+        {"eps_root": 1e-4},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.3},
+        {"weight_decay": optax.linear_schedule(0.0, 0.5, 10)},
+        {"weight_decay": 0.3, "mask": {"kernel": True, "bias": False}},
+        {"weight_decay": 0.3, "mask": {"kernel": np.True_, "bias": np.False_}},
+        {"weight_decay": 0.3, "mask": lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)},
+        {"nesterov": True},
+        {"nesterov": True, "mu_dtype": jnp.bfloat16},
+        {"mu_dtype": jnp.bfloat16},
+        {"mu_dtype": "float16"},
+        {"learning_rate": optax.warmup_cosine_decay_schedule(0.0, 1e-1, 3, 10)},
+    ],
+    ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),
+)
+def test_per_element_is_adamw(kwargs):
+    kwargs = {"learning_rate": 1e-1, **kwargs}
+    ours, state = run(adam_mini(**kwargs, block_specs=per_element()))
+    theirs, adam_state = run(optax.adamw(**kwargs))
+    # optax multiplies mu by b1 in the narrow dtype, we in float32; and its 1 - b2**t in float32 is
+    # off by 1e-5, which is 6e-6 of each of the first of these 10 steps of 0.1.
+    atol = 1e-2 if "mu_dtype" in kwargs else 6e-6 * 10 * 1e-1
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=atol)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state[0].mu, adam_state[0].mu)
+    chex.assert_trees_all_close(state[0].nu, adam_state[0].nu, rtol=1e-5)
+    assert state[0].count == 10
+
+
+@hypothesis.given(
+    shapes_and_specs(max_rank=3, min_side=1),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.95, 0.95)]),
+    st.sampled_from([0.0, 0.1]),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_grid_is_the_papers_formulas(case, dtype, betas, weight_decay, seed):
+    shape, spec, edges = case
+    rng = np.random.default_rng(seed)
+    p = jnp.asarray(rng.normal(size=shape), dtype)
+    grads = jnp.asarray(rng.normal(size=(4, *shape)), dtype)
+    tx = adam_mini(1e-2, *betas, weight_decay=weight_decay, block_specs=spec)
+    trajectory, state = run(tx, p, steps=4, grads=lambda t: grads[t])
+    expected, v = numpy_adam_mini.run(p, grads, edges, 1e-2, *betas, 1e-8, weight_decay)
+    np.testing.assert_allclose(state[0].nu, v, rtol=1e-5)
+    assert trajectory[-1].dtype == p.dtype
+    tolerance = {"float32": 1e-6, "float16": 1e-2, "bfloat16": 8e-2}[dtype]
+    np.testing.assert_allclose(
+        np.asarray(trajectory[-1], np.float64), expected, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_second_step_by_hand():
+    # b1 = 1/2, b2 = 1/2, two gradients (2, 4) and (6, 2): mean squares 10 and 20.
+    tx = adam_mini(1.0, b1=0.5, b2=0.5, eps=0.0, weight_decay=0.0, block_specs=per_tensor())
+    grads = [jnp.array([2.0, 4.0]), jnp.array([6.0, 2.0])]
+    _, state = run(tx, jnp.zeros(2), steps=2, grads=lambda t: grads[t])
+    updates, _ = tx.update(grads[1], tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, -np.array([6.0, 2.0]) / np.sqrt(20.0), rtol=1e-6)
+    np.testing.assert_allclose(state[0].nu, [0.5 * 0.5 * 10 + 0.5 * 20])
+    np.testing.assert_allclose(state[0].mu, [0.5 * 0.5 * 2 + 0.5 * 6, 0.5 * 0.5 * 4 + 0.5 * 2])
+
+
+# --- Mixed precision -----------------------------------------------------------------------------
+
+
+def test_float16_gradients_do_not_overflow():
+    params = jnp.zeros(8, jnp.float16)
+    grads = jnp.full(8, 1e3, jnp.float16)
+    for spec in (per_tensor(), per_element(), per_head(2)):
+        tx = adam_mini(1e-2, weight_decay=0.0, block_specs=spec)
+        updates, state = tx.update(grads, tx.init(params), params)
+        np.testing.assert_allclose(state[0].nu, 1e-3 * 1e6, rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(updates, np.float32), -1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1 << 20,), (1 << 10, 1 << 10), (1 << 20, 1)])
+def test_mean_of_a_large_bfloat16_block(shape):
+    grads = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, size=shape), jnp.bfloat16)
+    tx = scale_by_adam_mini(b2=0.0, block_specs=per_tensor())
+    _, state = tx.update(grads, tx.init(grads))
+    expected = np.square(np.asarray(grads, np.float64)).mean()
+    np.testing.assert_allclose(state.nu.squeeze(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_stay(dtype, grad_dtype, mu_dtype):
+    params = {"kernel": jnp.ones((4, 4), dtype), "bias": jnp.ones(4, dtype)}
+    grads = jax.tree.map(lambda x: x.astype(grad_dtype), params)
+    tx = adam_mini(1e-2, mu_dtype=mu_dtype)
+    state = tx.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state[0].nu)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(state[0].mu)} == {jnp.dtype(mu_dtype or dtype)}
+    updates, new_state = tx.update(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        params = {"wide": jnp.ones((2, 2), jnp.float64), "narrow": jnp.ones((2, 2), jnp.float32)}
+        tx = adam_mini(1e-2, block_specs=per_tensor())
+        state = tx.init(params)
+        updates, new_state = tx.update(params, state, params)
+        assert state[0].nu["wide"].dtype == jnp.float64
+        assert state[0].nu["narrow"].dtype == jnp.float32
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+        np.testing.assert_allclose(updates["wide"], -1e-2 * (1 + 1e-4), rtol=1e-7)
+
+
+# --- Compiled ------------------------------------------------------------------------------------
+
+
+def test_eager_update_is_one_program_compiled_once():
+    traced = []
+
+    def label_fn(params):
+        traced.append(jax.tree.leaves(params)[0].shape)
+        return per_tensor()
+
+    tx = adam_mini(optax.constant_schedule(1e-3), block_specs=label_fn)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = tx.init(params)
+    assert len(traced) == 1
+    _, state = tx.update(gradients(0), state, params)
+    with jax.no_tracing():
+        for t in range(3):
+            _, state = tx.update(gradients(t), state, params)
+    assert len(traced) == 2  # by init, and when update was traced: never per step
+
+
+def test_new_values_of_injected_hyperparameters_do_not_compile_again():
+    traced = []
+
+    def label_fn(params):
+        traced.append(None)
+        return per_tensor()
+
+    tx = optax.inject_hyperparams(adam_mini, static_args=("block_specs", "mu_dtype", "nesterov"))(
+        learning_rate=1e-3, block_specs=label_fn
+    )
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = tx.init(params)
+    for t in range(4):
+        state.hyperparams["learning_rate"] = jnp.asarray(1e-3 * t)
+        updates, state = tx.update(gradients(t), state, params)
+        assert (np.abs(updates["kernel"]).max() > 0) == (t > 0)
+    assert len(traced) == 2
+
+
+def test_inside_jit_it_adds_no_call():
+    tx = adam_mini(1e-3)
+    state = tx.init(PARAMS)
+    text = jax.jit(tx.update).lower(PARAMS, state, PARAMS).as_text()
+    assert "call @_update" not in text
+
+
+def test_extra_args_are_accepted():
+    tx = adam_mini(1e-3)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0, obj_fn=lambda x: x)
+
+
+# --- Structure -----------------------------------------------------------------------------------
+
+
+def test_state_is_small_and_plain():
+    tx = adam_mini(1e-3)
+    (state, *rest) = tx.init(PARAMS)
+    assert isinstance(state, ScaleByAdamMiniState)
+    assert jax.tree.leaves(rest) == []
+    assert jax.tree.map(jnp.shape, state.nu) == {"kernel": (1, 6), "bias": (6,)}
+    assert optax.tree.get(tx.init(PARAMS), "count") == 0
+
+
+def test_init_from_abstract_params():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    abstract = jax.eval_shape(adam_mini(1e-3).init, shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, adam_mini(1e-3).init(PARAMS))
+
+
+def test_map_params_reaches_mu_and_nu():
+    tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_element()})
+    state = optax.tree.map_params(tx, lambda x: x + 1, tx.init(PARAMS))
+    assert all((x == 1).all() for x in jax.tree.leaves((state[0].mu, state[0].nu)))
+    assert state[0].count == 0
+
+
+def test_missing_gradients_and_parameters():
+    tx = adam_mini(1e-1, block_specs={"kernel": per_neuron(), "bias": per_element()})
+    params = {"kernel": jnp.ones((4, 6)), "bias": None}
+    state = tx.init(params)
+    updates, _ = tx.update(params, state, params)
+    assert updates["bias"] is None
+    state = tx.init(PARAMS)
+    updates, new_state = tx.update({**gradients(0), "bias": None}, state, PARAMS)
+    assert updates["bias"] is None
+    chex.assert_trees_all_equal(new_state[0].mu["bias"], state[0].mu["bias"])
+    assert new_state[0].nu["kernel"].min() > 0
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"b1": 1.0}, ValueError, "b1 must be in [0, 1), got 1.0"),
+        ({"b1": -0.1}, ValueError, "b1 must be in [0, 1), got -0.1"),
+        ({"b2": 1.5}, ValueError, "b2 must be in [0, 1), got 1.5"),
+        ({"b2": float("nan")}, ValueError, "b2 must be in [0, 1), got nan"),
+        ({"eps": -1e-8}, ValueError, "eps must be at least 0, got -1e-08"),
+        ({"eps_root": -1.0}, ValueError, "eps_root must be at least 0, got -1.0"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0, got -0.1"),
+        ({"b1": "0.9"}, TypeError, "b1 must be a number, got '0.9' of type str"),
+        ({"eps": None}, TypeError, "eps must be a number, got None of type NoneType"),
+        ({"b1": jnp.ones(2)}, ValueError, "b1 must be a number, got an array of shape (2,)"),
+        (
+            {"b1": optax.constant_schedule(0.9)},
+            TypeError,
+            "for a schedule, wrap the optimizer in optax.inject_hyperparams",
+        ),
+        (
+            {"learning_rate": None},
+            TypeError,
+            "learning_rate must be a number or a schedule, got None of type NoneType",
+        ),
+        ({"block_specs": 3}, TypeError, "block_specs: expected a BlockSpec"),
+        (
+            {"block_specs": {"kernel": "neuron"}},
+            TypeError,
+            "kernel: expected a BlockSpec such as per_neuron(), got 'neuron' of type str",
+        ),
+        (
+            {"mu_dtype": "floaty"},
+            TypeError,
+            "mu_dtype must be a floating-point dtype, got 'floaty'",
+        ),
+        ({"mu_dtype": "int32"}, TypeError, "mu_dtype must be a floating-point dtype, got 'int32'"),
+    ],
+    ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),
+)
+def test_refused_when_built(kwargs, error, text):
+    with pytest.raises(error) as raised:
+        adam_mini(**{"learning_rate": 1e-3, **kwargs})
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("block_specs", "error", "text"),
+    [
+        (per_head(4), ValueError, "bias: 4 blocks do not divide axis -1 of the shape (6,), of size 6"),
+        ({"kernel": per_neuron()}, ValueError, "no spec for bias"),
+        ({"kernel": per_neuron(axis=2), "bias": per_element()}, ValueError,
+         "kernel: BlockSpec(axis 2: each) cuts axis 2, but the shape (4, 6) has rank 2"),
+        (lambda params: jax.tree.map(lambda p: "block", params), TypeError, "bias: expected a Block"),
+        (by_path([("kernel", per_neuron())]), ValueError, "no rule matches bias (6,)"),
+        (by_path([("kernl", per_neuron())], per_element()), ValueError, "'kernl' matches no param"),
+    ],
+)  # fmt: skip
+def test_refused_by_init(block_specs, error, text):
+    tx = adam_mini(1e-3, block_specs=block_specs)
+    with pytest.raises(error) as raised:
+        tx.init(PARAMS)
+    assert text in str(raised.value)
+
+
+def test_weight_decay_needs_params():
+    tx = adam_mini(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"weight_decay=0.1\) needs the parameters"):
+        tx.update(PARAMS, tx.init(PARAMS))
+    tx = adam_mini(1e-3, weight_decay=0.0)
+    tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_state_of_other_specs_is_refused():
+    state = adam_mini(1e-3, block_specs=per_tensor()).init(PARAMS)
+    tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_tensor()})
+    with pytest.raises(ValueError, match=r"kernel: the state's nu has shape \(1, 1\)"):
+        tx.update(PARAMS, state, PARAMS)
