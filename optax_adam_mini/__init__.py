@@ -2,7 +2,6 @@
 
 from optax_adam_mini.blocks import (
     BlockSpec,
-    LabelFn,
     fused,
     per_element,
     per_head,
@@ -19,7 +18,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockSpec",
-    "LabelFn",
     "ScaleByAdamMiniState",
     "adam_mini",
     "block_table",

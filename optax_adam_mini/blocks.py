@@ -425,6 +425,20 @@ def path_str(keys: Sequence[Any]) -> str:
     return "/".join(path_of(keys))
 
 
+def check_is_params(what: str, params: Any) -> None:
+    """Refuses to label the count that `optax.inject_hyperparams` calls functions with.
+
+    Raises:
+        TypeError: if `params` is one integer.
+    """
+    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(jnp.result_type(params), jnp.integer):
+        raise TypeError(
+            f"{what}: expected a pytree of parameters, got one integer. optax.inject_hyperparams "
+            "takes a label function for a schedule: tell it not to, "
+            'optax.inject_hyperparams(adam_mini, static_args=("block_specs",))'
+        )
+
+
 def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any) -> None:
     """Refuses what the user named if it names no parameter.
 

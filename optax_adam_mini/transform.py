@@ -1,9 +1,8 @@
 """Adam-mini as Optax gradient transformations (Zhang et al., arXiv 2406.16793, Algorithm 1)."""
 
-from __future__ import annotations
-
 import functools
 import math
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ import optax
 from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs, spec_leaves, widen
 from optax_adam_mini.partition.flax_layers import flax_layers
 
+# Annotations are objects here, not strings: Optax's tests look learning_rate's up.
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
 
@@ -30,9 +30,9 @@ class ScaleByAdamMiniState(NamedTuple):
             of its grid of blocks.
     """
 
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    mu: PyTree
-    nu: PyTree
+    count: 'Int[Array, ""]'  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: "PyTree"
+    nu: "PyTree"
 
 
 def scale_by_adam_mini(
@@ -43,7 +43,7 @@ def scale_by_adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    block_specs: PyTree[BlockSpec] | LabelFn | None = None,
+    block_specs: "PyTree[BlockSpec] | LabelFn | None" = None,
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment for each block.
 
@@ -96,10 +96,10 @@ def adam_mini(
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: PyTree[bool] | Callable[[Any], Any] | None = None,
+    mask: "PyTree[bool] | Callable[[Any], Any] | None" = None,
     *,
     nesterov: bool = False,
-    block_specs: PyTree[BlockSpec] | LabelFn | None = None,
+    block_specs: "PyTree[BlockSpec] | LabelFn | None" = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
 
@@ -210,6 +210,7 @@ def _scale_by_adam_mini(
     *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
 ) -> optax.GradientTransformation:
     def init_fn(params: Any) -> ScaleByAdamMiniState:
+        _check_not_flattened()
         leaves, treedef = jax.tree.flatten(params)
         specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
@@ -227,7 +228,7 @@ def _scale_by_adam_mini(
         count = jnp.asarray(optax.safe_increment(state.count))
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
-        def update_leaf(spec: BlockSpec, g: Any, m: Array, v: Array, p: Array) -> Any:
+        def update_leaf(spec: BlockSpec, g: Any, m: "Array", v: "Array", p: "Array") -> Any:
             if g is None:
                 return None, m, v
             g = g.astype(widen(g.dtype))
@@ -263,7 +264,7 @@ def _scale_by_adam_mini(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _bias_correction(decay: Any, count: Array) -> Array:
+def _bias_correction(decay: Any, count: "Array") -> "Array":
     """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
     if isinstance(decay, jax.Array):
         log = jnp.log(decay)
@@ -272,7 +273,7 @@ def _bias_correction(decay: Any, count: Array) -> Array:
     return -jnp.expm1(count * log)
 
 
-def _abs_sq(x: Array) -> Array:
+def _abs_sq(x: "Array") -> "Array":
     x = x.astype(widen(x.dtype))  # before it is squared: float16 overflows at 256^2
     return jnp.real(x * jnp.conj(x))
 
@@ -331,6 +332,16 @@ def _check_block_specs(block_specs: Any) -> Any:
     if not callable(block_specs):
         spec_leaves(block_specs)
     return block_specs
+
+
+def _check_not_flattened() -> None:
+    # The vector that optax.flatten makes cannot be told from a parameter by looking at it.
+    file = optax.flatten.__code__.co_filename
+    if any(frame.f_code.co_filename == file for frame, _ in traceback.walk_stack(None)):
+        raise ValueError(
+            "optax.flatten joins all parameters into one vector, which destroys Adam-mini's blocks:"
+            " use adam_mini without it (its update is one compiled program as it is)"
+        )
 
 
 def _check_mu_dtype(mu_dtype: Any) -> np.dtype | None:

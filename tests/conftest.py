@@ -1,7 +1,12 @@
 import os
 
+import jax
+
 import hypothesis
 
 hypothesis.settings.register_profile("ordinary", max_examples=100, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
+
+# Before any device is asked for: tests of sharding need several.
+jax.config.update("jax_num_cpu_devices", 8)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
 
 from optax_adam_mini.blocks import (
     BlockSpec,
     LabelFn,
+    check_is_params,
     check_used,
     path_of,
     per_element,
@@ -22,10 +24,14 @@ from optax_adam_mini.blocks import (
     some,
 )
 
+# Flax's names, and Haiku's, whose kernels are laid out alike.
 _BIASES = {"bias", "b", "offset"}
 _GAINS = {"scale", "negative_slope"}
 _EMBEDDINGS = {"embedding", "embeddings"}
-_KERNELS = {"kernel", "w", "lora_a", "lora_b"}
+_KERNELS = {"kernel", "w", "w_i", "w_h", "lora_a", "lora_b"}
+# Equinox's, whose kernels have their outputs first.
+_TRANSPOSED_KERNELS = {"weight", "weight_ih", "weight_hh"}
+_QUERIES, _KEYS, _VALUES = {"query", "query_proj"}, {"key", "key_proj"}, {"value", "value_proj"}
 
 
 def flax_layers(
@@ -44,7 +50,8 @@ def flax_layers(
     output neuron or channel; in an attention layer (modules `query`, `key`, `value`, `out`) query
     and key by head, value and output by neuron; embeddings by token; gains of norms are one block;
     biases are cut per coordinate. Parameters that have no name (a bare array, an item of a list)
-    are read as kernels `(inputs, outputs)`, or as biases if they have one axis.
+    are read as kernels `(inputs, outputs)`, or as biases if they have one axis. Haiku's and
+    Equinox's names are known too.
 
     Args:
         num_heads: attention heads, for models whose query and key are plain Dense kernels.
@@ -84,21 +91,32 @@ def flax_layers(
             raise ValueError(f"flax_layers: {name} must be one of {allowed}, got {given!r}")
     stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
 
+    def heads(module: str, axis: int) -> BlockSpec | str:
+        """The spec of a query or key with all heads on one axis."""
+        count = num_heads if module in _QUERIES or num_kv_heads is None else num_kv_heads
+        if count is None:
+            return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+        return per_head(count, axis)
+
+    def transposed_kernel(module: str, shape: tuple[int, ...]) -> BlockSpec | str:
+        """The spec of a kernel `(outputs, inputs, ...)`, or of a gain, which has the same name."""
+        rank = len(shape)
+        if rank < 2 or (module in _VALUES and value == "tensor"):
+            return per_tensor()
+        if module in _QUERIES | _KEYS:
+            return heads(module, axis=0)
+        return per_tensor() if rank > 2 and conv == "tensor" else per_neuron(axis=0)
+
     def kernel(
-        name: str, module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+        module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
     ) -> BlockSpec | str:
         """The spec of a kernel of `shape`, stacked axes left out, or why it cannot be told."""
         rank = len(shape)
         if rank < 2:
             return per_element()
-        if module in ("query", "key"):
-            heads = num_kv_heads if module == "key" and num_kv_heads is not None else num_heads
-            if rank > 2:
-                return per_head(shape[-2], axis=-2)
-            if heads is None:
-                return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
-            return per_head(heads)
-        if module == "value":
+        if module in _QUERIES | _KEYS:
+            return per_head(shape[-2], axis=-2) if rank > 2 else heads(module, axis=-1)
+        if module in _VALUES:
             if value == "tensor":
                 return per_tensor()
             return per_neuron() if rank == 2 else per_neuron(axis=(-2, -1))
@@ -119,10 +137,15 @@ def flax_layers(
         return "it may be a convolution or a DenseGeneral with several output axes"
 
     def label(
-        path: tuple[str, ...], shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+        path: tuple[str, ...],
+        is_attribute: bool,
+        shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None,
     ) -> BlockSpec | str:
-        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
-        name, module = (re.sub(r"_?\d+$", "", n.lower()) for n in (("", "", *path)[:-3:-1]))
+        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all; Haiku's modules
+        # are "a/b/c" in one key.
+        names = ("/".join(("", "", *path))).lower().split("/")
+        name, module = (re.sub(r"_?\d+$", "", n) for n in names[:-3:-1])
         if name in _BIASES:
             return per_tensor() if bias == "tensor" else per_element()
         if name in _GAINS:
@@ -130,7 +153,9 @@ def flax_layers(
         if name in _EMBEDDINGS:
             return per_token()
         if name in _KERNELS:
-            return kernel(name, module, shape, bias_shape)
+            return kernel(module, shape, bias_shape)
+        if name in _TRANSPOSED_KERNELS and is_attribute:
+            return transposed_kernel(module, shape)
         if len(shape) < 2:
             return per_element()
         if name == "":
@@ -138,6 +163,7 @@ def flax_layers(
         return default or "its name is none of Flax's own: pass default to flax_layers"
 
     def label_fn(params: Any) -> Any:
+        check_is_params("flax_layers", params)
         for module in stacks:
             check_used(
                 f"flax_layers: stacked={{{module!r}: ...}}",
@@ -147,6 +173,7 @@ def flax_layers(
             )
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
+        attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
         specs: list[BlockSpec] = []
         unread: list[str] = []
         for path, shape in shapes.items():
@@ -156,6 +183,7 @@ def flax_layers(
             try:
                 spec = label(
                     path,
+                    path in attributes,
                     _without(axes, shape),
                     None if bias_shape is None else _without(axes, bias_shape),
                 )

@@ -13,6 +13,7 @@ import optax
 from optax_adam_mini.blocks import (
     BlockSpec,
     LabelFn,
+    check_is_params,
     check_used,
     path_str,
     resolve_block_specs,
@@ -68,6 +69,7 @@ def by_path(
         )
 
     def label_fn(params: Any) -> Any:
+        check_is_params("by_path", params)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         paths = [path_str(keys) for keys, _ in leaves]
         for rule, _ in compiled:

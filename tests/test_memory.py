@@ -1,0 +1,56 @@
+"""What the optimizer holds and what its step needs, on the real GPT-2s, without allocating them."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from examples.gpt2.model import CONFIGS, GPT2, block_specs
+from optax_adam_mini import adam_mini
+
+
+def gpt2(name):
+    """Shapes of the parameters, and the label function."""
+    config = CONFIGS[name]
+    model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), block_specs(config)
+
+
+def size(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_state_is_half_of_adamws(name):
+    params, specs = gpt2(name)
+    state = jax.eval_shape(adam_mini(1e-3, block_specs=specs).init, params)
+    adamw_state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    assert size(state[0].nu) < 1e-3 * size(params)
+    assert nbytes(state) <= 0.501 * nbytes(adamw_state)
+
+
+def test_donated_step_needs_no_temporaries():
+    params, specs = gpt2("gpt2")
+    tx = adam_mini(1e-3, block_specs=specs)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= nbytes((params, state)) - 64 * len(jax.tree.leaves(state))
+    assert memory.temp_size_in_bytes <= 0.01 * nbytes(params)
+
+
+def test_init_allocates_no_second_moment():
+    params = {"kernel": jax.ShapeDtypeStruct((1 << 14, 1 << 14), jnp.float32)}
+    memory = jax.jit(adam_mini(1e-3).init).lower(params).compile().memory_analysis()
+    assert memory.output_size_in_bytes <= 1.001 * nbytes(params)
+    assert memory.temp_size_in_bytes <= 1 << 20

@@ -1,0 +1,91 @@
+"""Optax's own tests of its optimizers, from the installed wheel, with adam_mini under test.
+
+The files are read where Optax installed them, the tables of optimizers in them are filled with
+ours, and the test classes they define are collected here.
+"""
+
+import ast
+import pathlib
+import types
+
+import jax
+import optax
+import pytest
+
+from optax_adam_mini import BlockSpec, adam_mini, per_element, per_neuron, per_tensor
+
+SPECS: dict[str, BlockSpec | None] = {
+    "default": None,
+    "per_tensor": per_tensor(),
+    "per_neuron": per_neuron(),
+    "per_element": per_element(),
+}
+
+
+def cases(learning_rate: float) -> list[dict]:
+    """Rows of Optax's tables: a name and keyword arguments."""
+    kwargs = {"learning_rate": learning_rate}
+    return [
+        {"opt_name": "adam_mini", "opt_kwargs": kwargs | ({"block_specs": spec} if spec else {})}
+        for spec in SPECS.values()
+    ]
+
+
+def factory(*args: object) -> object:
+    """What Optax's tests look an optimizer up with (the name is the last argument)."""
+    name = args[-1]
+    return adam_mini if name == "adam_mini" else getattr(optax, name)
+
+
+class _NoVersionChecks(ast.NodeTransformer):
+    def visit_Compare(self, node):
+        return ast.Constant(False) if "jax.__version__" in ast.unparse(node) else node
+
+
+def installed(
+    path: str, test_class: str, tables: dict[str, str], **names: object
+) -> type:
+    """A test class of Optax's, with the value of each variable in `tables` replaced."""
+    file = pathlib.Path(optax.__file__).parent / path
+    tree = ast.parse(file.read_text())
+    # They compare versions as strings, and so skip what JAX 0.10 has had since 0.7.
+    tree = _NoVersionChecks().visit(tree)
+    body, replaced = [], set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name != test_class:
+            continue
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+            if name in tables and name not in replaced:
+                node.value = ast.parse(tables[name], mode="eval").body
+                replaced.add(name)
+        body.append(node)
+    assert replaced == tables.keys(), "Optax has changed the tables of its tests"
+    module = types.ModuleType(f"installed_{file.stem}")
+    module.__dict__.update(cases=cases, SPECS=SPECS, adam_mini=adam_mini)
+    module_node = ast.fix_missing_locations(ast.Module(body, type_ignores=[]))
+    code = compile(module_node, str(file), "exec")
+    exec(code, module.__dict__)
+    module.__dict__.update(names)
+    return getattr(module, test_class)
+
+
+ContribTest = installed(
+    "contrib/_common_test.py",
+    "ContribTest",
+    {"_MAIN_OPTIMIZERS_UNDER_TEST": "cases(1e-2)", "_BASE_OPTIMIZERS": "cases(1.0)"},
+    _get_opt_factory=factory,
+)
+AliasTest = installed(
+    "_src/alias_test.py",
+    "AliasTest",
+    {"_OPTIMIZERS_UNDER_TEST": "cases(1e-1)"},
+    _get_opt=factory,
+)
+ShardingTest = installed(
+    "_src/sharding_test.py",
+    "ShardingTest",
+    {"OPTIMIZERS": "{k: adam_mini(1.0, block_specs=spec) for k, spec in SPECS.items()}"},
+)
+for name in [name for name in vars(ShardingTest) if name.startswith("test_microbatch")]:
+    delattr(ShardingTest, name)  # has no optimizer in it, and fails on JAX 0.10
