@@ -9,6 +9,7 @@ from optax_adam_mini.blocks import (
     per_tensor,
     per_token,
 )
+from optax_adam_mini.convert import from_adam_state, to_adam_state
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
@@ -23,6 +24,7 @@ __all__ = [
     "block_table",
     "by_path",
     "flax_layers",
+    "from_adam_state",
     "fused",
     "per_element",
     "per_head",
@@ -30,4 +32,5 @@ __all__ = [
     "per_tensor",
     "per_token",
     "scale_by_adam_mini",
+    "to_adam_state",
 ]

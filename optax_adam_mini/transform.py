@@ -201,7 +201,9 @@ def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransfor
                 f"weight decay (weight_decay={weight_decay}) needs the parameters, and update got "
                 "none: call tx.update(grads, state, params), or set weight_decay=0.0"
             )
-        return decay.update(updates, state, params)
+        decayed, state = decay.update(updates, state, params)
+        kept = jax.tree.map(lambda p, u, d: d if _is_inexact(p) else u, params, updates, decayed)
+        return kept, state
 
     return optax.GradientTransformation(decay.init, update_fn)
 
@@ -220,7 +222,9 @@ def _scale_by_adam_mini(
         ]
         return ScaleByAdamMiniState(
             count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            mu=jax.tree.map(  # with a dtype given, so that none is weak
+                lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
+            ),
             nu=jax.tree.unflatten(treedef, [jnp.zeros_like(block) for block in blocks]),
         )
 
@@ -228,10 +232,12 @@ def _scale_by_adam_mini(
         count = jnp.asarray(optax.safe_increment(state.count))
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
-        def update_leaf(spec: BlockSpec, g: Any, m: "Array", v: "Array", p: "Array") -> Any:
+        def update_leaf(spec: BlockSpec, g: Any, m: "Array", v: "Array", p: Any) -> Any:
             if g is None:
                 return None, m, v
-            g = g.astype(widen(g.dtype))
+            if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
+                return jnp.zeros(m.shape, p.dtype), m, v
+            g_dtype, g = g.dtype, g.astype(widen(g.dtype))
             mu = b1 * m.astype(g.dtype) + (1 - b1) * g
             nu = b2 * v + (1 - b2) * spec.block_mean(_abs_sq(g))
             # All that is the same in a block is computed once for the block.
@@ -242,12 +248,16 @@ def _scale_by_adam_mini(
                 update = mu_hat * spec.spread(step, g.shape)
             else:
                 update = mu * spec.spread(step / c1, g.shape)
-            return update.astype(p.dtype), mu.astype(m.dtype), nu.astype(v.dtype)
+            return (
+                update.astype(g_dtype if params is None else p.dtype),
+                mu.astype(m.dtype),
+                nu.astype(v.dtype),
+            )
 
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)
         nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
-        like = grads if params is None else treedef.flatten_up_to(params)
+        like = mu if params is None else treedef.flatten_up_to(params)
         labels = resolve_block_specs(block_specs, state.mu)
         new: list[Any] = []
         for (path, spec), g, m, v, p in zip(labels, grads, mu, nu, like, strict=True):
@@ -262,6 +272,10 @@ def _scale_by_adam_mini(
         return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _bias_correction(decay: Any, count: "Array") -> "Array":

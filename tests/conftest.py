@@ -1,8 +1,7 @@
 import os
 
-import jax
-
 import hypothesis
+import jax
 
 hypothesis.settings.register_profile("ordinary", max_examples=100, deadline=None)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)

@@ -8,9 +8,7 @@ import ast
 import pathlib
 import types
 
-import jax
 import optax
-import pytest
 
 from optax_adam_mini import BlockSpec, adam_mini, per_element, per_neuron, per_tensor
 
@@ -42,9 +40,7 @@ class _NoVersionChecks(ast.NodeTransformer):
         return ast.Constant(False) if "jax.__version__" in ast.unparse(node) else node
 
 
-def installed(
-    path: str, test_class: str, tables: dict[str, str], **names: object
-) -> type:
+def installed(path: str, test_class: str, tables: dict[str, str], **names: object) -> type:
     """A test class of Optax's, with the value of each variable in `tables` replaced."""
     file = pathlib.Path(optax.__file__).parent / path
     tree = ast.parse(file.read_text())

@@ -1,0 +1,131 @@
+"""The state of a running Adam into Adam-mini's, and back.
+
+The second moment of a block is the mean of Adam's over it, at every step (both are moving averages
+of the squared gradient, and the mean is linear), so that nothing is lost on the way here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.blocks import BlockSpec, LabelFn, path_of, resolve_block_specs, widen
+from optax_adam_mini.transform import ScaleByAdamMiniState
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+
+def from_adam_state(
+    state: PyTree, params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn
+) -> PyTree:
+    """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
+
+    Args:
+        state: optimizer state that holds one `optax.ScaleByAdamState` or more, in chains and
+            wrappers of any kind; an `nnx.Optimizer`'s `opt_state` too.
+        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
+        block_specs: specs, or label function, of the `adam_mini` that takes over.
+
+    Returns:
+        The same structure with a [`ScaleByAdamMiniState`][] in place of each `ScaleByAdamState`;
+        `nu` is the mean over each block, float32 or wider. It is the state of the same optimizer
+        with `scale_by_adam_mini` for `scale_by_adam`; so `adam_mini` takes over from `adamw`.
+
+    Raises:
+        TypeError, ValueError: if there is no `ScaleByAdamState` in `state`, if it is not that of
+            `params`, or if the specs do not fit them.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((4, 6))}
+        >>> state = optax.adamw(1e-3).init(params)
+        >>> state = from_adam_state(state, params, per_neuron())
+        >>> updates, state = adam_mini(1e-3, block_specs=per_neuron()).update(params, state, params)
+        >>> state[0].nu["kernel"].shape
+        (1, 6)
+    """
+
+    def mean(spec: BlockSpec, nu: Any, param: Any) -> Any:
+        if nu.shape != jnp.shape(param):
+            raise ValueError(f"nu has shape {nu.shape}, the parameter {jnp.shape(param)}")
+        return spec.block_mean(nu.astype(widen(nu.dtype)))
+
+    return _convert(state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, mean)
+
+
+def to_adam_state(
+    state: PyTree, params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn
+) -> PyTree:
+    """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `nu`.
+
+    Args:
+        state: optimizer state that holds one [`ScaleByAdamMiniState`][] or more.
+        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
+        block_specs: specs, or label function, that it was made with.
+
+    Returns:
+        The same structure with an `optax.ScaleByAdamState` in place of each; `nu` has the
+        parameters' shapes and dtypes.
+
+    Raises:
+        TypeError, ValueError: if there is no `ScaleByAdamMiniState` in `state`, if it is not that
+            of `params`, or if the specs do not fit them.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((4, 6))}
+        >>> state = adam_mini(1e-3).init(params)
+        >>> to_adam_state(state, params, flax_layers())[0].nu["kernel"].shape
+        (4, 6)
+    """
+
+    def spread(spec: BlockSpec, nu: Any, param: Any) -> Any:
+        return spec.spread(nu, jnp.shape(param)).astype(jnp.result_type(param))
+
+    return _convert(
+        state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, spread
+    )
+
+
+def _convert(
+    state: Any,
+    params: Any,
+    block_specs: Any,
+    old: type,
+    new: Callable[..., Any],
+    convert_nu: Callable[[BlockSpec, Any, Any], Any],
+) -> Any:
+    labels = dict(resolve_block_specs(block_specs, params))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    by_path = {path_of(keys): (labels["/".join(path_of(keys))], leaf) for keys, leaf in leaves}
+
+    def convert_leaf(keys: Any, nu: Any) -> Any:
+        path = path_of(keys)
+        if path not in by_path:
+            raise ValueError(
+                f"{'/'.join(path)}: the state has a nu for it, but params have no such"
+            )
+        spec, param = by_path[path]
+        try:
+            return convert_nu(spec, nu, param)
+        except ValueError as error:
+            raise ValueError(
+                f"{'/'.join(path)}: the state is not of these params: {error}"
+            ) from None
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, old):
+            return node
+        nu = jax.tree_util.tree_map_with_path(convert_leaf, node.nu)
+        return new(count=node.count, mu=node.mu, nu=nu)
+
+    is_old = lambda node: isinstance(node, old)
+    if not any(map(is_old, jax.tree.leaves(state, is_leaf=is_old))):
+        raise ValueError(
+            f"expected an optimizer state with a {old.__name__} in it, got "
+            f"{jax.tree.structure(state)}"
+        )
+    return jax.tree.map(convert, state, is_leaf=is_old)

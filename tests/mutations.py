@@ -1,0 +1,100 @@
+"""Puts small faults into a copy of the package, one at a time; the tests must catch each.
+
+python -m tests.mutations
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parent.parent
+TESTS = ["tests/test_transform.py", "tests/test_blocks.py", "tests/test_golden.py",
+         "tests/test_optax_wrappers.py", "tests/test_convert.py"]  # fmt: skip
+
+# (file, what stands there, the fault)
+FAULTS = {
+    "sum for mean": ("blocks.py", "return total / _block_sizes(axes)", "return total"),
+    "mean of the first block's size": (
+        "blocks.py",
+        "return total / _block_sizes(axes)",
+        "return total / np.ravel(_block_sizes(axes))[:1].sum()",
+    ),
+    "wrong axis": ("blocks.py", "sum(axis + 2))", "sum(axis + 1))"),
+    "blocks repeated in turn": (
+        "blocks.py",
+        "jnp.repeat(part, size, axis=axis + 1)",
+        "jnp.concatenate([part] * size, axis + 1)",
+    ),
+    "squares in the gradient's dtype": (
+        "transform.py",
+        "    x = x.astype(widen(x.dtype))",
+        "    x = x.astype(x.dtype)",
+    ),
+    "mean in bfloat16": (
+        "blocks.py",
+        "x.astype(widen(x.dtype))",
+        "x.astype(jnp.bfloat16)",
+    ),
+    "no bias correction of nu": ("transform.py", "jnp.sqrt(nu / c2 ", "jnp.sqrt(nu "),
+    "no bias correction of mu": ("transform.py", "spread(step / c1,", "spread(step,"),
+    "b1 for b2": ("transform.py", "nu = b2 * v + (1 - b2)", "nu = b1 * v + (1 - b1)"),
+    "eps inside the root": (
+        "transform.py",
+        "(jnp.sqrt(nu / c2 + eps_root) + eps)",
+        "jnp.sqrt(nu / c2 + eps_root + eps)",
+    ),
+    "eps_root outside the root": (
+        "transform.py",
+        "(jnp.sqrt(nu / c2 + eps_root) + eps)",
+        "(jnp.sqrt(nu / c2) + eps_root + eps)",
+    ),
+    "decay not scaled by the learning rate": (
+        "transform.py",
+        """        _add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),""",
+        """        optax.scale_by_learning_rate(learning_rate),
+        _add_decayed_weights(weight_decay, mask),""",
+    ),
+    "nesterov looks back": ("transform.py", "_bias_correction(b1, count + 1)", "c1"),
+    "count not advanced": ("transform.py", "State(count=count, mu=mu", "State(count=state.count, mu=mu"),
+    "complex square without conjugate": (
+        "transform.py",
+        "jnp.real(x * jnp.conj(x))",
+        "jnp.real(x * x)",
+    ),
+    "integers decay": ("transform.py", "d if _is_inexact(p) else u", "d"),
+}  # fmt: skip
+
+
+def main() -> int:
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for part in ("optax_adam_mini", "tests", "conftest.py", "pyproject.toml"):
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
+        for name, (file, old, new) in FAULTS.items():
+            path = copy / "optax_adam_mini" / file
+            text = path.read_text()
+            if text.count(old) != 1:
+                return 2
+            path.write_text(text.replace(old, new))
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
+                cwd=copy,
+                env={"PYTHONPATH": str(copy), "PATH": ""},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            path.write_text(text)
+            failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+            if not failed:
+                missed.append(name)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from optax_adam_mini import (
+    ScaleByAdamMiniState,
+    adam_mini,
+    flax_layers,
+    from_adam_state,
+    per_tensor,
+    to_adam_state,
+)
+from tests.by_hand import BLOCK_SPECS, gradients, params
+
+
+def train(tx, p, state, steps):
+    for step in steps:
+        updates, state = jax.jit(tx.update)(gradients(p, step), state, p)
+        p = optax.apply_updates(p, updates)
+    return p, state
+
+
+WRAPPERS = {
+    "plain": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"kernel": True, "bias": False}),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"a": tx, "b": optax.sgd(0.1)}, {"kernel": "a", "bias": "b"}
+    ),
+    "two": lambda tx: optax.multi_transform({"a": tx, "b": tx}, {"kernel": "a", "bias": "b"}),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_takes_over_in_any_wrapper(name):
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    adam = WRAPPERS[name](optax.adamw(schedule))
+    mini = WRAPPERS[name](adam_mini(schedule, block_specs=BLOCK_SPECS))
+    p, state = train(adam, params(), adam.init(params()), range(4))
+    converted = from_adam_state(state, p, BLOCK_SPECS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.init(p))
+    back = to_adam_state(converted, p, BLOCK_SPECS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
+    again = from_adam_state(back, p, BLOCK_SPECS)  # a round trip keeps the block means
+    chex.assert_trees_all_close(again, converted, rtol=1e-6)
+    train(mini, p, converted, range(4, 6))
+
+
+def test_exact_where_nu_is_constant_on_blocks():
+    p = params()
+    grads = {"kernel": jnp.ones((3, 4)) * jnp.array([1.0, 2.0, 3.0, 4.0]), "bias": p["bias"]}
+    adam, mini = optax.adamw(0.1), adam_mini(0.1, block_specs=BLOCK_SPECS)
+    state = adam.init(p)
+    for _ in range(3):
+        _, state = adam.update(grads, state, p)
+    expected, _ = adam.update(grads, state, p)
+    updates, _ = mini.update(grads, from_adam_state(state, p, BLOCK_SPECS), p)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    chex.assert_trees_all_equal(
+        to_adam_state(from_adam_state(state, p, BLOCK_SPECS), p, BLOCK_SPECS), state
+    )
+
+
+def test_nu_is_what_adam_mini_would_have():
+    p = params()
+    adam, mini = optax.adamw(0.0), adam_mini(0.0, block_specs=BLOCK_SPECS)
+    _, adam_state = train(adam, p, adam.init(p), range(5))
+    _, mini_state = train(mini, p, mini.init(p), range(5))
+    chex.assert_trees_all_close(
+        from_adam_state(adam_state, p, BLOCK_SPECS), mini_state, rtol=1e-5, atol=1e-7
+    )
+
+
+def test_dtypes():
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    state = optax.adamw(0.1).init(p)
+    converted = from_adam_state(state, p, per_tensor())
+    assert isinstance(converted[0], ScaleByAdamMiniState)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        converted, adam_mini(0.1, block_specs=per_tensor()).init(p)
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(to_adam_state(converted, p, per_tensor()), state)
+
+
+def test_abstract_states():
+    shapes = jax.eval_shape(params)
+    state = jax.eval_shape(optax.adamw(0.1).init, shapes)
+    converted = jax.eval_shape(lambda s: from_adam_state(s, shapes, flax_layers()), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        converted, jax.eval_shape(adam_mini(0.1).init, shapes)
+    )
+
+
+def test_nnx_optimizer_goes_on():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    loss_fn = lambda model: jnp.mean((model(x) - 1.0) ** 2)
+    adam = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+    for _ in range(5):
+        adam.update(model, nnx.grad(loss_fn)(model))
+    before = loss_fn(model)
+    mini = nnx.Optimizer(model, adam_mini(1e-2), wrt=nnx.Param)
+    mini.opt_state = from_adam_state(adam.opt_state, nnx.state(model, nnx.Param), flax_layers())
+    assert mini.opt_state[0].count == 5
+    assert mini.opt_state[0].nu["kernel"].shape == (1, 4)
+    for _ in range(5):
+        mini.update(model, nnx.grad(loss_fn)(model))
+    assert mini.opt_state[0].count == 10
+    assert loss_fn(model) < before
+
+
+@pytest.mark.parametrize(
+    ("state", "specs", "text"),
+    [
+        (lambda p: optax.sgd(0.1).init(p), BLOCK_SPECS,
+         "expected an optimizer state with a ScaleByAdamState in it, got PyTreeDef"),
+        (lambda p: optax.adamw(0.1).init({"kernel": p["kernel"], "b": p["bias"]}), BLOCK_SPECS,
+         "b: the state has a nu for it, but params have no such"),
+        (lambda p: optax.adamw(0.1).init({**p, "bias": jnp.ones(3)}), BLOCK_SPECS,
+         "bias: the state is not of these params: nu has shape (3,), the parameter (4,)"),
+        (lambda p: optax.adamw(0.1).init(p), {"kernel": per_tensor()}, "no spec for bias"),
+    ],
+)  # fmt: skip
+def test_errors(state, specs, text):
+    with pytest.raises(ValueError, match=r".") as raised:
+        from_adam_state(state(params()), params(), specs)
+    assert text in str(raised.value)
+
+
+def test_back_with_other_specs_is_refused():
+    state = adam_mini(0.1, block_specs=per_tensor()).init(params())
+    with pytest.raises(ValueError, match=r"bias: the state is not of these params: .* grid"):
+        to_adam_state(state, params(), BLOCK_SPECS)
