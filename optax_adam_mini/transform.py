@@ -232,42 +232,43 @@ def _scale_by_adam_mini(
         count = jnp.asarray(optax.safe_increment(state.count))
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
-        def update_leaf(spec: BlockSpec, g: Any, m: "Array", v: "Array", p: Any) -> Any:
-            if g is None:
-                return None, m, v
-            if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
-                return jnp.zeros(m.shape, p.dtype), m, v
-            g_dtype, g = g.dtype, g.astype(widen(g.dtype))
-            mu = b1 * m.astype(g.dtype) + (1 - b1) * g
+        def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
+            mu = b1 * m + (1 - b1) * g
             nu = b2 * v + (1 - b2) * spec.block_mean(_abs_sq(g))
-            # All that is the same in a block is computed once for the block.
+            # What is the same for a whole block is computed once for the block, and then spread.
             step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
             if nesterov:
                 c1_next = _bias_correction(b1, count + 1)
-                mu_hat = b1 * mu / c1_next + (1 - b1) * g / c1
-                update = mu_hat * spec.spread(step, g.shape)
+                update = (b1 * mu / c1_next + (1 - b1) * g / c1) * spec.spread(step, g.shape)
             else:
                 update = mu * spec.spread(step / c1, g.shape)
-            return (
-                update.astype(g_dtype if params is None else p.dtype),
-                mu.astype(m.dtype),
-                nu.astype(v.dtype),
-            )
+            return update, mu, nu
 
-        # mu, not updates, has the parameters' structure: gradients may be None.
-        mu, treedef = jax.tree.flatten(state.mu)
-        nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
-        like = mu if params is None else treedef.flatten_up_to(params)
-        labels = resolve_block_specs(block_specs, state.mu)
-        new: list[Any] = []
-        for (path, spec), g, m, v, p in zip(labels, grads, mu, nu, like, strict=True):
+        def update_leaf(path: str, spec: BlockSpec, g: Any, m: Any, v: Any, p: Any) -> Any:
             if v.shape != spec.grid(m.shape):
                 raise ValueError(
                     f"{path}: the state's nu has shape {v.shape}, but {spec} cuts the shape "
                     f"{m.shape} into the grid {spec.grid(m.shape)}: the state was made with other "
                     "block specs; pass those, or init again"
                 )
-            new.append(update_leaf(spec, g, m, v, p))
+            if g is None:
+                return None, m, v
+            if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
+                return jnp.zeros(m.shape, p.dtype), m, v
+            wide = widen(g.dtype)
+            update, mu, nu = adam_mini(spec, g.astype(wide), m.astype(wide), v)
+            dtype = g.dtype if params is None else p.dtype
+            return update.astype(dtype), mu.astype(m.dtype), nu.astype(v.dtype)
+
+        # mu, not updates, has the parameters' structure: gradients may be None.
+        mu, treedef = jax.tree.flatten(state.mu)
+        nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
+        like = mu if params is None else treedef.flatten_up_to(params)
+        labels = resolve_block_specs(block_specs, state.mu)
+        new = [
+            update_leaf(path, spec, *leaves)
+            for (path, spec), *leaves in zip(labels, grads, mu, nu, like, strict=True)
+        ]
         updates, mu, nu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(3))
         return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
 

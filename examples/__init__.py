@@ -1,0 +1,1 @@
+"""Examples of Adam-mini, one folder each, run as `python -m examples.<name>`."""

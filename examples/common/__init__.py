@@ -1,0 +1,1 @@
+"""What the examples share: text, run folders, optimizers by name, progress and tables."""

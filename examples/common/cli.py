@@ -1,0 +1,57 @@
+"""Command lines: one clear sentence for a wrong configuration, progress bars, tables."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. Its text says what was given, what was expected and how to
+    mend it."""
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Run `main`; a wrong configuration becomes one line on stderr and a status of 2."""
+    try:
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: --resume with the run's folder goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar whose tasks have the fields `loss` and `rate` (tokens or examples a second)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} {task.fields[unit]}/s"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def comparison_table(
+    title: str, columns: Mapping[str, Callable[[Mapping], str]], results: Sequence[Mapping]
+) -> Table:
+    """One row a result; `columns` maps a heading to the text of its cell."""
+    table = Table(title=title)
+    for index, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for result in results:
+        table.add_row(*(cell(result) for cell in columns.values()))
+    return table

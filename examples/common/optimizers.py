@@ -1,0 +1,124 @@
+"""Optimizers by name, with the schedule and the clipping that all examples use."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from examples.common.cli import ConfigError
+from optax_adam_mini import adam_mini
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyper-parameters; every optimizer gets the same."""
+
+    learning_rate: float = 3e-3
+    """Highest learning rate, reached after the warmup."""
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises from 0; it then falls on a cosine."""
+    final_learning_rate: float = 0.1
+    """Learning rate of the last step, as a fraction of the highest."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; biases and gains have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+
+    def check(self, steps: int) -> None:
+        """Refuse what cannot work in a run of `steps` steps."""
+        if not 0 <= self.warmup_steps < steps:
+            raise ConfigError(
+                f"--warmup-steps is {self.warmup_steps}, but must be from 0 to --steps - 1 = "
+                f"{steps - 1}."
+            )
+        for option, value in (("b1", self.b1), ("b2", self.b2)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"--{option} is {value}, but must be from 0 to less than 1.")
+        for option, value in (("learning-rate", self.learning_rate), ("eps", self.eps)):
+            if not value > 0:
+                raise ConfigError(f"--{option} is {value}, but must be more than 0.")
+        for option, value in (
+            ("weight-decay", self.weight_decay),
+            ("clip-norm", self.clip_norm),
+            ("final-learning-rate", self.final_learning_rate),
+        ):
+            if not value >= 0:
+                raise ConfigError(f"--{option} is {value}, but must be at least 0.")
+
+
+def decayed(params: Any) -> Any:
+    """Weight decay's mask: True for matrices and embeddings. By name, because a bias of layers
+    stacked for a scan has two axes as well."""
+
+    def is_matrix(path: tuple, _: Any) -> bool:
+        return not {"kernel", "embedding"}.isdisjoint(getattr(key, "key", None) for key in path)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _adamw(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
+    del block_specs
+    return optax.adamw(
+        schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+
+
+def _adam_mini(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
+    return adam_mini(
+        schedule,
+        config.b1,
+        config.b2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+        block_specs=block_specs,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adam_mini": _adam_mini,
+}
+
+
+def check_name(name: str) -> None:
+    """Refuse an optimizer that is not known."""
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"--optimizer is {name}, but must be one of {', '.join(OPTIMIZERS)}.")
+
+
+def make_optimizer(
+    name: str, config: OptimizerConfig, steps: int, block_specs: Any = None
+) -> optax.GradientTransformation:
+    """Clip, then the optimizer `name` on a warmup and cosine schedule over `steps` steps.
+    `block_specs` is Adam-mini's; the others do not look at it."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.final_learning_rate * config.learning_rate,
+    )
+    optimizer = OPTIMIZERS[name](schedule, config, block_specs)
+    if config.clip_norm == 0:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def state_bytes(state: optax.OptState) -> int:
+    """Bytes of all arrays of an optimizer's state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def numbers_in_v(state: optax.OptState) -> int:
+    """How many numbers the second moment holds."""
+    moments = [value for _, value in optax.tree.get_all_with_path(state, "nu")]
+    return sum(leaf.size for leaf in jax.tree.leaves(moments))

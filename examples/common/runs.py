@@ -1,0 +1,150 @@
+"""The folder of a run: configuration, metrics as JSON lines, checkpoints, pictures.
+
+A run can be killed at any moment. Whole files are written aside and renamed; metrics are on disk
+before the checkpoint of the same step; what was logged after the last checkpoint is cut off when
+the run goes on.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from examples.common.cli import ConfigError
+
+CONFIG_FILE = "config.json"
+
+
+def new_run(root: Path, config: Any) -> Path:
+    """Make the folder root/<time> with `config` (a dataclass) in it."""
+    time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):  # runs started in the same second
+            folder = root / (time if attempt == 0 else f"{time}_{attempt}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder in {root} cannot be written ({error.strerror}): give another --runs."
+        ) from error
+    return folder
+
+
+def find_run(root: Path, run: str | None) -> Path:
+    """The folder of `run`, a path or a name in `root`; the newest one where `run` is None."""
+    runs = sorted(path.parent for path in root.glob(f"*/{CONFIG_FILE}"))
+    if run is None:
+        if not runs:
+            raise ConfigError(
+                f"there is no run in {root}: train one first, or give another --runs."
+            )
+        return runs[-1]
+    for folder in (Path(run), root / run):
+        if (folder / CONFIG_FILE).exists():
+            return folder
+    known = (
+        f"the runs in {root} are {', '.join(r.name for r in runs)}" if runs else f"{root} is empty"
+    )
+    raise ConfigError(f"{run} is not a run, a folder with a {CONFIG_FILE}: {known}.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that `path` never holds half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """Metrics as JSON lines, each with its "step". What is later than `step` is cut off."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, records: Iterable[Mapping]) -> None:
+        """Append `records` and bring them to the disk."""
+        self._file.writelines(json.dumps(record) + "\n" for record in records)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def open_checkpoints(folder: Path, *, to_write: bool) -> ocp.CheckpointManager:
+    """The checkpoints in `folder`, of which the newest two are kept."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        create=to_write,
+        # What a killed run left half written; a reader must not take a living run's for that.
+        cleanup_tmp_directories=to_write,
+        # Training steps donate their buffers: a write beside them would read freed memory.
+        enable_async_checkpointing=False,
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save_checkpoint(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Write `state` as the checkpoint of `step`; it appears whole or not at all."""
+    checkpoints.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore_checkpoint(checkpoints: ocp.CheckpointManager, abstract_state: Any) -> Any:
+    """The newest checkpoint, in the structure of `abstract_state`."""
+    step = checkpoints.latest_step()
+    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+
+def plot_losses(
+    path: Path, metrics: Mapping[str, Sequence[Mapping]], title: str, unit: str
+) -> None:
+    """Draw the curves of several optimizers: training loss thin, held-out loss with markers."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for index, (name, records) in enumerate(metrics.items()):
+        color, marker = f"C{index}", "os^D"[index % 4]
+        training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        held_out = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
+        axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, linewidth=0.8)
+        if held_out:
+            axes.plot(
+                *zip(*held_out, strict=True), color=color, marker=marker, label=f"{name}, held out"
+            )
+        axes.plot([], [], color=color, alpha=0.35, linewidth=0.8, label=f"{name}, training")
+    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

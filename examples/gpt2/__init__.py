@@ -1,0 +1,1 @@
+"""GPT-2 in Flax NNX, trained with AdamW and with Adam-mini side by side."""

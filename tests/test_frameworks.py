@@ -1,0 +1,559 @@
+"""Every framework that trains with Optax: small models on real images, and the blocks by hand."""
+
+import dataclasses
+import io
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sklearn.datasets
+from flax import nnx
+from flax.training import train_state
+
+from optax_adam_mini import (
+    adam_mini,
+    by_path,
+    flax_layers,
+    per_head,
+    per_neuron,
+    per_tensor,
+)
+from optax_adam_mini.blocks import path_str
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "frameworks.md"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """128 handwritten digits of 8 x 8 pixels in [0, 1], and their labels."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return jnp.float32(images[:128].reshape(-1, 8, 8) / 16), jnp.int32(labels[:128])
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train(step, state, batch, *, jit=jax.jit, steps=40):
+    """Trains by `step(state, batch) -> (state, loss)`, held to what every training loop needs.
+
+    The step is traced once; the state keeps its structure, shapes and dtypes; half way it goes to a
+    file of plain arrays and back, and the next step does not see the difference.
+    """
+    chex.clear_trace_counter()
+    step = jit(chex.assert_max_traces(step, n=1))
+    losses = []
+    for i in range(steps):
+        new, loss = step(state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        losses.append(float(loss))
+        if i == steps // 2:
+            again, loss_again = step(saved_and_restored(state), batch)
+            chex.assert_trees_all_equal(again, new)
+            assert loss_again == loss
+        state = new
+    assert losses[-1] < 0.3 * losses[0], losses
+    return state, losses
+
+
+def saved_and_restored(state):
+    leaves, treedef = jax.tree.flatten(state)
+    file = io.BytesIO()
+    np.savez(file, *leaves)
+    file.seek(0)
+    with np.load(file) as saved:
+        return jax.tree.unflatten(treedef, [jnp.asarray(saved[name]) for name in saved.files])
+
+
+def nu_shapes(opt_state):
+    """The shapes of nu by path; nu is float32, and there is one of each in the state."""
+    nu = optax.tree.get(opt_state, "nu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nu)} == {jnp.dtype(jnp.float32)}
+    return {path_str(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(nu)}
+
+
+def refusal(params, block_specs=None):
+    """The text with which `init` refuses the parameters."""
+    with pytest.raises(ValueError, match=r".") as raised:
+        adam_mini(1e-2, block_specs=block_specs).init(params)
+    return str(raised.value)
+
+
+# Flax Linen: TrainState and mutable batch statistics
+
+
+def test_flax_linen(digits):
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            x = nn.Conv(8, (3, 3))(images[..., None])
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            return nn.Dense(10)(x.reshape(len(x), -1))
+
+    class TrainState(train_state.TrainState):
+        batch_stats: Any
+
+    def step(state, batch):
+        images, labels = batch
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, new = state.apply_fn(variables, images, train=True, mutable=["batch_stats"])
+            return cross_entropy(logits, labels), new["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+
+    model = Classifier()
+    variables = model.init(jax.random.key(0), digits[0], train=True)
+    state = TrainState.create(apply_fn=model.apply, tx=adam_mini(1e-2), **variables)
+    state = state.replace(step=jnp.int32(0))  # Flax's 0 is weakly typed, and a file forgets that
+    first = state.batch_stats
+    state, _ = train(step, state, digits)
+    assert nu_shapes(state.opt_state) == {
+        "BatchNorm_0/bias": (8,),
+        "BatchNorm_0/scale": (1,),
+        "Conv_0/bias": (8,),
+        "Conv_0/kernel": (1, 1, 1, 8),
+        "Dense_0/bias": (10,),
+        "Dense_0/kernel": (1, 10),
+    }
+    assert state.step == 40
+    assert jnp.any(state.batch_stats["BatchNorm_0"]["mean"] != first["BatchNorm_0"]["mean"])
+
+
+def test_flax_linen_plain_query_kernels():
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, k, v = (nn.Dense(8, name=name)(x) for name in ("query", "key", "value"))
+            return nn.softmax(q @ k.mT) @ v
+
+    params = jax.eval_shape(Attention().init, jax.random.key(0), jnp.ones((4, 6)))["params"]
+    text = refusal(params)
+    for name in ("query", "key"):
+        assert (
+            f"{name}/kernel (6, 8): the number of heads is not in a plain kernel: pass num_heads to "
+            "flax_layers" in text
+        )
+    assert "value" not in text
+    state = adam_mini(1e-2, block_specs=flax_layers(num_heads=2)).init(params)
+    assert nu_shapes(state)["query/kernel"] == (1, 2)
+
+
+# Flax NNX: nnx.Optimizer and the functional API
+
+
+class Reader(nnx.Module):
+    """Reads a digit as a sequence of its 64 pixels, which are the tokens 0 to 16."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(17, 16, rngs=rngs)
+        self.position = nnx.Embed(64, 16, rngs=rngs)
+        self.norm = nnx.LayerNorm(16, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(64 * 16, 10, rngs=rngs)])
+
+    def __call__(self, images):
+        x = self.embed(jnp.int32(16 * images.reshape(-1, 64))) + self.position(jnp.arange(64))
+        x = x + self.attention(self.norm(x))
+        return self.layers[0](x.reshape(len(x), -1))
+
+
+READER = {
+    "attention/key/bias": (4, 4),
+    "attention/key/kernel": (1, 4, 1),
+    "attention/out/bias": (16,),
+    "attention/out/kernel": (1, 1, 16),
+    "attention/query/bias": (4, 4),
+    "attention/query/kernel": (1, 4, 1),
+    "attention/value/bias": (4, 4),
+    "attention/value/kernel": (1, 4, 4),
+    "embed/embedding": (17, 1),
+    "layers/0/bias": (10,),
+    "layers/0/kernel": (1, 10),
+    "norm/bias": (16,),
+    "norm/scale": (1,),
+    "position/embedding": (64, 1),
+}
+
+
+def test_flax_nnx_optimizer(digits):
+    model = Reader(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, adam_mini(1e-2), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def nnx_step(model, optimizer, images, labels):
+        traces.append(1)
+        loss, grads = nnx.value_and_grad(lambda m: cross_entropy(m(images), labels))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def step(state, batch):  # of the same two objects, their state given and taken as a pytree
+        nnx.update((model, optimizer), state)
+        loss = nnx_step(model, optimizer, *batch)
+        return copy_of_state(), loss
+
+    def copy_of_state():
+        return jax.tree.map(jnp.copy, nnx.state((model, optimizer)))
+
+    train(step, copy_of_state(), digits, jit=lambda step: step)
+    assert len(traces) == 1
+    assert optimizer.step[...] == 40
+    assert nu_shapes(nnx.as_pure(optimizer.opt_state)) == READER
+
+
+def test_flax_nnx_functional(digits):
+    graph, params = nnx.split(Reader(nnx.Rngs(0)), nnx.Param)
+    tx = adam_mini(1e-2)
+
+    def step(state, batch):
+        params, opt_state = state
+        images, labels = batch
+        loss, grads = jax.value_and_grad(
+            lambda params: cross_entropy(nnx.merge(graph, params)(images), labels)
+        )(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (_, opt_state), _ = train(step, (params, tx.init(params)), digits)
+    assert nu_shapes(opt_state) == READER
+
+
+def test_flax_nnx_of_unknown_name():
+    class Prompted(nnx.Module):
+        def __init__(self, rngs):
+            self.prompt = nnx.Param(jnp.ones((3, 16)))
+            self.reader = Reader(rngs)
+
+    params = nnx.state(Prompted(nnx.Rngs(0)), nnx.Param)
+    assert refusal(params) == (
+        "flax_layers cannot tell the blocks of prompt (3, 16): its name is none of Flax's own: pass "
+        "default to flax_layers; or say it yourself, by_path([(pattern, spec)], "
+        "default=flax_layers())"
+    )
+    specs = by_path([("prompt", per_neuron(axis=0))], default=flax_layers())
+    assert nu_shapes(adam_mini(1e-2, block_specs=specs).init(params)) == {
+        "prompt": (3, 1),
+        **{f"reader/{path}": shape for path, shape in READER.items()},
+    }
+
+
+# Haiku
+
+
+def haiku_train(forward, digits, block_specs=None):
+    """The shapes of nu of a Haiku model, after it has been trained."""
+    model = hk.without_apply_rng(hk.transform_with_state(forward))
+    params, model_state = model.init(jax.random.key(0), digits[0])
+    tx = adam_mini(1e-2, block_specs=block_specs)
+
+    def step(state, batch):
+        params, model_state, opt_state = state
+        images, labels = batch
+
+        def loss_fn(params):
+            logits, new = model.apply(params, model_state, images)
+            return cross_entropy(logits, labels), new
+
+        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), model_state, opt_state), loss
+
+    (_, _, opt_state), _ = train(step, (params, model_state, tx.init(params)), digits)
+    return nu_shapes(opt_state)
+
+
+def test_haiku_convolution(digits):
+    def forward(images):
+        x = hk.Conv2D(8, 3, with_bias=False)(images[..., None])
+        x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(x, is_training=True))
+        return hk.nets.MLP([32, 10])(hk.Flatten()(x))
+
+    assert haiku_train(forward, digits) == {
+        "batch_norm/offset": (1, 1, 1, 8),
+        "batch_norm/scale": (1, 1, 1, 1),
+        "conv2_d/w": (1, 1, 1, 8),
+        "mlp/~/linear_0/b": (32,),
+        "mlp/~/linear_0/w": (1, 32),
+        "mlp/~/linear_1/b": (10,),
+        "mlp/~/linear_1/w": (1, 10),
+    }
+
+
+def test_haiku_lstm(digits):
+    def forward(images):
+        lstm = hk.LSTM(32)
+        rows, _ = hk.dynamic_unroll(lstm, images, lstm.initial_state(len(images)), time_major=False)
+        return hk.Linear(10)(hk.Flatten()(rows))
+
+    assert haiku_train(forward, digits) == {
+        "linear/b": (10,),
+        "linear/w": (1, 10),
+        "lstm/linear/b": (128,),
+        "lstm/linear/w": (1, 128),
+    }
+
+
+def haiku_attention(images):
+    x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(hk.Linear(16)(images))
+    w_init = hk.initializers.VarianceScaling()
+    x = x + hk.MultiHeadAttention(4, key_size=4, w_init=w_init)(x, x, x)
+    return hk.Linear(10)(hk.Flatten()(x))
+
+
+def test_haiku_attention(digits):
+    assert haiku_train(haiku_attention, digits, flax_layers(num_heads=4)) == {
+        "layer_norm/offset": (16,),
+        "layer_norm/scale": (1,),
+        "linear/b": (16,),
+        "linear/w": (1, 16),
+        "linear_1/b": (10,),
+        "linear_1/w": (1, 10),
+        "multi_head_attention/key/b": (16,),
+        "multi_head_attention/key/w": (1, 4),
+        "multi_head_attention/linear/b": (16,),
+        "multi_head_attention/linear/w": (1, 16),
+        "multi_head_attention/query/b": (16,),
+        "multi_head_attention/query/w": (1, 4),
+        "multi_head_attention/value/b": (16,),
+        "multi_head_attention/value/w": (1, 16),
+    }
+
+
+def test_haiku_attention_needs_num_heads(digits):
+    params = hk.transform(haiku_attention).init(jax.random.key(0), digits[0])
+    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+    assert refusal(params) == (
+        f"flax_layers cannot tell the blocks of multi_head_attention/key/w (16, 16): {why}, "
+        f"multi_head_attention/query/w (16, 16): {why}; or say it yourself, "
+        "by_path([(pattern, spec)], default=flax_layers())"
+    )
+
+
+# Equinox: filtered trees, whose other leaves are None
+
+
+def equinox_train(model, digits, block_specs=None):
+    """The shapes of nu of an Equinox model, after it has been trained."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    assert None in jax.tree.leaves(params, is_leaf=lambda x: x is None)
+    tx = adam_mini(1e-2, block_specs=block_specs)
+
+    @eqx.filter_value_and_grad
+    def loss_and_grads(model, images, labels):
+        return cross_entropy(jax.vmap(model)(images), labels)
+
+    def step(state, batch):
+        params, opt_state = state
+        loss, grads = loss_and_grads(eqx.combine(params, static), *batch)
+        updates, opt_state = tx.update(grads, opt_state, eqx.filter(params, eqx.is_inexact_array))
+        return (eqx.apply_updates(params, updates), opt_state), loss
+
+    (_, opt_state), _ = train(step, (params, tx.init(params)), digits)
+    file = io.BytesIO()  # and Equinox's own way to a file
+    eqx.tree_serialise_leaves(file, opt_state)
+    file.seek(0)
+    chex.assert_trees_all_equal(eqx.tree_deserialise_leaves(file, tx.init(params)), opt_state)
+    return nu_shapes(opt_state)
+
+
+class EquinoxConvolution(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.LayerNorm
+    mlp: eqx.nn.MLP
+    pixels: jax.Array  # integers are no parameters
+
+    def __init__(self, key):
+        conv_key, mlp_key = jax.random.split(key)
+        self.conv = eqx.nn.Conv2d(1, 4, 3, key=conv_key)
+        self.norm = eqx.nn.LayerNorm(144)
+        self.mlp = eqx.nn.MLP(144, 10, width_size=32, depth=1, key=mlp_key)
+        self.pixels = jnp.arange(144)
+
+    def __call__(self, image):
+        return self.mlp(self.norm(self.conv(image[None]).reshape(-1)[self.pixels]))
+
+
+def test_equinox_convolution(digits):
+    assert equinox_train(EquinoxConvolution(jax.random.key(0)), digits) == {
+        "conv/weight": (4, 1, 1, 1),
+        "conv/bias": (4, 1, 1),
+        "norm/weight": (1,),
+        "norm/bias": (144,),
+        "mlp/layers/0/weight": (32, 1),
+        "mlp/layers/0/bias": (32,),
+        "mlp/layers/1/weight": (10, 1),
+        "mlp/layers/1/bias": (10,),
+    }
+
+
+class EquinoxAttention(eqx.Module):
+    embed: eqx.nn.Embedding
+    attention: eqx.nn.MultiheadAttention
+    linear: eqx.nn.Linear
+
+    def __init__(self, key):
+        embed_key, attention_key, linear_key = jax.random.split(key, 3)
+        self.embed = eqx.nn.Embedding(17, 8, key=embed_key)
+        self.attention = eqx.nn.MultiheadAttention(
+            2, 8, use_query_bias=True, key=attention_key, inference=True
+        )
+        self.linear = eqx.nn.Linear(64 * 8, 10, use_bias=False, key=linear_key)
+
+    def __call__(self, image):
+        x = jax.vmap(self.embed)(jnp.int32(16 * image.reshape(-1)))
+        return self.linear((x + self.attention(x, x, x)).reshape(-1))
+
+
+def test_equinox_attention(digits):
+    model = EquinoxAttention(jax.random.key(0))
+    assert equinox_train(model, digits, flax_layers(num_heads=2)) == {
+        "embed/weight": (17, 1),
+        "attention/query_proj/weight": (2, 1),
+        "attention/query_proj/bias": (8,),
+        "attention/key_proj/weight": (2, 1),
+        "attention/value_proj/weight": (8, 1),
+        "attention/output_proj/weight": (8, 1),
+        "linear/weight": (10, 1),
+    }
+    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+    assert refusal(eqx.filter(model, eqx.is_inexact_array)) == (
+        f"flax_layers cannot tell the blocks of attention/query_proj/weight (8, 8): {why}, "
+        f"attention/key_proj/weight (8, 8): {why}; or say it yourself, "
+        "by_path([(pattern, spec)], default=flax_layers())"
+    )
+
+
+# Plain containers
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Network:
+    hidden: Layer
+    output: Layer
+
+
+CONTAINERS = {
+    "dict": (lambda a, b, c, d: {"w1": a, "b1": b, "w2": c, "b2": d}, ("w1", "b1", "w2", "b2")),
+    "list": (lambda a, b, c, d: [a, b, c, d], "0123"),
+    "list_of_tuples": (lambda a, b, c, d: [(a, b), (c, d)], ("0/0", "0/1", "1/0", "1/1")),
+    "dict_of_dicts": (
+        lambda a, b, c, d: {"x": {"kernel": a, "bias": b}, "y": {"kernel": c, "bias": d}},
+        ("x/kernel", "x/bias", "y/kernel", "y/bias"),
+    ),
+    "dataclass_of_namedtuples": (
+        lambda a, b, c, d: Network(Layer(a, b), Layer(c, d)),
+        ("hidden/kernel", "hidden/bias", "output/kernel", "output/bias"),
+    ),
+}
+
+
+def container_losses(pack, digits):
+    """The losses of an MLP whose parameters are in a container, and the shapes of nu."""
+    keys = jax.random.split(jax.random.key(0))
+    leaves = (
+        jax.random.normal(keys[0], (64, 32)) / 8,
+        jnp.zeros(32),
+        jax.random.normal(keys[1], (32, 10)) / 6,
+        jnp.zeros(10),
+    )
+    params = pack(*leaves)
+    places = jax.tree.leaves(pack(*range(4)))  # a dict's leaves are in the order of its keys
+    tx = adam_mini(1e-2)
+
+    def loss_fn(params, batch):
+        images, labels = batch
+        w1, b1, w2, b2 = (
+            leaf for _, leaf in sorted(zip(places, jax.tree.leaves(params), strict=True))
+        )
+        hidden = jax.nn.relu(images.reshape(-1, 64) @ w1 + b1)
+        return cross_entropy(hidden @ w2 + b2, labels)
+
+    def step(state, batch):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (params, opt_state), losses = train(step, (params, tx.init(params)), digits)
+    assert type(params) is type(pack(*leaves))
+    return losses, nu_shapes(opt_state)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers(container, digits):
+    pack, paths = CONTAINERS[container]
+    losses, shapes = container_losses(pack, digits)
+    assert shapes == dict(zip(paths, [(1, 32), (32,), (1, 10), (10,)], strict=True))
+    same, _ = container_losses(CONTAINERS["dict"][0], digits)
+    np.testing.assert_allclose(losses, same, rtol=1e-5)
+
+
+def test_bare_array():
+    state = adam_mini(1e-2).init(jnp.ones((3, 4)))
+    assert nu_shapes(state) == {"": (1, 4)}
+
+
+def test_containers_of_unknown_names():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Factors:
+        left: Any
+        right: Any
+        temperature: Any
+
+    params = Factors(jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones(()))
+    why = "its name is none of Flax's own: pass default to flax_layers"
+    assert refusal(params) == (
+        f"flax_layers cannot tell the blocks of left (3, 4): {why}, right (4, 5): {why}; or say it "
+        "yourself, by_path([(pattern, spec)], default=flax_layers())"
+    )
+    rules = [("left", per_neuron(axis=0)), ("right", per_tensor())]
+    specs = by_path(rules, default=flax_layers())
+    assert nu_shapes(adam_mini(1e-2, block_specs=specs).init(params)) == {
+        "left": (3, 1),
+        "right": (1, 1),
+        "temperature": (),
+    }
+
+
+# docs/frameworks.md
+
+
+def page_sections():
+    """The python blocks of each section of the page, at their own line numbers."""
+    sections: dict[str, list[str]] = {}
+    text = PAGE.read_text()
+    for match in re.finditer(r"^## (?P<title>.+)$|^```python\n(?P<code>.*?)^```$", text, re.M | re.S):
+        if match["title"]:
+            sections[match["title"]] = []
+        else:
+            line = text.count("\n", 0, match.start("code"))
+            sections[list(sections)[-1]].append("\n" * line + match["code"])
+    return {title: blocks for title, blocks in sections.items() if blocks}
+
+
+@pytest.mark.parametrize("section", page_sections())
+def test_page(section):
+    namespace = {"__name__": __name__}
+    for block in page_sections()[section]:
+        assert "adam_mini" in block
+        exec(compile(block, PAGE, "exec"), namespace)
+    assert jnp.isfinite(namespace["loss"])
