@@ -51,9 +51,12 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
         alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec)
         rows.setdefault(alike, []).append(path)
 
-    table = Table("parameter", "shape", "cut", title="Blocks of Adam-mini", title_justify="left")
-    table.add_column("blocks", justify="right")
-    table.add_column("bytes of v", justify="right")
+    table = Table(title="Blocks of Adam-mini", title_justify="left")
+    table.add_column("parameter", no_wrap=True)  # in a narrow terminal, the others are wrapped
+    table.add_column("shape")
+    table.add_column("cut")
+    table.add_column("blocks", justify="right", no_wrap=True)
+    table.add_column("bytes of v", justify="right", no_wrap=True)
     v_before = v_after = mu_bytes = nu_bytes = 0
     for (_, shape, dtype, spec), paths in rows.items():
         size, blocks = len(paths) * math.prod(shape), len(paths) * math.prod(spec.grid(shape))

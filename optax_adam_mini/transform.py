@@ -214,11 +214,18 @@ def _scale_by_adam_mini(
     def init_fn(params: Any) -> ScaleByAdamMiniState:
         _check_not_flattened()
         leaves, treedef = jax.tree.flatten(params)
-        specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
+        labels = resolve_block_specs(block_specs, params)
+        for (path, _), leaf in zip(labels, leaves, strict=True):
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+                raise TypeError(
+                    f"{path}: expected numbers, got dtype {jnp.result_type(leaf)}: keep random "
+                    "keys out of the parameters (in NNX, wrt=nnx.Param; in Equinox, "
+                    "eqx.filter(model, eqx.is_inexact_array))"
+                )
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
         blocks = [
             jax.eval_shape(spec.block_mean, jax.eval_shape(_abs_sq, leaf))
-            for spec, leaf in zip(specs, leaves, strict=True)
+            for (_, spec), leaf in zip(labels, leaves, strict=True)
         ]
         return ScaleByAdamMiniState(
             count=jnp.zeros([], jnp.int32),

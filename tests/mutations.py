@@ -68,31 +68,46 @@ FAULTS = {
 }  # fmt: skip
 
 
+def first_failure(copy: pathlib.Path) -> str | None:
+    """The first test that fails in the copy, or None. Raises where the tests could not run."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
+        cwd=copy,
+        env={"PYTHONPATH": str(copy), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    if not failed:
+        raise RuntimeError(f"the tests did not run:\n{run.stdout}{run.stderr}")
+    return failed[0].split()[1]
+
+
 def main() -> int:
-    missed = []
+    missed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for part in ("optax_adam_mini", "tests", "conftest.py", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
+        if failure := first_failure(copy):
+            print(f"without any fault, {failure} fails")
+            return 2
         for name, (file, old, new) in FAULTS.items():
             path = copy / "optax_adam_mini" / file
             text = path.read_text()
             if text.count(old) != 1:
+                print(f"{name}: {old!r} stands {text.count(old)} times in {file}, expected once")
                 return 2
             path.write_text(text.replace(old, new))
-            run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
-                cwd=copy,
-                env={"PYTHONPATH": str(copy), "PATH": ""},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            failure = first_failure(copy)
             path.write_text(text)
-            failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-            if not failed:
-                missed.append(name)
+            missed += failure is None
+            print(f"{name}: {failure or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(FAULTS) - missed} of {len(FAULTS)} faults caught")
     return 1 if missed else 0
 
 

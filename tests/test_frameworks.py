@@ -23,7 +23,6 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     flax_layers,
-    per_head,
     per_neuron,
     per_tensor,
 )
@@ -114,7 +113,9 @@ def test_flax_linen(digits):
         return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
     model = Classifier()
-    variables = model.init(jax.random.key(0), digits[0], train=True)
+    variables = jax.jit(model.init, static_argnames="train")(
+        jax.random.key(0), digits[0], train=True
+    )
     state = TrainState.create(apply_fn=model.apply, tx=adam_mini(1e-2), **variables)
     state = state.replace(step=jnp.int32(0))  # Flax's 0 is weakly typed, and a file forgets that
     first = state.batch_stats
@@ -255,7 +256,7 @@ def test_flax_nnx_of_unknown_name():
 def haiku_train(forward, digits, block_specs=None):
     """The shapes of nu of a Haiku model, after it has been trained."""
     model = hk.without_apply_rng(hk.transform_with_state(forward))
-    params, model_state = model.init(jax.random.key(0), digits[0])
+    params, model_state = jax.jit(model.init)(jax.random.key(0), digits[0])
     tx = adam_mini(1e-2, block_specs=block_specs)
 
     def step(state, batch):
@@ -332,7 +333,8 @@ def test_haiku_attention(digits):
 
 
 def test_haiku_attention_needs_num_heads(digits):
-    params = hk.transform(haiku_attention).init(jax.random.key(0), digits[0])
+    init = hk.transform(haiku_attention).init
+    params = jax.eval_shape(init, jax.random.key(0), digits[0])
     why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
     assert refusal(params) == (
         f"flax_layers cannot tell the blocks of multi_head_attention/key/w (16, 16): {why}, "
@@ -341,12 +343,45 @@ def test_haiku_attention_needs_num_heads(digits):
     )
 
 
+def test_haiku_layers():
+    def forward(tokens, images):
+        gru = hk.GRU(4)
+        gru(hk.Embed(9, 6)(tokens), gru.initial_state(len(tokens)))
+        for layer in (
+            hk.Bias(),
+            hk.Conv2D(4, 3, with_bias=False),
+            hk.Conv2DTranspose(4, 3),
+            hk.DepthwiseConv2D(2, 3),
+            hk.InstanceNorm(create_scale=True, create_offset=True),
+            hk.RMSNorm(-1),
+        ):
+            layer(images)
+
+    init = hk.transform(forward).init
+    params = jax.eval_shape(init, jax.random.key(0), jnp.arange(2), jnp.ones((2, 8, 8, 6)))
+    assert nu_shapes(adam_mini(1e-2).init(params)) == {
+        "bias/b": (8, 8, 6),
+        "conv2_d/w": (1, 1, 1, 4),
+        "conv2_d_transpose/b": (4,),
+        "conv2_d_transpose/w": (1, 1, 4, 1),  # (height, width, outputs, inputs)
+        "depthwise_conv2_d/b": (12,),
+        "depthwise_conv2_d/w": (1, 1, 1, 12),
+        "embed/embeddings": (9, 1),
+        "gru/b": (12,),
+        "gru/w_h": (1, 12),
+        "gru/w_i": (1, 12),
+        "instance_norm/offset": (6,),
+        "instance_norm/scale": (1,),
+        "rms_norm/scale": (1,),
+    }
+
+
 # Equinox: filtered trees, whose other leaves are None
 
 
-def equinox_train(model, digits, block_specs=None):
+def equinox_train(model, digits, block_specs=None, is_param=eqx.is_inexact_array):
     """The shapes of nu of an Equinox model, after it has been trained."""
-    params, static = eqx.partition(model, eqx.is_inexact_array)
+    params, static = eqx.partition(model, is_param)
     assert None in jax.tree.leaves(params, is_leaf=lambda x: x is None)
     tx = adam_mini(1e-2, block_specs=block_specs)
 
@@ -357,10 +392,12 @@ def equinox_train(model, digits, block_specs=None):
     def step(state, batch):
         params, opt_state = state
         loss, grads = loss_and_grads(eqx.combine(params, static), *batch)
-        updates, opt_state = tx.update(grads, opt_state, eqx.filter(params, eqx.is_inexact_array))
+        updates, opt_state = tx.update(grads, opt_state, params)
         return (eqx.apply_updates(params, updates), opt_state), loss
 
-    (_, opt_state), _ = train(step, (params, tx.init(params)), digits)
+    (new, opt_state), _ = train(step, (params, tx.init(params)), digits)
+    is_integer = lambda x: eqx.is_array(x) and not eqx.is_inexact_array(x)
+    chex.assert_trees_all_equal(eqx.filter(new, is_integer), eqx.filter(params, is_integer))
     file = io.BytesIO()  # and Equinox's own way to a file
     eqx.tree_serialise_leaves(file, opt_state)
     file.seek(0)
@@ -372,7 +409,7 @@ class EquinoxConvolution(eqx.Module):
     conv: eqx.nn.Conv2d
     norm: eqx.nn.LayerNorm
     mlp: eqx.nn.MLP
-    pixels: jax.Array  # integers are no parameters
+    pixels: jax.Array  # integers, whose gradient is None
 
     def __init__(self, key):
         conv_key, mlp_key = jax.random.split(key)
@@ -385,8 +422,11 @@ class EquinoxConvolution(eqx.Module):
         return self.mlp(self.norm(self.conv(image[None]).reshape(-1)[self.pixels]))
 
 
-def test_equinox_convolution(digits):
-    assert equinox_train(EquinoxConvolution(jax.random.key(0)), digits) == {
+@pytest.mark.parametrize("is_param", [eqx.is_inexact_array, eqx.is_array])
+def test_equinox_convolution(is_param, digits):
+    pixels = {"pixels": (144,)} if is_param is eqx.is_array else {}
+    model = eqx.filter_jit(EquinoxConvolution)(jax.random.key(0))
+    assert equinox_train(model, digits, is_param=is_param) == {
         "conv/weight": (4, 1, 1, 1),
         "conv/bias": (4, 1, 1),
         "norm/weight": (1,),
@@ -395,6 +435,7 @@ def test_equinox_convolution(digits):
         "mlp/layers/0/bias": (32,),
         "mlp/layers/1/weight": (10, 1),
         "mlp/layers/1/bias": (10,),
+        **pixels,
     }
 
 
@@ -417,7 +458,7 @@ class EquinoxAttention(eqx.Module):
 
 
 def test_equinox_attention(digits):
-    model = EquinoxAttention(jax.random.key(0))
+    model = eqx.filter_jit(EquinoxAttention)(jax.random.key(0))
     assert equinox_train(model, digits, flax_layers(num_heads=2)) == {
         "embed/weight": (17, 1),
         "attention/query_proj/weight": (2, 1),
@@ -433,6 +474,57 @@ def test_equinox_attention(digits):
         f"attention/key_proj/weight (8, 8): {why}; or say it yourself, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
+
+
+def equinox_shapes(make, *args):
+    """What `make` makes of the keys, its parameters as shapes, all else left out."""
+    return eqx.filter(
+        eqx.filter_eval_shape(make, *args), lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    )
+
+
+def test_equinox_layers():
+    def make(key):
+        return {
+            "conv": eqx.nn.Conv1d(3, 4, 2, use_bias=False, key=key),
+            "conv_transpose": eqx.nn.ConvTranspose2d(3, 4, 2, key=key),
+            "group_norm": eqx.nn.GroupNorm(2, 4),
+            "gru": eqx.nn.GRUCell(3, 4, key=key),
+            "lstm": eqx.nn.LSTMCell(3, 4, key=key),
+            "rms_norm": eqx.nn.RMSNorm(4, use_bias=False),
+        }
+
+    params = equinox_shapes(make, jax.random.key(0))
+    assert nu_shapes(adam_mini(1e-2).init(params)) == {
+        "conv/weight": (4, 1, 1),
+        "conv_transpose/bias": (4, 1, 1),
+        "conv_transpose/weight": (4, 1, 1, 1),
+        "group_norm/bias": (4,),
+        "group_norm/weight": (1,),
+        "gru/bias": (12,),
+        "gru/bias_n": (4,),
+        "gru/weight_hh": (12, 1),
+        "gru/weight_ih": (12, 1),
+        "lstm/bias": (16,),
+        "lstm/weight_hh": (16, 1),
+        "lstm/weight_ih": (16, 1),
+        "rms_norm/weight": (1,),
+    }
+
+
+def test_equinox_stacked_layers():
+    class Stack(eqx.Module):
+        blocks: eqx.nn.MLP
+
+    make = eqx.filter_vmap(lambda key: Stack(eqx.nn.MLP(3, 4, width_size=6, depth=1, key=key)))
+    params = equinox_shapes(make, jax.random.split(jax.random.key(0), 5))
+    tx = adam_mini(1e-2, block_specs=flax_layers(stacked={"blocks": 0}))
+    assert nu_shapes(tx.init(params)) == {
+        "blocks/layers/0/weight": (5, 6, 1),
+        "blocks/layers/0/bias": (5, 6),
+        "blocks/layers/1/weight": (5, 4, 1),
+        "blocks/layers/1/bias": (5, 4),
+    }
 
 
 # Plain containers
@@ -497,13 +589,17 @@ def container_losses(pack, digits):
     return losses, nu_shapes(opt_state)
 
 
+@pytest.fixture(scope="module")
+def losses_in_a_dict(digits):
+    return container_losses(CONTAINERS["dict"][0], digits)[0]
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_containers(container, digits):
+def test_containers(container, digits, losses_in_a_dict):
     pack, paths = CONTAINERS[container]
     losses, shapes = container_losses(pack, digits)
     assert shapes == dict(zip(paths, [(1, 32), (32,), (1, 10), (10,)], strict=True))
-    same, _ = container_losses(CONTAINERS["dict"][0], digits)
-    np.testing.assert_allclose(losses, same, rtol=1e-5)
+    np.testing.assert_allclose(losses, losses_in_a_dict, rtol=1e-5)
 
 
 def test_bare_array():
@@ -534,26 +630,52 @@ def test_containers_of_unknown_names():
     }
 
 
+def test_containers_of_weights():
+    class Linear(NamedTuple):
+        weight: Any
+        bias: Any
+
+    params = Linear(jnp.ones((3, 4)), jnp.ones(3))  # a field is read as Equinox's: outputs first
+    assert nu_shapes(adam_mini(1e-2).init(params)) == {"weight": (3, 1), "bias": (3,)}
+    assert "weight (3, 4): its name is none of Flax's own" in refusal(params._asdict())
+
+
 # docs/frameworks.md
+
+
+OLD_LINE = re.compile(r"^# (?P<old>tx = optax\.adamw\(.*\))\ntx = adam_mini\(.*\)$", re.M)
 
 
 def page_sections():
     """The python blocks of each section of the page, at their own line numbers."""
     sections: dict[str, list[str]] = {}
-    text = PAGE.read_text()
-    for match in re.finditer(r"^## (?P<title>.+)$|^```python\n(?P<code>.*?)^```$", text, re.M | re.S):
+    text = PAGE.read_text(encoding="utf-8")
+    for match in re.finditer(r"^## (?P<title>.+)|^```python\n(?P<code>(?:.*\n)*?)```", text, re.M):
         if match["title"]:
             sections[match["title"]] = []
         else:
             line = text.count("\n", 0, match.start("code"))
             sections[list(sections)[-1]].append("\n" * line + match["code"])
-    return {title: blocks for title, blocks in sections.items() if blocks}
+    return sections
+
+
+def run_page(blocks):
+    """The names that the blocks of a section define, run one after the other."""
+    namespace: dict[str, Any] = {"__name__": __name__}
+    for block in blocks:
+        exec(compile(block, PAGE, "exec"), namespace)
+    return namespace
 
 
 @pytest.mark.parametrize("section", page_sections())
-def test_page(section):
-    namespace = {"__name__": __name__}
-    for block in page_sections()[section]:
-        assert "adam_mini" in block
-        exec(compile(block, PAGE, "exec"), namespace)
-    assert jnp.isfinite(namespace["loss"])
+def test_page(section, capsys):
+    blocks = page_sections()[section]
+    if section == "What to check":
+        run_page(blocks)
+        assert "768 neurons" in capsys.readouterr().out
+        return
+    assert all(OLD_LINE.search(block) for block in blocks)
+    assert jnp.isfinite(run_page(blocks)["loss"])
+    # The line above, uncommented, is all there is to change: it runs as well.
+    old_blocks = [OLD_LINE.sub(r"\n\g<old>", block) for block in blocks]
+    assert jnp.isfinite(run_page(old_blocks)["loss"])

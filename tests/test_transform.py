@@ -339,6 +339,12 @@ def test_weight_decay_needs_params():
     tx.update(PARAMS, tx.init(PARAMS))
 
 
+def test_random_keys_among_the_parameters_are_refused():
+    params = {"w": jnp.ones(2), "dropout": {"key": jax.random.key(0)}}
+    with pytest.raises(TypeError, match=r"dropout/key: expected numbers, got dtype key<fry>"):
+        adam_mini(1e-3, block_specs=per_element()).init(params)
+
+
 def test_state_of_other_specs_is_refused():
     state = adam_mini(1e-3, block_specs=per_tensor()).init(PARAMS)
     tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_tensor()})

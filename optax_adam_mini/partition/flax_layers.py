@@ -25,7 +25,7 @@ from optax_adam_mini.blocks import (
 )
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
-_BIASES = {"bias", "b", "offset"}
+_BIASES = {"bias", "b", "offset", "bias_n"}
 _GAINS = {"scale", "negative_slope"}
 _EMBEDDINGS = {"embedding", "embeddings"}
 _KERNELS = {"kernel", "w", "w_i", "w_h", "lora_a", "lora_b"}
@@ -98,22 +98,41 @@ def flax_layers(
             return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
         return per_head(count, axis)
 
-    def transposed_kernel(module: str, shape: tuple[int, ...]) -> BlockSpec | str:
+    def transposed_kernel(
+        module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+    ) -> BlockSpec | str:
         """The spec of a kernel `(outputs, inputs, ...)`, or of a gain, which has the same name."""
         rank = len(shape)
-        if rank < 2 or (module in _VALUES and value == "tensor"):
+        if rank < 2 or bias_shape == shape:
+            return per_tensor()
+        # A convolution's bias has an axis, of size 1, for each of the image's.
+        if bias_shape not in (None, shape[:1] + (1,) * (rank - 2)):
+            return (
+                f"its bias has shape {bias_shape}, which is not that of its first axis, the "
+                "outputs; for layers stacked by vmap, pass stacked to flax_layers"
+            )
+        if module in _VALUES and value == "tensor":
             return per_tensor()
         if module in _QUERIES | _KEYS:
             return heads(module, axis=0)
         return per_tensor() if rank > 2 and conv == "tensor" else per_neuron(axis=0)
 
     def kernel(
-        module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
+        module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, is_haiku: bool
     ) -> BlockSpec | str:
         """The spec of a kernel of `shape`, stacked axes left out, or why it cannot be told."""
         rank = len(shape)
         if rank < 2:
             return per_element()
+        # (inputs, heads, head_dim) or (inputs, outputs); the output layer's has its inputs first.
+        is_attention = module in _QUERIES | _KEYS | _VALUES | {"out"}
+        outputs = 1 if rank == 2 or module == "out" else 2
+        if is_attention and (rank > 3 or bias_shape not in (None, shape[-outputs:])):
+            with_bias = "" if bias_shape is None else f" and its bias {bias_shape}"
+            return (
+                f"{rank} axes{with_bias} are not those of Flax's attention; for stacked layers, "
+                "pass stacked to flax_layers"
+            )
         if module in _QUERIES | _KEYS:
             return per_head(shape[-2], axis=-2) if rank > 2 else heads(module, axis=-1)
         if module in _VALUES:
@@ -124,6 +143,8 @@ def flax_layers(
             return per_neuron()
         if conv == "tensor" and (rank > 3 or "conv" in module):
             return per_tensor()
+        if is_haiku and "transpose" in module:
+            return per_neuron(axis=-2)
         # Which of three axes or more are outputs? The bias has one entry for each output.
         if bias_shape is not None:
             outputs = len(bias_shape)
@@ -137,25 +158,25 @@ def flax_layers(
         return "it may be a convolution or a DenseGeneral with several output axes"
 
     def label(
-        path: tuple[str, ...],
+        names: tuple[str, ...],
         is_attribute: bool,
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None,
     ) -> BlockSpec | str:
-        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all; Haiku's modules
-        # are "a/b/c" in one key.
-        names = ("/".join(("", "", *path))).lower().split("/")
-        name, module = (re.sub(r"_?\d+$", "", n) for n in names[:-3:-1])
+        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
+        module, name = (re.sub(r"_?\d+$", "", n.lower()) for n in ("", "", *names)[-2:])
         if name in _BIASES:
             return per_tensor() if bias == "tensor" else per_element()
         if name in _GAINS:
             return per_tensor()
         if name in _EMBEDDINGS:
+            if len(shape) != 2:
+                return "an embedding has two axes; for stacked layers, pass stacked to flax_layers"
             return per_token()
         if name in _KERNELS:
-            return kernel(module, shape, bias_shape)
+            return kernel(module, shape, bias_shape, is_haiku=name == "w")
         if name in _TRANSPOSED_KERNELS and is_attribute:
-            return transposed_kernel(module, shape)
+            return transposed_kernel(module, shape, bias_shape)
         if len(shape) < 2:
             return per_element()
         if name == "":
@@ -177,22 +198,23 @@ def flax_layers(
         specs: list[BlockSpec] = []
         unread: list[str] = []
         for path, shape in shapes.items():
-            axes = tuple(axis for module in path for axis in stacks.get(module, ()))
-            bias_path = (*path[:-1], "bias") if path and path[-1] == "kernel" else (*path[:-1], "b")
-            bias_shape = shapes.get(bias_path)
+            names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
+            axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
+            bias_shape = shapes.get((*path[:-1], "b" if names[-1] == "w" else "bias"))
             try:
                 spec = label(
-                    path,
+                    names,
                     path in attributes,
                     _without(axes, shape),
                     None if bias_shape is None else _without(axes, bias_shape),
                 )
+                spec = spec if isinstance(spec, str) else _stack(spec, axes, len(shape))
             except ValueError as error:
                 spec = str(error)
             if isinstance(spec, str):
                 unread.append(f"{'/'.join(path)} {shape}: {spec}")
             else:
-                specs.append(_stack(spec, axes, len(shape)))
+                specs.append(spec)
         if unread:
             raise ValueError(
                 "flax_layers cannot tell the blocks of "

@@ -1,5 +1,8 @@
 """The default label function on Flax's own layers, Linen and NNX: the expected cuts by hand."""
 
+import re
+
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -203,7 +206,7 @@ def test_options():
         name: {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
         for name in ("query", "key", "value")
     }
-    attention["key"]["kernel"] = jnp.ones((8, 4))
+    attention["key"] = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
     specs = flax_layers(num_heads=4, num_kv_heads=2, value="tensor", bias="tensor")(attention)
     assert specs["query"] == {"kernel": per_head(4), "bias": TENSOR}
     assert specs["key"]["kernel"] == per_head(2)
@@ -217,6 +220,65 @@ def test_options():
         "Dense_0": {"kernel": NEURON},
     }
     assert flax_layers(default=NEURON)({"mystery": jnp.ones((2, 2))}) == {"mystery": NEURON}
+
+
+def grids(params, **options):
+    return [
+        spec.grid(leaf.shape)
+        for spec, leaf in zip(
+            jax.tree.leaves(flax_layers(**options)(params)), jax.tree.leaves(params), strict=True
+        )
+    ]
+
+
+def test_haiku_modules_are_stacked_by_a_part_of_their_key():
+    params = {
+        "layers/linear": {"b": jnp.ones((5, 4)), "w": jnp.ones((5, 3, 4))},
+        "layers/norm": {"scale": jnp.ones((5, 4))},
+    }
+    assert grids(params, stacked={"layers": 0}) == [(5, 4), (5, 1, 4), (5, 1)]
+
+
+def test_a_stacked_name_that_occurs_twice_in_a_path_is_one_stack():
+    params = {"layers": {"layers": {"bias": jnp.ones((5, 4)), "kernel": jnp.ones((5, 3, 4))}}}
+    assert grids(params, stacked={"layers": 0}) == [(5, 4), (5, 1, 4)]
+
+
+@pytest.mark.parametrize("bias", [{}, {"b": jnp.ones(6)}])
+def test_haiku_transposed_convolutions_have_their_outputs_last_but_one(bias):
+    params = {"conv2_d_transpose": {**bias, "w": jnp.ones((3, 3, 6, 6))}}
+    assert grids(params)[-1] == (1, 1, 6, 1)
+
+
+def test_equinox_gains_of_several_axes_are_one_block():
+    assert grids(eqx.nn.LayerNorm((3, 4))) == [(1, 1), (3, 4)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_stacked_attention_is_refused_unless_it_is_named(with_bias):
+    make = nnx.vmap(
+        lambda rngs: nnx.MultiHeadAttention(4, 32, decode=False, use_bias=with_bias, rngs=rngs)
+    )
+    params = {"attn": nnx.to_pure_dict(nnx.state(make(nnx.Rngs(0).split(6)), nnx.Param))}
+    with pytest.raises(
+        ValueError, match=r"attn/query/kernel \(6, 32, 4, 8\): 4 axes.*pass stacked"
+    ):
+        flax_layers()(params)
+    specs = flax_layers(stacked={"attn": 0})(params)["attn"]
+    assert specs["query"]["kernel"].grid((6, 32, 4, 8)) == (6, 1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        (eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(jax.random.split(jax.random.key(0), 5)),
+         "weight (5, 4, 3): its bias has shape (5, 4), which is not that of its first axis"),
+        ({"embedding": jnp.ones((2, 3, 4))}, "embedding (2, 3, 4): an embedding has two axes"),
+    ],
+)  # fmt: skip
+def test_other_stacked_layers_are_refused_where_shapes_show_them(params, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        flax_layers()(params)
 
 
 def test_unnamed_parameters_are_read_by_rank():
