@@ -72,7 +72,7 @@ def main(options: Options) -> None:
     for title, (name, opt_state) in runs.items():
         end, losses = run(name, Training(params, opt_state), half + 1, options.steps)
         adamw = adamw or losses
-        nats = float(evaluate(end.params, held_out)) / held_out[:, 1:].size
+        nats = float(evaluate(end, held_out)) / held_out[:, 1:].size
         table.add_row(
             title,
             *(f"{np.mean(losses[first - 1 : last]):.4f}" for first, last in spans),

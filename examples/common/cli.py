@@ -19,6 +19,14 @@ class ConfigError(ValueError):
     mend it."""
 
 
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Refuse options, by their fields' names, that are less than 1."""
+    for name, value in counts.items():
+        if value < 1:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is {value}, but must be at least 1.")
+
+
 def exit_status(main: Callable[[], None]) -> int:
     """Run `main`; a wrong configuration becomes one line on stderr and a status of 2."""
     try:

@@ -123,28 +123,43 @@ def restore_checkpoint(checkpoints: ocp.CheckpointManager, abstract_state: Any) 
     return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
 
-def plot_losses(
+def plot_curves(
     path: Path, metrics: Mapping[str, Sequence[Mapping]], title: str, unit: str
 ) -> None:
-    """Draw the curves of several optimizers: training loss thin, held-out loss with markers."""
+    """Draw the curves of several optimizers: training loss thin, held-out loss with markers; beside
+    them the held-out accuracy, where the metrics have one."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    has_accuracy = any("accuracy" in record for records in metrics.values() for record in records)
+    figure, (row,) = plt.subplots(
+        1,
+        1 + has_accuracy,
+        figsize=(11 if has_accuracy else 7, 4.5),
+        layout="constrained",
+        squeeze=False,
+    )
     for index, (name, records) in enumerate(metrics.items()):
-        color, marker = f"C{index}", "os^D"[index % 4]
-        training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        held_out = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
-        axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, linewidth=0.8)
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True), color=color, marker=marker, label=f"{name}, held out"
-            )
-        axes.plot([], [], color=color, alpha=0.35, linewidth=0.8, label=f"{name}, training")
-    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        thin = {"alpha": 0.35, "linewidth": 0.8, "label": f"{name}, training"}
+        marked = {"marker": "os^D"[index % 4], "label": f"{name}, held out"}
+        for axes, metric, style in (
+            (row[0], "loss", thin),
+            (row[0], "held_out_loss", marked),
+            (row[-1], "accuracy", marked),
+        ):
+            points = [(record["step"], record[metric]) for record in records if metric in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=f"C{index}", **style)
+    row[0].set(ylabel=f"loss ({unit})")
+    if has_accuracy:
+        row[1].set(ylabel="accuracy")
+        row[1].yaxis.set_major_formatter("{x:.1%}")
+    for axes in row:
+        axes.set(xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)

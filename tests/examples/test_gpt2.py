@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,8 +19,14 @@ from examples.common.optimizers import OptimizerConfig, decayed
 from examples.common.text import Document, TextConfig
 from examples.gpt2.model import CONFIGS, GPT2, Block, GPT2Config
 from examples.gpt2.train import Config, main, make_program
+from tests.examples.running import (
+    losses,
+    only_run,
+    run_command,
+    run_killed_at_save,
+    run_through_kills,
+)
 
-REPOSITORY = Path(__file__).parents[2]
 TINY = GPT2Config(vocab_size=256, context=16, layers=3, heads=2, width=8)
 TINY_OPTIONS = {"layers": 2, "heads": 2, "width": 16, "context": 16}
 TINY_RUN = {
@@ -36,15 +40,6 @@ TINY_RUN = {
     "eval_windows": 8,
     "hyper": OptimizerConfig(warmup_steps=2),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These tests compile many small programs and run each of them a few times."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +57,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(corpus: Path, root: Path, **options) -> Config:
     options = {**TINY_RUN, "data": TextConfig(text=str(corpus)), "runs": str(root), **options}
     return Config(**options)
-
-
-def only_run(root: Path) -> Path:
-    (config,) = root.glob("*/config.json")
-    return config.parent
-
-
-def losses(folder: Path) -> list[dict]:
-    """The metrics of a run without its timings."""
-    records = runs.read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key != "ms"} for record in records]
 
 
 # The architecture
@@ -322,10 +306,6 @@ def test_byte_pairs_train_and_report_nats_per_byte(corpus, tmp_path):
     np.testing.assert_allclose(last["nats_per_byte"], last["held_out_loss"] / per_token)
 
 
-class KilledError(Exception):
-    """Stands for a kill, in tests that stay in one process."""
-
-
 @pytest.mark.parametrize(
     ("optimizer", "fails_at"),
     [
@@ -334,20 +314,10 @@ class KilledError(Exception):
         *(pytest.param(None, save, marks=pytest.mark.slow) for save in (1, 4, 5, 7)),
     ],
 )
-def test_resume_is_bit_for_bit(corpus, tmp_path, monkeypatch, optimizer, fails_at):
+def test_resume_is_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
     main(tiny_config(corpus, tmp_path / "whole", optimizer=optimizer))
-    saves = iter(range(1, 100))
-    save = runs.save_checkpoint
-
-    def killed_save(*arguments):
-        if next(saves) == fails_at:
-            raise KilledError
-        save(*arguments)
-
-    monkeypatch.setattr(runs, "save_checkpoint", killed_save)
-    with pytest.raises(KilledError):
-        main(tiny_config(corpus, tmp_path / "killed", optimizer=optimizer))
-    monkeypatch.undo()
+    killed = tiny_config(corpus, tmp_path / "killed", optimizer=optimizer)
+    run_killed_at_save(fails_at, lambda: main(killed))
     folder = only_run(tmp_path / "killed")
     main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
     for name in (optimizer,) if optimizer else ("adamw", "adam_mini"):
@@ -362,49 +332,18 @@ def test_resume_drops_half_a_line_and_later_steps(tmp_path):
     assert runs.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "examples.gpt2", *arguments]
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_resume_after_sigkill_at_random_moments(corpus, tmp_path, seed):
-    """Kill the program again and again, wherever it is, until it gets through."""
     tiny = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
     tiny += ["--steps=60", "--warmup-steps=2", "--eval-windows=8", "--eval-every=5"]
     # So many checkpoints that many a kill falls into one.
     tiny += ["--checkpoint-every=1", "--log-every=1", f"--text={corpus}"]
-    whole = run_command(*tiny, f"--runs={tmp_path / 'whole'}")
+    whole = run_command("gpt2", *tiny, f"--runs={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
 
     root = tmp_path / "killed"
-    source = random.Random(seed)
-    kills = 0
-    resume: list[str] = []
-    while True:
-        arguments = [*(resume or tiny), f"--runs={root}"]
-        log = (tmp_path / "log.txt").open("w")
-        process = subprocess.Popen(command(*arguments), cwd=REPOSITORY, stdout=log, stderr=log)
-        try:
-            # Longer each time, so that the run comes to its end; import takes the first seconds.
-            process.wait(timeout=source.uniform(5, 9) + 0.5 * kills)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        else:
-            assert process.returncode == 0, (tmp_path / "log.txt").read_text()
-            break
-        finally:
-            log.close()
-        if list(root.glob("*/config.json")):
-            resume = ["--resume", str(only_run(root))]
+    kills = run_through_kills("gpt2", tiny, root, seed, tmp_path / "log.txt")
     assert kills >= 2
     for name in ("adamw", "adam_mini"):
         assert losses(only_run(root) / name) == losses(only_run(tmp_path / "whole") / name)
@@ -494,7 +433,7 @@ def test_tokenizers_round_trip(tokenizer, tmp_path):
         ({"sample": "x"}, "there is no run in"),
         ({"sample": "x", "temperature": -1.0}, "--temperature is -1.0, but must be at least 0"),
         ({"sample": "x", "context": 8}, "--sample goes by the options that the run was started"),
-        ({"resume": "x", "steps": 7, "width": 8}, "leave out --width, --steps"),
+        ({"resume": "x", "steps": 7, "width": 8}, "leave out --steps, --width"),
     ],
 )
 def test_refusals(options, message, tmp_path):
@@ -570,12 +509,12 @@ def test_refuses_an_unwritable_folder(corpus, tmp_path):
 
 
 def test_command_line():
-    refused = run_command("--heads=5")
+    refused = run_command("gpt2", "--heads=5")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --width is ")
     assert len(refused.stderr.splitlines()) == 1
 
-    shown = run_command("--help")
+    shown = run_command("gpt2", "--help")
     assert shown.returncode == 0
     words = " ".join(shown.stdout.replace("│", " ").split())
     for field in (*dataclasses.fields(Config), *dataclasses.fields(TextConfig)):
