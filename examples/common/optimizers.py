@@ -15,9 +15,9 @@ from optax_adam_mini import adam_mini
 class OptimizerConfig:
     """Hyper-parameters; every optimizer gets the same."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Highest learning rate, reached after the warmup."""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     """Steps in which the learning rate rises from 0; it then falls on a cosine."""
     final_learning_rate: float = 0.1
     """Learning rate of the last step, as a fraction of the highest."""

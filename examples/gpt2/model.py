@@ -33,7 +33,7 @@ class GPT2Config:
 
 
 CONFIGS = {
-    "nano": GPT2Config(vocab_size=256, context=128, layers=4, heads=4, width=128),
+    "nano": GPT2Config(vocab_size=256, context=64, layers=2, heads=8, width=128),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(layers=24, heads=16, width=1024),
     "gpt2-large": GPT2Config(layers=36, heads=20, width=1280),

@@ -46,7 +46,7 @@ class Config(TrainingConfig):
     width: int | None = None
     """Width of the residual stream, instead of the architecture's."""
     context: int | None = None
-    """Tokens a sequence, instead of the architecture's (128 for nano, 1024 for GPT-2)."""
+    """Tokens a sequence, instead of the architecture's (64 for nano, 1024 for GPT-2)."""
     scan: bool = False
     """Scan over stacked layers: compiles one layer only."""
     remat: bool = False

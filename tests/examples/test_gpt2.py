@@ -418,7 +418,7 @@ def test_tokenizers_round_trip(tokenizer, tmp_path):
         ({"heads": 0}, "--heads is 0, but must be at least 1"),
         ({"batch_size": 5, "accumulate": 2}, "which 2 micro-batches do not divide: choose"),
         ({"optimizer": "adem"}, "--optimizer is adem, but must be one of adamw, adam_mini"),
-        ({"steps": 5}, "--warmup-steps is 50, but must be from 0 to --steps - 1 = 4"),
+        ({"steps": 5}, "--warmup-steps is 100, but must be from 0 to --steps - 1 = 4"),
         ({"hyper": OptimizerConfig(b2=1.0)}, "--b2 is 1.0, but must be from 0 to less than 1"),
         ({"hyper": OptimizerConfig(learning_rate=0)}, "--learning-rate is 0, but must be more"),
         ({"data": TextConfig(text="/no/such")}, "--text /no/such does not exist: give a file"),

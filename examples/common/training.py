@@ -1,0 +1,286 @@
+"""Train with several optimizers, one after the other, and compare them.
+
+What the examples have in common: the options, the loop, checkpoints and resuming, the results. An
+example adds its model, its data and its loss, as a `Program` and a `Task`.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console, RenderableType
+
+from examples.common import optimizers, runs
+from examples.common.cli import ConfigError, check_counts, comparison_table, progress_bar
+from examples.common.optimizers import OptimizerConfig
+
+COMPARED = ("adamw", "adam_mini")
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The options that every example has. An example adds its own, and may give other defaults."""
+
+    optimizer: str | None = None
+    """Train with this one alone: adamw or adam_mini. Without it, with both, one after the other."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Examples a step."""
+    seed: int = 0
+    """Seed of the initial weights and of the batches."""
+
+    eval_every: int = 100
+    """Steps between two evaluations on held-out data."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    log_every: int = 10
+    """Steps between two looks at the loss; between them the device is not waited for."""
+    runs: str = "runs"
+    """Folder in which every run makes its own."""
+
+    resume: str | None = None
+    """Go on with this run (a folder, or its name in --runs), with the options it was started
+    with."""
+    show_blocks: bool = False
+    """Print how Adam-mini cuts this configuration's parameters, and stop."""
+
+    hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
+
+    @property
+    def optimizer_names(self) -> tuple[str, ...]:
+        """Names of the optimizers to train with, in order."""
+        return COMPARED if self.optimizer is None else (self.optimizer,)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is read, written or compiled."""
+        names = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every")
+        check_counts({name: getattr(self, name) for name in names})
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}, but must be at least 0.")
+        for name in self.optimizer_names:
+            optimizers.check_name(name)
+        self.hyper.check(self.steps)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
+
+
+class Program(NamedTuple):
+    """The functions that a configuration and an optimizer amount to; none is compiled here."""
+
+    init: Callable[[], Any]
+    """() -> state: what changes from step to step, and all that a checkpoint holds. It has an
+    `opt_state`."""
+    step: Callable[[Any, Any], tuple[Any, jax.Array]]
+    """(state, batch) -> (state, mean loss)"""
+    evaluate: Callable[[Any, Any], Any]
+    """(state, held-out batch) -> sums over its examples"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An example with its data read, as the loop sees it."""
+
+    title: str
+    """Of the table and the plot."""
+    description: str
+    """Model and data, for the first line of the output."""
+    make_program: Callable[[str], Program]
+    """The program of an optimizer."""
+    batch: Callable[[int], Any]
+    """The batch of a step. It must depend on the step alone, so that a run that goes on from a
+    checkpoint sees the batches it would have seen."""
+    held_out: Callable[[], Iterable[Any]]
+    """The held-out batches, the same at every evaluation."""
+    measure: Callable[[Any], dict[str, float]]
+    """What `evaluate` found, summed over the held-out batches -> metrics, "held_out_loss" among
+    them."""
+    columns: Mapping[str, Callable[[Mapping], str]]
+    """Heading -> text of the metrics that are shown."""
+    unit: str
+    """What the progress bar counts in a second: tokens, images."""
+    units_per_step: int
+    """How many of them are in a batch."""
+    loss_unit: str
+    """Of the losses that `step` returns and `measure` gives."""
+
+
+def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
+    """The configuration that a run was started with."""
+    stored = json.loads((folder / runs.CONFIG_FILE).read_text())
+    for name, default in vars(config_type()).items():
+        if dataclasses.is_dataclass(default):
+            stored[name] = type(default)(**stored[name])
+    return config_type(**stored)
+
+
+def given_options(config: Any, default: Any) -> list[str]:
+    """Names of the options in which `config` differs from `default`."""
+    names: list[str] = []
+    for name, plain in vars(default).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(plain):
+            names += given_options(value, plain)
+        elif value != plain:
+            names.append(name)
+    return names
+
+
+def refuse_others(config: TrainingConfig, mode: str, allowed: set[str]) -> None:
+    """`mode` takes all options but `allowed` from the run; others would be ignored silently."""
+    given = [name for name in given_options(config, type(config)()) if name not in allowed]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(
+            f"{mode} goes by the options that the run was started with: leave out {options}."
+        )
+
+
+def train(
+    config: TrainingConfig, optimizer: str, task: Task, folder: Path, console: Console
+) -> None:
+    """Train with one optimizer, from its newest checkpoint if there is one. Losses and checkpoints
+    go to `folder`."""
+    program = task.make_program(optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.open_checkpoints(folder / "checkpoints", to_write=True) as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start == config.steps:
+            console.print(f"{optimizer}: has finished its {config.steps} steps already")
+            return
+        if start:
+            state = runs.restore_checkpoint(checkpoints, jax.eval_shape(program.init))
+            console.print(f"{optimizer}: goes on after step {start}")
+        else:
+            state = jax.jit(program.init)()
+
+        evaluate = jax.jit(program.evaluate)
+        with console.status(f"{optimizer}: compiling"):
+            step = jax.jit(program.step, donate_argnums=0).lower(state, task.batch(1)).compile()
+
+        metrics = runs.Metrics(folder / METRICS_FILE, start)
+        with metrics, progress_bar(console) as progress:
+            bar = progress.add_task(
+                optimizer,
+                total=config.steps,
+                completed=start,
+                loss=float("nan"),
+                rate=0.0,
+                unit=task.unit,
+            )
+            losses: list[jax.Array] = []  # of the steps since the device was last waited for
+            clock = time.perf_counter()
+            for done in range(start + 1, config.steps + 1):
+                state, loss = step(state, task.batch(done))
+                losses.append(loss)
+
+                last = done == config.steps
+                evaluates = last or done % config.eval_every == 0
+                saves = last or done % config.checkpoint_every == 0
+                if not (evaluates or saves or done % config.log_every == 0):
+                    continue
+
+                values = [float(loss) for loss in losses]
+                seconds = (time.perf_counter() - clock) / len(values)
+                rate = task.units_per_step / seconds
+                progress.update(bar, completed=done, loss=values[-1], rate=rate)
+                metrics.write(
+                    {"step": number, "loss": value, "ms": round(1e3 * seconds, 3)}
+                    for number, value in enumerate(values, done - len(values) + 1)
+                )
+                if not np.isfinite(values).all():
+                    raise ConfigError(
+                        f"the loss of {optimizer} is no longer a number at step {done}: give a "
+                        f"--learning-rate smaller than {config.hyper.learning_rate}."
+                    )
+                if evaluates:
+                    sums = [jax.device_get(evaluate(state, part)) for part in task.held_out()]
+                    measured = task.measure(
+                        jax.tree.map(lambda *parts: sum(map(float, parts)), *sums)
+                    )
+                    metrics.write([{"step": done, **measured}])
+                    shown = [f"{name} {text(measured)}" for name, text in task.columns.items()]
+                    progress.console.print(f"{optimizer}: step {done}, {', '.join(shown)}")
+                if saves:
+                    runs.save_checkpoint(checkpoints, done, state)
+                losses = []
+                clock = time.perf_counter()
+
+
+def result(task: Task, optimizer: str, folder: Path) -> dict[str, Any]:
+    """One row of the table, from what the finished training left in `folder`."""
+    state = jax.eval_shape(task.make_program(optimizer).init).opt_state
+    records = runs.read_metrics(folder / METRICS_FILE)
+    held_out = next(record for record in reversed(records) if "held_out_loss" in record)
+    return {
+        "optimizer": optimizer,
+        **held_out,
+        "optimizer_bytes": optimizers.state_bytes(state),
+        "numbers_in_v": optimizers.numbers_in_v(state),
+        "ms_per_step": float(np.median([record["ms"] for record in records if "ms" in record])),
+    }
+
+
+def train_and_compare(config: TrainingConfig, task: Task, folder: Path, console: Console) -> None:
+    """Train with each of the optimizers what is not trained yet; draw the curves, print the
+    table."""
+    console.print(f"{task.description}; run folder {folder}")
+    for optimizer in config.optimizer_names:
+        train(config, optimizer, task, folder / optimizer, console)
+
+    results = [result(task, optimizer, folder / optimizer) for optimizer in config.optimizer_names]
+    runs.write_json(folder / "results.json", results)
+    runs.plot_curves(
+        folder / "loss.png",
+        {name: runs.read_metrics(folder / name / METRICS_FILE) for name in config.optimizer_names},
+        title=task.title,
+        unit=task.loss_unit,
+    )
+    columns = {
+        "optimizer": lambda row: row["optimizer"],
+        **task.columns,
+        "optimizer bytes": lambda row: f"{row['optimizer_bytes']:,}",
+        "numbers in v": lambda row: f"{row['numbers_in_v']:,}",
+        "ms per step": lambda row: f"{row['ms_per_step']:.1f}",
+    }
+    console.print(comparison_table(task.title, columns, results))
+    console.print(f"Loss curves: {folder / 'loss.png'}")
+
+
+def compare(
+    config: AnyConfig,
+    load_task: Callable[[AnyConfig, Path], Task],
+    blocks: Callable[[AnyConfig], RenderableType],
+) -> None:
+    """A new run, the rest of an old one, or the table of `blocks`, as `config` says. `load_task`
+    may keep data in the run's folder."""
+    console = Console()
+    root = Path(config.runs)
+    if config.resume is not None:
+        refuse_others(config, "--resume", {"resume", "runs"})
+        folder = runs.find_run(root, config.resume)
+        config = load_config(type(config), folder)
+        train_and_compare(config, load_task(config, folder), folder, console)
+        return
+    config.check()
+    if config.show_blocks:
+        console.print(blocks(config))
+        return
+    folder = runs.new_run(root, config)
+    try:
+        task = load_task(config, folder)
+    except ConfigError:
+        shutil.rmtree(folder)  # it never was a run
+        raise
+    train_and_compare(config, task, folder, console)
