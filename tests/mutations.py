@@ -90,7 +90,7 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for part in ("optax_adam_mini", "tests", "conftest.py", "pyproject.toml"):
+        for part in ("optax_adam_mini", "tests", "docs", "conftest.py", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
         if failure := first_failure(copy):
