@@ -1,1 +1,1 @@
-"""What the examples share: text, run folders, optimizers by name, progress and tables."""
+"""What the examples share: data, optimizers by name, the training loop, run folders, tables."""
