@@ -18,7 +18,7 @@ from examples.common.cli import ConfigError
 from examples.common.images import ArrayImages, Batch, ImageConfig
 from examples.common.optimizers import OptimizerConfig, decayed
 from examples.resnet.model import CONFIGS, Block, ResNet, ResNetConfig
-from examples.resnet.train import Config, main, make_program
+from examples.resnet.train import Config, load_task, main, make_program
 from tests.examples.running import (
     losses,
     only_run,
@@ -117,15 +117,19 @@ def test_bottleneck_strides_in_its_3x3_convolution():
 def test_initial_weights():
     config = dataclasses.replace(CONFIGS["resnet18"], width=32, num_classes=10)
     init = jax.jit(lambda: ResNet(config).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False))
-    block = init()["params"]["layer2_1"]
-    for name in ("conv1", "conv2"):
-        kernel = block[name]["kernel"]
+    params = init()["params"]
+    for block, name in (
+        ("layer2_0", "conv1"),
+        ("layer2_0", "downsample_conv"),
+        ("layer2_1", "conv2"),
+    ):
+        kernel = params[block][name]["kernel"]
         outputs = math.prod(kernel.shape[:2]) * kernel.shape[-1]
         np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / outputs), rtol=0.03)
+    assert (params["layer2_0"]["bn1"]["scale"] == 1).all()
+    assert (params["layer2_0"]["downsample_bn"]["scale"] == 1).all()
     # The last norm's gain is zero, so that the block starts as its shortcut.
-    assert (block["bn1"]["scale"] == 1).all()
-    assert (block["bn2"]["scale"] == 0).all()
-    assert (init()["params"]["layer2_0"]["downsample_bn"]["scale"] == 1).all()
+    assert (params["layer2_0"]["bn2"]["scale"] == 0).all()
 
 
 def random_weights(variables):
@@ -309,14 +313,28 @@ def test_one_step_of_every_option(tiny, monkeypatch, options):
     assert {leaf.dtype for leaf in jax.tree.leaves(floats)} == {jnp.dtype("float32")}
 
 
-def test_bfloat16_computes_in_bfloat16():
-    config = Config(width=4, dtype="bfloat16")
-    module = ResNet(config.architecture)
-    logits = jax.eval_shape(
-        lambda x: module.init_with_output(jax.random.key(0), x, train=True)[0],
+def test_bfloat16_computes_in_bfloat16(tiny):
+    module = ResNet(Config(dtype="bfloat16").architecture)
+    _, captured = jax.eval_shape(
+        lambda x: module.init_with_output(
+            jax.random.key(0), x, train=True, capture_intermediates=True
+        ),
         jnp.zeros((2, 8, 8, 1)),
     )
-    assert logits.dtype == jnp.bfloat16
+    outputs = jax.tree.leaves(captured["intermediates"])
+    assert len(outputs) > 10
+    assert {output.dtype for output in outputs} == {jnp.dtype("bfloat16")}
+
+
+def test_seed_is_that_of_weights_and_batches(tiny, tmp_path):
+    kernels, labels = [], []
+    for seed in (0, 0, 1):
+        task = load_task(Config(seed=seed), tmp_path)
+        kernels.append(jax.jit(task.make_program("adamw").init)().params["fc"]["kernel"])
+        labels.append(task.batch(1).labels)
+    for first, same, other in (kernels, labels):
+        np.testing.assert_array_equal(same, first)
+        assert not np.array_equal(other, first)
 
 
 def test_training_moves_the_averages_and_evaluation_uses_them(tiny):
@@ -346,7 +364,7 @@ def test_loss_with_label_smoothing(tiny):
     logits = np.random.default_rng(0).normal(size=10)
     head = {"kernel": jnp.zeros_like(state.params["fc"]["kernel"]), "bias": jnp.asarray(logits)}
     state = state.replace(params={**state.params, "fc": head})
-    batch = digits(10)
+    batch = digits(3)  # all ten classes would have the same mean loss at every smoothing
     log_p = logits - np.log(np.exp(logits).sum())
     expected = -(0.7 * log_p[batch.labels] + 0.3 * log_p.mean())
     loss, correct = jax.jit(program.evaluate)(state, batch)
