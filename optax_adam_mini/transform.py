@@ -262,7 +262,7 @@ def _scale_by_adam_mini(
                 return None, m, v
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
-            wide = widen(g.dtype)
+            wide = widen(g.dtype)  # before it is squared: float16 overflows at 256^2
             update, mu, nu = adam_mini(spec, g.astype(wide), m.astype(wide), v)
             dtype = g.dtype if params is None else p.dtype
             return update.astype(dtype), mu.astype(m.dtype), nu.astype(v.dtype)
@@ -296,7 +296,6 @@ def _bias_correction(decay: Any, count: "Array") -> "Array":
 
 
 def _abs_sq(x: "Array") -> "Array":
-    x = x.astype(widen(x.dtype))  # before it is squared: float16 overflows at 256^2
     return jnp.real(x * jnp.conj(x))
 
 

@@ -29,8 +29,8 @@ FAULTS = {
     ),
     "squares in the gradient's dtype": (
         "transform.py",
-        "    x = x.astype(widen(x.dtype))",
-        "    x = x.astype(x.dtype)",
+        "wide = widen(g.dtype)",
+        "wide = g.dtype",
     ),
     "mean in bfloat16": (
         "blocks.py",

@@ -1,9 +1,32 @@
 """Random shapes, and specs that fit them together with the borders of their blocks."""
 
+import functools
+import itertools
+
+import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 
 from optax_adam_mini import BlockSpec, fused, per_tensor
+
+
+def given(*strategies):
+    """hypothesis.given, with the compiled programs of earlier examples forgotten from time to time:
+    each holds maps of memory, and thousands of them are more than a process may have."""
+
+    def decorate(test):
+        examples = itertools.count(1)
+
+        @functools.wraps(test)
+        def tested(*drawn):
+            if next(examples) % 200 == 0:
+                jax.clear_caches()
+            test(*drawn)
+
+        return hypothesis.given(*strategies)(tested)
+
+    return decorate
 
 
 @st.composite

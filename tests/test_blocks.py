@@ -1,5 +1,4 @@
 import chex
-import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.blocks import resolve_block_specs
 from tests import numpy_adam_mini
-from tests.strategies import shapes_and_specs
+from tests.strategies import given, shapes_and_specs
 
 QKV = [(768, per_head(12)), (768, per_head(12)), (768, per_neuron())]
 GROUPED_QKV = [(2048, per_head(32)), (256, per_head(4)), (256, per_neuron())]
@@ -65,7 +64,7 @@ def test_grid(shape, spec, grid):
     chex.assert_trees_all_equal(spec.spread(mean, shape), jnp.ones(shape))
 
 
-@hypothesis.given(shapes_and_specs(), st.integers(0, 2**32 - 1))
+@given(shapes_and_specs(), st.integers(0, 2**32 - 1))
 def test_block_mean_and_spread_against_numpy(case, seed):
     shape, spec, edges = case
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)

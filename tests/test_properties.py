@@ -3,7 +3,6 @@
 import itertools
 
 import chex
-import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import optax
 
 from optax_adam_mini import adam_mini, per_element, per_tensor, scale_by_adam_mini
 from tests import numpy_adam_mini
-from tests.strategies import shapes_and_specs
+from tests.strategies import given, shapes_and_specs
 
 HOSTILE = [0.0, -0.0, 1e-45, 1e-39, 1e-20, 1.0, -3.0, 1e18, 1e30, np.inf, -np.inf, np.nan]
 BENIGN = [0.0, -0.0, 1e-10, 1e-3, 0.5, 1.0, -3.0, 1e3, 1e10]
@@ -32,7 +31,7 @@ def one_step(spec, p, g, **kwargs):
     return tx.update(g, tx.init(p), p)
 
 
-@hypothesis.given(st.lists(shapes_and_specs(max_rank=3), max_size=3), DTYPES, SEEDS)
+@given(st.lists(shapes_and_specs(max_rank=3), max_size=3), DTYPES, SEEDS)
 def test_hostile_gradients_keep_structure_and_stay_in_their_block(cases, dtype, seed):
     p = [jnp.zeros(shape, dtype) for shape, _, _ in cases]
     g = [
@@ -54,7 +53,7 @@ def test_hostile_gradients_keep_structure_and_stay_in_their_block(cases, dtype, 
                 assert np.isnan(update[block]).all()  # never a silent step
 
 
-@hypothesis.given(shapes_and_specs(max_rank=3, min_side=1), DTYPES, SEEDS)
+@given(shapes_and_specs(max_rank=3, min_side=1), DTYPES, SEEDS)
 def test_zero_blocks_do_not_move(case, dtype, seed):
     shape, spec, edges = case
     g = draw_array(shape, BENIGN, seed)
@@ -70,7 +69,7 @@ def test_zero_blocks_do_not_move(case, dtype, seed):
             assert (np.asarray(updates, np.float32)[block] == 0).all()
 
 
-@hypothesis.given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
+@given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
 def test_equivariant_to_permutations_inside_blocks(case, seed):
     shape, spec, edges = case
     rng = np.random.default_rng(seed)
@@ -84,7 +83,7 @@ def test_equivariant_to_permutations_inside_blocks(case, seed):
     np.testing.assert_allclose(permuted_state[0].nu, state[0].nu, rtol=1e-5)
 
 
-@hypothesis.given(shapes_and_specs(max_rank=3, min_side=1), st.floats(1e-3, 1e3), SEEDS)
+@given(shapes_and_specs(max_rank=3, min_side=1), st.floats(1e-3, 1e3), SEEDS)
 def test_scale_invariant(case, scale, seed):
     shape, spec, _ = case
     p = jnp.zeros(shape)
@@ -94,7 +93,7 @@ def test_scale_invariant(case, scale, seed):
     np.testing.assert_allclose(scaled, updates, rtol=1e-4)
 
 
-@hypothesis.given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
+@given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
 def test_coarse_nu_is_the_weighted_mean_of_fine_nu(case, seed):
     shape, spec, edges = case
     grads = [jnp.asarray(draw_array(shape, BENIGN, seed + i)) for i in range(3)]
@@ -114,7 +113,7 @@ def test_coarse_nu_is_the_weighted_mean_of_fine_nu(case, seed):
     np.testing.assert_allclose(nus["fine"], expected, rtol=1e-5, atol=1e-12)
 
 
-@hypothesis.given(shapes_and_specs(max_rank=2, min_side=1), DTYPES, SEEDS)
+@given(shapes_and_specs(max_rank=2, min_side=1), DTYPES, SEEDS)
 def test_jit_changes_nothing(case, dtype, seed):
     shape, spec, _ = case
     tx = adam_mini(optax.linear_schedule(0.1, 0.0, 5), block_specs=spec)

@@ -1,7 +1,6 @@
 import re
 
 import chex
-import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from optax_adam_mini import (
     scale_by_adam_mini,
 )
 from tests import numpy_adam_mini
-from tests.strategies import shapes_and_specs
+from tests.strategies import given, shapes_and_specs
 
 PARAMS = {
     "kernel": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32),
@@ -90,7 +89,7 @@ def test_per_element_is_adamw(kwargs):
     assert state[0].count == 10
 
 
-@hypothesis.given(
+@given(
     shapes_and_specs(max_rank=3, min_side=1),
     st.sampled_from(["float32", "bfloat16", "float16"]),
     st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.95, 0.95)]),
