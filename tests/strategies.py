@@ -19,10 +19,10 @@ def given(*strategies):
         examples = itertools.count(1)
 
         @functools.wraps(test)
-        def tested(*drawn):
+        def tested(**drawn):
             if next(examples) % 200 == 0:
                 jax.clear_caches()
-            test(*drawn)
+            test(**drawn)
 
         return hypothesis.given(*strategies)(tested)
 
