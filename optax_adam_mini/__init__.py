@@ -10,6 +10,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
+from optax_adam_mini.partition.dataflow import explain, infer_block_specs
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
@@ -23,9 +24,11 @@ __all__ = [
     "adam_mini",
     "block_table",
     "by_path",
+    "explain",
     "flax_layers",
     "from_adam_state",
     "fused",
+    "infer_block_specs",
     "per_element",
     "per_head",
     "per_neuron",

@@ -44,4 +44,6 @@ def test_imports_point_one_way():
             re.findall(r"^\s*(?:from|import) optax_adam_mini\.(\S+)", file.read_text(), re.M)
         )
         name = file.relative_to(package).as_posix()
+        if name.startswith("partition/dataflow/"):
+            found = {module for module in found if not module.startswith("partition.dataflow")}
         assert found <= allowed.get(name, {"blocks"}), name

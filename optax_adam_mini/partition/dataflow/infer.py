@@ -1,0 +1,211 @@
+"""`infer_block_specs`: the partition read off the computation, and why it is so."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from optax_adam_mini.blocks import BlockSpec, Cut, check_used, path_str, some
+from optax_adam_mini.partition.dataflow.groups import ALONE, WHOLE, Label
+from optax_adam_mini.partition.dataflow.interpreter import Interpreter, Result
+from optax_adam_mini.partition.dataflow.program import Step, flatten
+
+# Where the code of libraries is, in which no user looks for a layer.
+_LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
+
+
+def infer_block_specs(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    overrides: Sequence[tuple[str, BlockSpec]] = (),
+    unreadable: BlockSpec | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The blocks of every parameter, read off the computation; no layer is known by its name.
+
+    `fn` is traced on abstract values: nothing is computed, and no array allocated. Where a
+    parameter meets data, its contracted axes lie inside a block and its free axes separate blocks:
+    neurons, channels. Outputs that are contracted with one another in an inner product, as queries
+    and keys are, act through one number, and are one block: a head. An axis that is indexed
+    separates blocks (tokens), as does one that layers are stacked along; a gain is one block; a
+    bias is cut per coordinate. A parameter that is used several times gets the finest cut that
+    every use allows (the principle of the paper's section 2.3).
+
+    Args:
+        fn: the loss or the forward pass, `fn(params, *args, **kwargs)`.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        *args: further arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`s, and what is no
+            array is passed as it is.
+        overrides: `(pattern, spec)`: the first rule whose regular expression is found (`re.search`)
+            in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
+        unreadable: spec of the parameters that cannot be read, which are an error without it.
+        **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+        A pytree of `BlockSpec` with the structure of `params`.
+
+    Raises:
+        ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
+            of, such as a kernel of your own; the message names all such parameters and where in
+            your code it happens. Also if an override matches no parameter.
+
+    Example:
+        >>> def attention(p, x):
+        ...     q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "abc")
+        ...     weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
+        ...     return jnp.einsum("hts,shk->thk", weights, v)
+        >>> params = {name: jax.ShapeDtypeStruct((16, 4, 8), "float32") for name in "abc"}
+        >>> specs = infer_block_specs(attention, params, jax.ShapeDtypeStruct((5, 16), "float32"))
+        >>> {name: spec.grid((16, 4, 8)) for name, spec in specs.items()}
+        {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [path_str(keys) for keys, _ in leaves]
+    rules = [(re.compile(pattern), spec) for pattern, spec in overrides]
+    for rule, _ in rules:
+        check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
+                   params)  # fmt: skip
+    result = interpret(fn, params, *args, **kwargs)
+    specs: list[BlockSpec] = []
+    unread: list[str] = []
+    for index, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
+        override = next((spec for rule, spec in rules if rule.search(path)), None)
+        steps = result.unread.get(index, [])
+        if override is not None:
+            specs.append(dataclasses.replace(override, unit="override"))
+        elif steps and unreadable is not None:
+            specs.append(dataclasses.replace(unreadable, unit="unreadable"))
+        elif steps:
+            where = collections.Counter(f"{step.name} at {place(step)}" for step in steps)
+            unread.append(f"{path} {leaf.shape}: goes into {some(list(where))}")
+        else:
+            specs.append(_spec(leaf.shape, result, index))
+    if unread:
+        raise ValueError(
+            "infer_block_specs cannot read what these parameters, or their outputs, do in a "
+            "primitive that it has no rule for:\n"
+            + "\n".join(unread)
+            + "\nSay their blocks yourself, overrides=[(pattern, spec)], or unreadable=spec for all"
+        )
+    return jax.tree.unflatten(treedef, specs)
+
+
+def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **kwargs: Any) -> str:
+    """Why a parameter is cut as `infer_block_specs` cuts it.
+
+    Args:
+        fn: as in [`infer_block_specs`][], with its arguments.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        *args: further arguments of `fn`.
+        parameter: the path `"a/b/c"` of the parameter to explain.
+        **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+        A few lines of text: the grid, each place where the parameter meets data, and each inner
+        product that couples its outputs, with file and line in your code.
+
+    Raises:
+        ValueError: if there is no parameter of this path.
+
+    Example:
+        >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
+        ...               parameter="w"))  # doctest: +ELLIPSIS
+        w (2, 3): 1 x 3 blocks
+          used in dot_general at ...
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path_str(keys) for keys, _ in leaves]
+    check_used("explain: parameter", lambda path: path == parameter, parameter, params)
+    index = paths.index(parameter)
+    result = interpret(fn, params, *args, **kwargs)
+    shape = leaves[index][1].shape
+    grid = " x ".join(map(str, _spec(shape, result, index).grid(shape)))
+    lines = [f"{parameter} {shape}: {grid or 1} block{'s' if grid != '1' else ''}"]
+    lines += [
+        f"  used in {use.step.name} at {place(use.step)}" for use in result.uses.get(index, [])
+    ]
+    coupled = dict.fromkeys(place(step) for step in result.coupled.get(index, []))
+    lines += [f"  outputs coupled by the inner product at {where}" for where in coupled]
+    lines += [
+        f"  not read in {step.name} at {place(step)}" for step in result.unread.get(index, [])
+    ]
+    return "\n".join(lines)
+
+
+def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
+    """What the computation says of the leaves of `params`."""
+    leaves, treedef = jax.tree.flatten(params)
+    rest, rest_def = jax.tree.flatten((args, kwargs))
+    traced = [i for i, leaf in enumerate(rest) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def flat(leaves: list[Any], arrays: list[Any]) -> Any:
+        filled = list(rest)
+        for i, array in zip(traced, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(rest_def, filled)
+        return fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+
+    closed = jax.make_jaxpr(flat)(leaves, [rest[i] for i in traced])
+    return Interpreter(flatten(closed), len(leaves)).run()
+
+
+def place(step: Step) -> str:
+    """File and line of a step in the user's code."""
+    frames = step.traceback.frames if step.traceback is not None else []
+    own = [frame for frame in frames if not _LIBRARIES.search(frame.file_name)]
+    if not own:
+        return "an unknown place"
+    return f"{own[0].file_name}:{own[0].line_num}"
+
+
+def _spec(shape: Sequence[int], result: Result, index: int) -> BlockSpec:
+    labels = result.labels[index]
+    cuts: list[tuple[int, Cut]] = []
+    for axis, (size, label) in enumerate(zip(shape, labels, strict=True)):
+        cut = _cut(axis, size, label)
+        if cut != 1 and size > 1:
+            cuts.append((axis, cut))
+    spec = BlockSpec(tuple(cuts))
+    grid = spec.grid(shape)
+    if all(n == 1 for n in grid):
+        unit = "tensor"
+    elif grid == tuple(shape):
+        unit = "element"
+    elif any(
+        label is not None and not (isinstance(label, int) and label == WHOLE) for label in labels
+    ):
+        unit = "head"
+    elif any(use.is_lookup for use in result.uses.get(index, ())):
+        unit = "token"
+    else:
+        unit = "neuron"
+    return dataclasses.replace(spec, unit=unit)
+
+
+def _cut(axis: int, size: int, label: Label) -> Cut:
+    """Neighbours in one group are one block.
+
+    Where the indices of a group are apart, each run of neighbours is a block: finer, never coarser.
+    """
+    if label is None:
+        return None
+    if isinstance(label, int):
+        return 1
+    borders = np.flatnonzero((label[1:] != label[:-1]) | (label[1:] == ALONE)) + 1
+    sizes = np.diff([0, *borders.tolist(), size]).tolist()
+    runs = [(block, len(list(run))) for block, run in itertools.groupby(sizes)]
+    if len(runs) == 1:
+        ((block, count),) = runs
+        return None if block == 1 else count
+    return tuple(
+        (block * count, BlockSpec(((axis, None if block == 1 else count),)))
+        for block, count in runs
+    )
