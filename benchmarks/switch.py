@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common import text
+from examples.common.language import Training
 from examples.gpt2.model import block_specs
-from examples.gpt2.train import Config, Training, make_program
+from examples.gpt2.train import Config, make_program
 from optax_adam_mini import from_adam_state
 
 

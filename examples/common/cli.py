@@ -27,7 +27,10 @@ def check_counts(counts: Mapping[str, int]) -> None:
             raise ConfigError(f"--{option} is {value}, but must be at least 1.")
 
 
-def exit_status(main: Callable[[], None]) -> int:
+def exit_status(
+    main: Callable[[], None],
+    after_interrupt: str = "--resume with the run's folder goes on from here.",
+) -> int:
     """Run `main`; a wrong configuration becomes one line on stderr and a status of 2."""
     try:
         main()
@@ -35,7 +38,7 @@ def exit_status(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: --resume with the run's folder goes on from here.", file=sys.stderr)
+        print(f"interrupted: {after_interrupt}", file=sys.stderr)
         return 130
     return 0
 

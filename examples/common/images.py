@@ -138,7 +138,9 @@ class HubImages:
         # The middle of the image, scaled; some of ImageNet's are grey.
         fitted = [ImageOps.fit(image.convert("RGB"), size) for image in rows[self.column]]
         images = np.stack([np.asarray(image, np.uint8) for image in fitted])
-        return Batch(images, np.asarray(rows["label"], np.int32))
+        # Faces have none.
+        labels = rows.get("label", np.zeros(len(images)))
+        return Batch(images, np.asarray(labels, np.int32))
 
 
 class ImageData(NamedTuple):
@@ -225,15 +227,18 @@ def _hub(dataset: str, facts: DatasetFacts) -> ImageData:
     # The library raises errors of many kinds here: its own, the network's, the file format's.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        terms = ", and that your account on the hub has accepted its terms"
         raise ConfigError(
-            f"--dataset {dataset} cannot be loaded ({reason}): check the network and, for "
-            "imagenet, that your account on the hub has accepted its terms; or give CIFAR-10's "
-            "binary files with --data-dir."
+            f"--dataset {dataset} cannot be loaded ({reason}): check the network"
+            f"{terms if dataset == 'imagenet' else ''}; or give CIFAR-10's binary files with "
+            "--data-dir."
         ) from error
     return ImageData(*(HubImages(rows, column, facts.image_shape) for rows in splits))
 
 
-def batch(train: Images, facts: DatasetFacts, seed: int, step: int, size: int) -> Batch:
+def batch(
+    train: Images, facts: DatasetFacts, seed: int, step: int, size: int, *, shift: bool = True
+) -> Batch:
     """The augmented images of training step `step`, from 1 on: every image once an epoch, in an
     order of the epoch's own. A function of its arguments alone, so a run that goes on from a
     checkpoint sees the batches it would have seen."""
@@ -244,7 +249,8 @@ def batch(train: Images, facts: DatasetFacts, seed: int, step: int, size: int) -
         here = epochs == epoch
         indices[here] = _order(len(train), seed, int(epoch))[places[here]]
     images, labels = train.take(indices)
-    return Batch(augment(images, np.random.default_rng((seed, 1, step)), flip=facts.flip), labels)
+    random = np.random.default_rng((seed, 1, step))
+    return Batch(augment(images, random, flip=facts.flip, shift=shift), labels)
 
 
 @functools.lru_cache(maxsize=2)
@@ -253,19 +259,19 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
-def augment(images: np.ndarray, random: np.random.Generator, *, flip: bool) -> np.ndarray:
-    """Each image shifted by up to an eighth of its size each way (padded with black and cropped),
-    and one in two mirrored where `flip`."""
+def augment(
+    images: np.ndarray, random: np.random.Generator, *, flip: bool, shift: bool = True
+) -> np.ndarray:
+    """Each image shifted by up to an eighth of its size each way (padded with black and cropped)
+    where `shift`, and one in two mirrored where `flip`."""
     count, height, width, _ = images.shape
-    down, right = (
-        random.integers(2 * (size // 8) + 1, size=count)[:, None] for size in (height, width)
-    )
+    edges = [size // 8 if shift else 0 for size in (height, width)]
+    down, right = (random.integers(2 * edge + 1, size=count)[:, None] for edge in edges)
     rows, columns = down + np.arange(height), right + np.arange(width)
     if flip:
         mirrored = random.random(count) < 0.5
         columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    black = ((0, 0), (height // 8, height // 8), (width // 8, width // 8), (0, 0))
-    padded = np.pad(images, black)
+    padded = np.pad(images, ((0, 0), *((edge, edge) for edge in edges), (0, 0)))
     return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

@@ -89,10 +89,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, option: str = "optimizer") -> None:
     """Refuse an optimizer that is not known."""
     if name not in OPTIMIZERS:
-        raise ConfigError(f"--optimizer is {name}, but must be one of {', '.join(OPTIMIZERS)}.")
+        raise ConfigError(f"--{option} is {name}, but must be one of {', '.join(OPTIMIZERS)}.")
 
 
 def make_optimizer(

@@ -79,13 +79,16 @@ AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 class Program(NamedTuple):
     """The functions that a configuration and an optimizer amount to; none is compiled here."""
 
-    init: Callable[[], Any]
-    """() -> state: what changes from step to step, and all that a checkpoint holds. It has an
+    init: Callable[..., Any]
+    """inputs -> state: what changes from step to step, and all that a checkpoint holds. It has an
     `opt_state`."""
     step: Callable[[Any, Any], tuple[Any, jax.Array]]
     """(state, batch) -> (state, mean loss)"""
     evaluate: Callable[[Any, Any], Any]
     """(state, held-out batch) -> sums over its examples"""
+    inputs: tuple[Any, ...] = ()
+    """What `init` takes: weights that training starts from. As constants of the compiled program
+    they would be in memory twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +144,18 @@ def refuse_others(config: TrainingConfig, mode: str, allowed: set[str]) -> None:
     """`mode` takes all options but `allowed` from the run; others would be ignored silently."""
     given = [name for name in given_options(config, type(config)()) if name not in allowed]
     if given:
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        options = ", ".join("--" + name.rstrip("_").replace("_", "-") for name in given)
         raise ConfigError(
             f"{mode} goes by the options that the run was started with: leave out {options}."
         )
+
+
+def measure_held_out(
+    task: Task, evaluate: Callable[[Any, Any], Any], state: Any
+) -> dict[str, float]:
+    """The metrics of `state` on the held-out batches; `evaluate` is the program's, compiled."""
+    sums = [jax.device_get(evaluate(state, batch)) for batch in task.held_out()]
+    return task.measure(jax.tree.map(lambda *parts: sum(map(float, parts)), *sums))
 
 
 def train(
@@ -160,10 +171,11 @@ def train(
             console.print(f"{optimizer}: has finished its {config.steps} steps already")
             return
         if start:
-            state = runs.restore_checkpoint(checkpoints, jax.eval_shape(program.init))
+            abstract_state = jax.eval_shape(program.init, *program.inputs)
+            state = runs.restore_checkpoint(checkpoints, abstract_state)
             console.print(f"{optimizer}: goes on after step {start}")
         else:
-            state = jax.jit(program.init)()
+            state = jax.jit(program.init)(*program.inputs)
 
         evaluate = jax.jit(program.evaluate)
         with console.status(f"{optimizer}: compiling"):
@@ -205,10 +217,7 @@ def train(
                         f"--learning-rate smaller than {config.hyper.learning_rate}."
                     )
                 if evaluates:
-                    sums = [jax.device_get(evaluate(state, part)) for part in task.held_out()]
-                    measured = task.measure(
-                        jax.tree.map(lambda *parts: sum(map(float, parts)), *sums)
-                    )
+                    measured = measure_held_out(task, evaluate, state)
                     metrics.write([{"step": done, **measured}])
                     shown = [f"{name} {text(measured)}" for name, text in task.columns.items()]
                     progress.console.print(f"{optimizer}: step {done}, {', '.join(shown)}")
@@ -220,7 +229,8 @@ def train(
 
 def result(task: Task, optimizer: str, folder: Path) -> dict[str, Any]:
     """One row of the table, from what the finished training left in `folder`."""
-    state = jax.eval_shape(task.make_program(optimizer).init).opt_state
+    program = task.make_program(optimizer)
+    state = jax.eval_shape(program.init, *program.inputs).opt_state
     records = runs.read_metrics(folder / METRICS_FILE)
     held_out = next(record for record in reversed(records) if "held_out_loss" in record)
     return {
@@ -262,25 +272,28 @@ def compare(
     config: AnyConfig,
     load_task: Callable[[AnyConfig, Path], Task],
     blocks: Callable[[AnyConfig], RenderableType],
+    finish: Callable[[AnyConfig, Path, Console], None] | None = None,
 ) -> None:
     """A new run, the rest of an old one, or the table of `blocks`, as `config` says. `load_task`
-    may keep data in the run's folder."""
+    may keep data in the run's folder; `finish` is called when everything is trained."""
     console = Console()
     root = Path(config.runs)
     if config.resume is not None:
         refuse_others(config, "--resume", {"resume", "runs"})
         folder = runs.find_run(root, config.resume)
         config = load_config(type(config), folder)
-        train_and_compare(config, load_task(config, folder), folder, console)
-        return
-    config.check()
-    if config.show_blocks:
-        console.print(blocks(config))
-        return
-    folder = runs.new_run(root, config)
-    try:
         task = load_task(config, folder)
-    except ConfigError:
-        shutil.rmtree(folder)  # it never was a run
-        raise
+    else:
+        config.check()
+        if config.show_blocks:
+            console.print(blocks(config))
+            return
+        folder = runs.new_run(root, config)
+        try:
+            task = load_task(config, folder)
+        except ConfigError:
+            shutil.rmtree(folder)  # it never was a run
+            raise
     train_and_compare(config, task, folder, console)
+    if finish is not None:
+        finish(config, folder, console)

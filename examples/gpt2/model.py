@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.common.language import with_adapter
 from optax_adam_mini import by_path, flax_layers, fused, per_head, per_neuron
 
 LAYER_NORM_EPSILON = 1e-5
@@ -30,6 +31,8 @@ class GPT2Config:
     """Keep only the layers' inputs for the backward pass and compute the rest again."""
     dtype: str = "float32"
     """Type of the computation; the parameters are float32."""
+    lora_rank: int = 0
+    """Rank of an adapter beside every linear layer; 0 for none."""
 
 
 CONFIGS = {
@@ -41,15 +44,18 @@ CONFIGS = {
 }
 
 
-def linear(features_in: int, features_out: int, std: float, dtype: str, rngs: nnx.Rngs):
-    """A linear layer with normal weights and a zero bias."""
-    return nnx.Linear(
+def linear(
+    config: GPT2Config, features_in: int, features_out: int, std: float, rngs: nnx.Rngs
+) -> nnx.Module:
+    """A linear layer with normal weights and a zero bias, and its adapter."""
+    layer = nnx.Linear(
         features_in,
         features_out,
         kernel_init=nnx.initializers.normal(std),
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )
+    return with_adapter(layer, config.lora_rank, rngs)
 
 
 def layer_norm(width: int, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -75,8 +81,8 @@ class Attention(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         width = config.width
         self.heads = config.heads
-        self.c_attn = linear(width, 3 * width, 0.02, config.dtype, rngs)
-        self.c_proj = linear(width, width, residual_std(config), config.dtype, rngs)
+        self.c_attn = linear(config, width, 3 * width, 0.02, rngs)
+        self.c_proj = linear(config, width, width, residual_std(config), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         heads_shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
@@ -92,8 +98,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
         width = config.width
-        self.c_fc = linear(width, 4 * width, 0.02, config.dtype, rngs)
-        self.c_proj = linear(4 * width, width, residual_std(config), config.dtype, rngs)
+        self.c_fc = linear(config, width, 4 * width, 0.02, rngs)
+        self.c_proj = linear(config, 4 * width, width, residual_std(config), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
@@ -161,6 +167,6 @@ def block_specs(config: GPT2Config) -> Any:
     value = (config.width, per_neuron())
     c_attn = fused(-1, [query_or_key, query_or_key, value], stacked=(0,) if config.scan else ())
     return by_path(
-        [("c_attn/kernel", c_attn)],
+        [("c_attn/(kernel|lora_b)$", c_attn)],
         default=flax_layers(bias="tensor", stacked={"h": 0} if config.scan else {}),
     )

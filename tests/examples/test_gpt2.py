@@ -19,6 +19,17 @@ from examples.common.optimizers import OptimizerConfig, decayed
 from examples.common.text import Document, TextConfig
 from examples.gpt2.model import CONFIGS, GPT2, Block, GPT2Config
 from examples.gpt2.train import Config, main, make_program
+from tests.examples.language import (
+    TINY_OPTIONS,
+    TINY_RUN,
+    abstract,
+    forward,
+    random_weights,
+    second_moment,
+    shapes,
+    stack_layers,
+    write_corpus,
+)
 from tests.examples.running import (
     losses,
     only_run,
@@ -28,30 +39,11 @@ from tests.examples.running import (
 )
 
 TINY = GPT2Config(vocab_size=256, context=16, layers=3, heads=2, width=8)
-TINY_OPTIONS = {"layers": 2, "heads": 2, "width": 16, "context": 16}
-TINY_RUN = {
-    **TINY_OPTIONS,
-    "layers": 1,
-    "batch_size": 4,
-    "steps": 8,
-    "eval_every": 4,
-    "checkpoint_every": 2,
-    "log_every": 1,
-    "eval_windows": 8,
-    "hyper": OptimizerConfig(warmup_steps=2),
-}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a little text, so that tests do not read the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it"]
-    for index in range(10):
-        source = random.Random(index)
-        content = " ".join(source.choice(words) for _ in range(200))
-        (folder / f"{index}.txt").write_text(content)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def tiny_config(corpus: Path, root: Path, **options) -> Config:
@@ -74,7 +66,7 @@ def tiny_config(corpus: Path, root: Path, **options) -> Config:
 )
 def test_parameter_counts(name, scan, count):
     config = dataclasses.replace(CONFIGS[name], scan=scan)
-    _, params = abstract(config)
+    _, params = abstract(GPT2, config)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
@@ -100,43 +92,20 @@ def test_initial_weights():
     assert not np.allclose(kernel[0], kernel[1])
 
 
-def stack_layers(params: nnx.State) -> nnx.State:
-    """The parameters of an unrolled model as a scanned model has them."""
-    stacked = dict(params)
-    stacked["h"] = jax.tree.map(lambda *layers: jnp.stack(layers), *params["h"].values())
-    return nnx.State(stacked)
-
-
-def abstract(config: GPT2Config, module=GPT2) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
-
-
-def random_weights(params: nnx.State) -> nnx.State:
-    """Weights unlike the initial ones: no bias is zero, no gain is one."""
-    source = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * source.normal(size=leaf.shape), jnp.float32), params
-    )
-
-
-def forward(graph: nnx.GraphDef, params: nnx.State, x) -> jax.Array:
-    return jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, x)
-
-
 def test_scanned_and_unrolled_models_agree():
     tokens = np.random.default_rng(0).integers(256, size=(2, 16))
-    graph, params = abstract(TINY)
+    graph, params = abstract(GPT2, TINY)
     params = random_weights(params)
     expected = forward(graph, params, tokens)
     for remat in (False, True):
         config = dataclasses.replace(TINY, scan=True, remat=remat)
-        graph, _ = abstract(config)
-        actual = forward(graph, stack_layers(params), tokens)
+        graph, _ = abstract(GPT2, config)
+        actual = forward(graph, stack_layers(params, "h"), tokens)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_later_tokens_do_not_change_earlier_logits():
-    graph, params = abstract(TINY)
+    graph, params = abstract(GPT2, TINY)
     params = random_weights(params)
     tokens = np.random.default_rng(0).integers(256, size=(1, 16))
     changed = tokens.copy()
@@ -148,7 +117,7 @@ def test_later_tokens_do_not_change_earlier_logits():
 
 
 def test_block_computes_what_the_formulas_say():
-    graph, params = abstract(TINY, Block)
+    graph, params = abstract(Block, TINY)
     params = random_weights(params)
     x = np.random.default_rng(0).normal(size=(16, 8))
     p = jax.tree.map(np.float64, nnx.to_pure_dict(params))
@@ -187,13 +156,10 @@ def test_block_computes_what_the_formulas_say():
 def test_partition_of_gpt2(scan):
     config = Config(model="gpt2", scan=scan, data=TextConfig(tokenizer="bpe", vocab_size=50257))
     state = jax.eval_shape(make_program(config, "adam_mini").init)
-    (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
-    shapes = {
-        "/".join(str(part) for part in path): value.shape
-        for path, value in nnx.to_flat_state(nnx.as_pure(nu))
-    }
+    nu = second_moment(state.opt_state)
     layer, lead = ("h", (12,)) if scan else ("h/0", ())
-    assert shapes == shapes | {
+    found = shapes(nu)
+    assert found == found | {
         "wte/embedding": (50257, 1),
         "wpe/embedding": (1024, 1),
         f"{layer}/attn/c_attn/kernel": (*lead, 1, 12 + 12 + 768),
@@ -210,13 +176,9 @@ def test_partition_of_gpt2(scan):
     assert numbers < 0.001 * 124_439_808
 
 
-def has_nu(value) -> bool:
-    return hasattr(value, "nu")
-
-
 @pytest.mark.parametrize("scan", [False, True])
 def test_only_matrices_and_embeddings_decay(scan):
-    _, params = abstract(dataclasses.replace(TINY, scan=scan))
+    _, params = abstract(GPT2, dataclasses.replace(TINY, scan=scan))
     for path, value in nnx.to_flat_state(nnx.as_pure(decayed(params))):
         assert value == (path[-1] in ("kernel", "embedding")), path
 

@@ -1,0 +1,78 @@
+"""Results of a benchmark that takes long: kept in a JSON file, run by run, so that it can be
+interrupted and goes on where it stopped."""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from examples.common import runs
+from examples.common.cli import ConfigError
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on beside the settings."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+class Results:
+    """The runs of one study in `path`. Each is a mapping of what it was asked and what it found."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Begins the file, or goes on with it where it is of the same settings."""
+        self._path = path
+        self._content: dict[str, Any] = {
+            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in the file
+            "machine": machine(),
+            "runs": [],
+        }
+        if path.exists():
+            found = json.loads(path.read_text())
+            differing = [
+                part for part in ("settings", "machine") if found[part] != self._content[part]
+            ]
+            if differing:
+                raise ConfigError(
+                    f"{path} has results of other {' and '.join(differing)}, which cannot stand "
+                    "beside new ones: move it away, or give another --output."
+                )
+            self._content = found
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs there are."""
+        return self._content["runs"]
+
+    def get(
+        self, asked: Mapping[str, Any], find: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """What was found for `asked`; `find` is called where it is not there yet."""
+        for run in self.runs:
+            if run["asked"] == asked:
+                return run["found"]
+        found = {name: _finite(value) for name, value in find().items()}
+        self.runs.append({"asked": dict(asked), "found": found})
+        self._write()
+        return found
+
+    def conclude(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the rows of the table beside the runs that it was made from."""
+        self._content["rows"] = rows
+        self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(self._path, self._content)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,61 @@
+"""The examples as `benchmarks.quality` trains them: with all their defaults."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.common.training import Task, TrainingConfig
+from examples.diffusion import train as diffusion
+from examples.gnn import train as gnn
+from examples.gpt2 import train as gpt2
+from examples.llama import train as llama
+from examples.resnet import train as resnet
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """An example, and what Adam-mini must reach in it."""
+
+    title: str
+    config: TrainingConfig
+    load_task: Callable[[Any, Path], Task]
+    bar: float
+    """How far Adam-mini may stay behind AdamW at AdamW's best rate: a fraction of the held-out
+    loss, or points of accuracy where that is what counts."""
+    by_accuracy: bool = False
+
+    def value(self, run: Mapping[str, Any]) -> float:
+        """Accuracy, or loss; not a number where training diverged."""
+        found = run["accuracy" if self.by_accuracy else "held_out_loss"]
+        return math.nan if found is None else found
+
+    def score(self, run: Mapping[str, Any]) -> tuple[float, float]:
+        """What is smaller is better; among equal accuracies the loss decides."""
+        loss = run["held_out_loss"]
+        if loss is None:
+            return math.inf, math.inf
+        return (-run["accuracy"], loss) if self.by_accuracy else (loss, loss)
+
+    def behind(self, value: float, adamw: float) -> float:
+        """How far `value` is behind AdamW's, in the unit of the bar."""
+        return 100 * (adamw - value) if self.by_accuracy else value / adamw - 1
+
+    def text(self, value: float) -> str:
+        """A value for a table."""
+        return f"{value:.2%}" if self.by_accuracy else f"{value:.4f}"
+
+    def difference_text(self, behind: float) -> str:
+        """A difference from AdamW for a table, with the sign of the value's own difference."""
+        return f"{-behind:+.2f} points" if self.by_accuracy else f"{behind:+.2%}"
+
+
+WORKLOADS = {
+    "gpt2": Workload("GPT-2", gpt2.Config(), gpt2.load_task, 0.005),
+    "llama": Workload("Llama", llama.Config(), llama.load_task, 0.005),
+    "resnet": Workload("ResNet-18", resnet.Config(), resnet.load_task, 0.5, by_accuracy=True),
+    "diffusion": Workload("Diffusion", diffusion.Config(), diffusion.load_task, 0.01),
+    "gcn": Workload("GCN", gnn.Config(model="gcn"), gnn.load_task, 0.5, by_accuracy=True),
+    "gat": Workload("GAT", gnn.Config(model="gat"), gnn.load_task, 0.5, by_accuracy=True),
+}
