@@ -46,9 +46,8 @@ def test_is_optaxs(name):
     mine, other = params, params
     states = [ours.init(params), theirs.init(params)]
     for step in range(4):
-        grads = jax.tree.map(
-            lambda p: jax.random.normal(jax.random.fold_in(key, step), p.shape), params
-        )
+        own = jax.random.fold_in(key, step)
+        grads = jax.tree.map(lambda p, own=own: jax.random.normal(own, p.shape), params)
         updates, states[0] = ours.update(grads, states[0], mine)
         mine = optax.apply_updates(mine, updates)
         updates, states[1] = theirs.update(grads, states[1], other)
