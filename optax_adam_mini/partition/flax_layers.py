@@ -38,6 +38,7 @@ def flax_layers(
     *,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    query_key: Literal["head", "neuron"] = "head",
     value: Literal["neuron", "tensor"] = "neuron",
     conv: Literal["channel", "tensor"] = "channel",
     bias: Literal["element", "tensor"] = "element",
@@ -57,6 +58,8 @@ def flax_layers(
         num_heads: attention heads, for models whose query and key are plain Dense kernels.
         num_kv_heads: heads of the key where they are fewer (grouped-query attention); None for
             `num_heads`.
+        query_key: cut of query and key kernels: by head, the paper's, or by output neuron, which
+            served small Llamas (with rotary positions) better.
         value: cut of value kernels: by output neuron, or one block (the paper's advice for short
             runs).
         conv: cut of convolution kernels: by output channel, or one block.
@@ -83,6 +86,7 @@ def flax_layers(
         ((1, 2, 1), (1, 32))
     """
     for name, given, allowed in [
+        ("query_key", query_key, ("head", "neuron")),
         ("value", value, ("neuron", "tensor")),
         ("conv", conv, ("channel", "tensor")),
         ("bias", bias, ("element", "tensor")),
@@ -93,6 +97,8 @@ def flax_layers(
 
     def heads(module: str, axis: int) -> BlockSpec | str:
         """The spec of a query or key with all heads on one axis."""
+        if query_key == "neuron":
+            return per_neuron(axis)
         count = num_heads if module in _QUERIES or num_kv_heads is None else num_kv_heads
         if count is None:
             return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
@@ -134,7 +140,10 @@ def flax_layers(
                 "pass stacked to flax_layers"
             )
         if module in _QUERIES | _KEYS:
-            return per_head(shape[-2], axis=-2) if rank > 2 else heads(module, axis=-1)
+            if rank == 2:
+                return heads(module, axis=-1)
+            both = per_neuron(axis=(-2, -1))
+            return both if query_key == "neuron" else per_head(shape[-2], axis=-2)
         if module in _VALUES:
             if value == "tensor":
                 return per_tensor()

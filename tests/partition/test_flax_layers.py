@@ -211,6 +211,12 @@ def test_options():
     assert specs["query"] == {"kernel": per_head(4), "bias": TENSOR}
     assert specs["key"]["kernel"] == per_head(2)
     assert specs["value"]["kernel"] == TENSOR
+    # By neuron no number of heads is needed.
+    specs = flax_layers(query_key="neuron")(attention)
+    assert {name: specs[name]["kernel"] for name in specs} == dict.fromkeys(attention, NEURON)
+    general = {"query": {"kernel": jnp.ones((6, 3, 2))}, "key": {"kernel": jnp.ones((6, 3, 2))}}
+    specs = flax_layers(query_key="neuron")(general)
+    assert {specs[name]["kernel"] for name in specs} == {BY_HEAD_AND_DIM}
     conv = {"Conv_0": {"kernel": jnp.ones((3, 3, 2, 4))}, "Conv_1": {"kernel": jnp.ones((3, 2, 4))},
             "Dense_0": {"kernel": jnp.ones((2, 4))}}  # fmt: skip
     specs = flax_layers(conv="tensor")(conv)
@@ -297,6 +303,7 @@ def test_unnamed_parameters_are_read_by_rank():
 @pytest.mark.parametrize(
     ("kwargs", "params", "text"),
     [
+        ({"query_key": "tensor"}, {}, "query_key must be one of ('head', 'neuron'), got 'tensor'"),
         ({"conv": "filter"}, {}, "conv must be one of ('channel', 'tensor'), got 'filter'"),
         ({}, {"query": {"kernel": jnp.ones((8, 8))}},
          "query/kernel (8, 8): the number of heads is not in a plain kernel: pass num_heads"),
