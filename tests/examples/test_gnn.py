@@ -26,13 +26,7 @@ from examples.common.graphs import Graph, GraphConfig
 from examples.common.optimizers import OptimizerConfig, decayed
 from examples.gnn.model import CONFIGS, GNN, GATLayer, GCNLayer, GNNConfig, segment_softmax
 from examples.gnn.train import Config, load_task, main, make_program
-from tests.examples.running import (
-    losses,
-    only_run,
-    run_command,
-    run_killed_at_save,
-    run_through_kills,
-)
+from tests.examples.running import losses, only_run, run_command, run_killed_at_save
 
 TINY_RUN = {
     "width": 4,
@@ -423,19 +417,6 @@ def test_resume_is_bit_for_bit(tmp_path, options, optimizer, fails_at):
     main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
     for name in (optimizer,) if optimizer else ("adamw", "adam_mini"):
         assert losses(folder / name) == losses(only_run(tmp_path / "whole") / name)
-
-
-@pytest.mark.slow
-def test_resume_after_sigkill_at_random_moments(tmp_path):
-    options = ["--width=4", "--steps=200", "--warmup-steps=2", "--eval-every=5"]
-    # So many checkpoints that many a kill falls into one.
-    options += ["--checkpoint-every=1", "--log-every=1"]
-    whole = run_command("gnn", *options, f"--runs={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    root = tmp_path / "killed"
-    assert run_through_kills("gnn", options, root, 0, tmp_path / "log.txt") >= 2
-    for name in ("adamw", "adam_mini"):
-        assert losses(only_run(root) / name) == losses(only_run(tmp_path / "whole") / name)
 
 
 @pytest.mark.slow
