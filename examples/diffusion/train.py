@@ -58,7 +58,7 @@ class DiffusionImages(ImageConfig):
 class Config(TrainingConfig):
     """Train a denoising diffusion model with AdamW and then with Adam-mini: same seed, same
     batches, same hyper-parameters. Without arguments it trains a small U-Net on scikit-learn's
-    handwritten digits, in about two minutes on two CPU cores, and draws digits of its own."""
+    handwritten digits, in a few minutes on two CPU cores, and draws digits of its own."""
 
     model: Literal["nano", "cifar10", "celeba"] = "nano"
     """Architecture; cifar10 is that of Ho et al. for 32x32, celeba has a level more, for 64x64."""
