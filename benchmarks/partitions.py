@@ -16,7 +16,6 @@ from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed
 from examples.llama.model import CONFIGS
 from optax_adam_mini import (
     BlockSpec,
-    adam_mini,
     by_path,
     per_element,
     per_head,
@@ -47,18 +46,9 @@ CHANGES = {
 
 
 def _changed(rules: list[tuple[str, BlockSpec]]) -> Callable[..., optax.GradientTransformation]:
-    def build(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
-        return adam_mini(
-            schedule,
-            config.b1,
-            config.b2,
-            config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-            block_specs=by_path(rules, default=block_specs),
-        )
-
-    return build
+    return lambda schedule, config, block_specs: OPTIMIZERS["adam_mini"](
+        schedule, config, by_path(rules, default=block_specs)
+    )
 
 
 def shuffled(pattern: str, *, back: bool = False) -> optax.GradientTransformation:

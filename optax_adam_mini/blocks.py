@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -460,6 +461,31 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
         return
     closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
     raise ValueError(f"{what} matches no parameter; the closest paths are {', '.join(closest)}")
+
+
+def compiled_rules(
+    what: str, rules: Sequence[tuple[str, BlockSpec]]
+) -> list[tuple[re.Pattern[str], BlockSpec]]:
+    """Rules over paths, their regular expressions compiled.
+
+    Raises:
+        TypeError, ValueError: if a rule is not a valid regular expression and a spec.
+    """
+    compiled: list[tuple[re.Pattern[str], BlockSpec]] = []
+    for rule in rules:
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
+        pattern, spec = rule
+        if not isinstance(spec, BlockSpec):
+            raise TypeError(
+                f"{what}: the rule {pattern!r} must give a BlockSpec such as per_neuron(), got "
+                f"{spec!r} of type {type(spec).__name__}"
+            )
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as error:
+            raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}") from error
+    return compiled
 
 
 def widen(dtype: Any) -> np.dtype:

@@ -1,5 +1,6 @@
 """Language models: what training, measuring and sampling one takes, whatever its architecture."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ Architecture = TypeVar("Architecture")
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageConfig(TrainingConfig):
+class LanguageConfig(TrainingConfig, abc.ABC):
     """The options of every language model. An example adds `model`, the name of an architecture,
     and says what it is."""
 
@@ -77,17 +78,17 @@ class LanguageConfig(TrainingConfig):
     )
 
     @property
+    @abc.abstractmethod
     def architecture(self) -> Any:
         """The model that these options describe. It has a `context`, `layers`, `heads`, `width`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_model(self, architecture: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The model: tokens (B, T) to logits (B, T, V)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def block_specs(self, architecture: Any) -> Any:
         """Adam-mini's partition of it."""
-        raise NotImplementedError
 
     def adapt(self, architecture: Architecture, *more: str) -> Architecture:
         """`architecture` with what these options say of it. `more` names options of the example

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from optax_adam_mini.blocks import (
     LabelFn,
     check_is_params,
     check_used,
+    compiled_rules,
     path_str,
     resolve_block_specs,
     some,
@@ -49,20 +49,7 @@ def by_path(
         >>> specs["embed"] == per_token(), specs["mlp"]["kernel"] == per_neuron()
         (True, True)
     """
-    compiled: list[tuple[re.Pattern[str], BlockSpec]] = []
-    for rule in rules:
-        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise TypeError(f"each rule of by_path is a pair (pattern, spec), got {rule!r}")
-        pattern, spec = rule
-        if not isinstance(spec, BlockSpec):
-            raise TypeError(
-                f"by_path: the rule {pattern!r} must give a BlockSpec such as per_neuron(), got "
-                f"{spec!r} of type {type(spec).__name__}"
-            )
-        try:
-            compiled.append((re.compile(pattern), spec))
-        except re.error as error:
-            raise ValueError(f"by_path: {pattern!r} is no regular expression: {error}") from error
+    compiled = compiled_rules("by_path", rules)
     if default is not None and not isinstance(default, BlockSpec) and not callable(default):
         raise TypeError(
             f"by_path: default must be a BlockSpec or a label function, got {default!r}"

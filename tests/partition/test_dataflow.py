@@ -497,6 +497,62 @@ def test_override_of_nothing_is_an_error():
         infer_block_specs(opaque, OPAQUE, X, overrides=[("nothing", per_tensor())])
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"overrides": [("(", per_tensor())]}, ValueError, "is no regular expression"),
+        ({"overrides": [("lost", 3)]}, TypeError, "'lost' must give a BlockSpec"),
+        ({"overrides": ["lost"]}, TypeError, "is a pair"),
+        ({"unreadable": "element"}, TypeError, "unreadable must be a BlockSpec"),
+        ({"overrides": [("lost", per_neuron(axis=5))]}, ValueError, "^lost: .*axis 5"),
+        ({"unreadable": per_neuron(axis=1)}, ValueError, "^direct: .*axis 1"),
+    ],
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        infer_block_specs(opaque, OPAQUE, X, **options)
+
+
+UNREAD = {
+    "sorted": (lambda p, x: x @ jnp.sort(p["w"]), {"w": shape(D, 7)}, "sort"),
+    "as the image": (
+        lambda p, x: lax.conv_general_dilated(p["w"], x[:, :, :3], (1,), "SAME"),
+        {"w": shape(1, T, 9)}, "conv_general_dilated",
+    ),
+    "pooled": (
+        lambda p, x: x @ lax.reduce_window(p["w"], 0.0, lax.add, (1, 2), (1, 2), "SAME"),
+        {"w": shape(D, 8)}, "reduce_window_sum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_never_guessed(name):
+    fn, params, primitive = UNREAD[name]
+    with pytest.raises(ValueError, match=rf"w \(.*goes into {primitive} at"):
+        infer_block_specs(fn, params, X)
+
+
+def on_devices(cut):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(spec("i"), cut(spec)),
+        out_specs=spec("i"), check_vma=False,
+    )  # fmt: skip
+
+
+def test_shard_map_of_data_is_followed():
+    fn = lambda p, x: on_devices(lambda spec: spec())(x, p["w"])
+    assert grids(fn, {"w": shape(D, 8)}, X) == {"w": (1, 8)}
+
+
+def test_shard_map_of_a_parameter_is_an_error():
+    fn = lambda p, x: on_devices(lambda spec: spec(None, "i"))(x, p["w"])
+    with pytest.raises(ValueError, match=r"w \(32, 8\): goes into (un)?shard at"):
+        infer_block_specs(fn, {"w": shape(D, 8)}, X)
+
+
 def test_explain_names_uses_and_couplings():
     text = explain(dense_attention, DENSE, X, parameter="q")
     assert text.startswith("q (32, 32): 1 x 4 blocks\n")

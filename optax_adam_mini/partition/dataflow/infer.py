@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, Cut, check_used, path_str, some
+from optax_adam_mini.blocks import BlockSpec, Cut, check_used, compiled_rules, path_str, some
 from optax_adam_mini.partition.dataflow.groups import ALONE, WHOLE, Label
 from optax_adam_mini.partition.dataflow.interpreter import Interpreter, Result
 from optax_adam_mini.partition.dataflow.program import Step, flatten
@@ -55,7 +55,9 @@ def infer_block_specs(
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
             of, such as a kernel of your own; the message names all such parameters and where in
-            your code it happens. Also if an override matches no parameter.
+            your code it happens. Also if an override is no regular expression, matches no
+            parameter, or does not fit the parameter's shape.
+        TypeError: if an override is no pair of a pattern and a spec, or `unreadable` no spec.
 
     Example:
         >>> def attention(p, x):
@@ -67,9 +69,14 @@ def infer_block_specs(
         >>> {name: spec.grid((16, 4, 8)) for name, spec in specs.items()}
         {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
     """
+    rules = compiled_rules("infer_block_specs: overrides", overrides)
+    if unreadable is not None and not isinstance(unreadable, BlockSpec):
+        raise TypeError(
+            "infer_block_specs: unreadable must be a BlockSpec such as per_element(), got "
+            f"{unreadable!r} of type {type(unreadable).__name__}"
+        )
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
-    rules = [(re.compile(pattern), spec) for pattern, spec in overrides]
     for rule, _ in rules:
         check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
                    params)  # fmt: skip
@@ -79,10 +86,14 @@ def infer_block_specs(
     for index, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
         override = next((spec for rule, spec in rules if rule.search(path)), None)
         steps = result.unread.get(index, [])
-        if override is not None:
-            specs.append(dataclasses.replace(override, unit="override"))
-        elif steps and unreadable is not None:
-            specs.append(dataclasses.replace(unreadable, unit="unreadable"))
+        given = override or (unreadable if steps else None)
+        if given is not None:
+            try:
+                given.grid(leaf.shape)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            unit = "unreadable" if override is None else "override"
+            specs.append(dataclasses.replace(given, unit=unit))
         elif steps:
             where = collections.Counter(f"{step.name} at {place(step)}" for step in steps)
             unread.append(f"{path} {leaf.shape}: goes into {some(list(where))}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Primitives that do no more than call a jaxpr with their own operands.
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin", "named_call", "xla_call", "run_state",
+    "custom_vjp_call", "custom_vjp_call_jaxpr",
 }  # fmt: skip
 
 

@@ -158,7 +158,7 @@ ELEMENTWISE = {
     "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh",
     "sqrt", "square", "stop_gradient", "tan", "tanh", "xor", "zeta", "random_wrap", "random_unwrap",
     "layout_constraint", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce_window",
-    "reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_and_window", "merge",
+    "reduce_window_max", "reduce_window_min", "reduce_window_sum", "merge",
     *ADDITIVE, *MULTIPLICATIVE,
 }  # fmt: skip
 
@@ -179,6 +179,10 @@ def elementwise(context: Context, step: Step) -> Relation:
         if len(value.shape) != len(out.shape):
             continue  # a scalar
         axes = [a for a, size in enumerate(value.shape) if size == out.shape[a] and size > 1]
+        if value.is_weight and any(
+            1 < size != n for size, n in zip(value.shape, out.shape, strict=True)
+        ):
+            found.unread = True  # pooled
         if value.kind == Kind.WEIGHT and found.kind == Kind.DATA:
             if step.name not in MULTIPLICATIVE:
                 found.cuts += [(operand, axis) for axis in axes]
@@ -386,11 +390,12 @@ def _scan_stack(context: Context, step: Step) -> Relation:
 
 @rule("shard", "unshard")
 def _shard(context: Context, step: Step) -> Relation:
-    """From the whole array to one device's part of it, or back.
-
-    What is alone, or all together, in the one is so in the other.
-    """
-    return layout(context, step, same(0, range(len(context.inputs(step)[0].shape))))
+    """From the whole array to one device's part of it, or back."""
+    value, out = context.inputs(step)[0], context.outputs(step)[0]
+    kept = [axis for axis, size in enumerate(value.shape) if size == out.shape[axis]]
+    found = layout(context, step, same(0, kept))
+    found.unread = any(f for axis, f in enumerate(value.features) if axis not in kept)
+    return found
 
 
 @rule("iota")
@@ -402,7 +407,7 @@ def _iota(context: Context, step: Step) -> Relation:
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
-      "reduce_xor", "argmax", "argmin", "reduce", "reduce_precision_sum")  # fmt: skip
+      "reduce_xor", "argmax", "argmin", "reduce")  # fmt: skip
 def _reduce(context: Context, step: Step) -> Relation:
     value = context.inputs(step)[0]
     gone = tuple(step.params.get("axes", step.params.get("dimensions", ())))
@@ -452,7 +457,8 @@ def _sort(context: Context, step: Step) -> Relation:
         operand = min(result, len(ins) - 1)
         links += [link for link in same(operand, range(rank), result)
                   if link.axes[0] != along % rank]  # fmt: skip
-    return Relation(links, kind=max(value.kind for value in ins))
+    mixed = any(value.is_weight for value in ins)  # its coordinates are who knows where
+    return Relation(links, kind=max(value.kind for value in ins), unread=mixed)
 
 
 # --- contractions ---------------------------------------------------------------------------------
@@ -563,8 +569,10 @@ def _conv(context: Context, step: Step) -> Relation:
     batch, channels = numbers.lhs_spec[:2]
     out_batch, out_channels = numbers.out_spec[:2]
     outputs = numbers.rhs_spec[0]
-    if data.is_weight or (kernel.kind != Kind.WEIGHT and any(kernel.features)):
-        found.unread = data.is_weight
+    # A parameter as the image, or a kernel that is computed or chosen: nothing is known of these.
+    found.unread = data.is_weight or (
+        kernel.kind != Kind.WEIGHT and (kernel.is_rows or any(kernel.features))
+    )
     found.links.append(Link(0, (batch,), (out_batch,)))
     groups = step.params["feature_group_count"]
     if groups == data.shape[channels] == kernel.shape[outputs] > 1:  # depthwise: channels stay
