@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import scipy.sparse
 from scipy.spatial.distance import cdist
-from sklearn.datasets import load_digits
-from sklearn.neighbors import NearestNeighbors
 
 from examples.common import graphs
 from examples.common.cli import ConfigError
@@ -857,13 +855,3 @@ def test_command_line():
             assert "--" + field.name.replace("_", "-") in words
     assert "--batch-size" not in words
     assert "Optimizer steps; each sees the whole graph. (default: " in words
-
-
-def test_digits_have_their_nearest_neighbours():
-    points = load_digits().data
-    pairs = graphs._nearest(points, 8)
-    found = ((points[pairs[0]] - points[pairs[1]]) ** 2).sum(1).reshape(-1, 8)
-    expected, _ = NearestNeighbors(n_neighbors=8).fit(points).kneighbors()
-    np.testing.assert_allclose(found, expected**2, rtol=1e-9)
-    assert (pairs[0] == np.repeat(np.arange(len(points)), 8)).all()
-    assert (pairs[0] != pairs[1]).all()
