@@ -47,7 +47,7 @@ CHANGES = {
 
 def _changed(rules: list[tuple[str, BlockSpec]]) -> Callable[..., optax.GradientTransformation]:
     return lambda schedule, config, block_specs: OPTIMIZERS["adam_mini"](
-        schedule, config, by_path(rules, default=block_specs)
+        schedule, config, by_path(rules, default=lambda _: block_specs)
     )
 
 

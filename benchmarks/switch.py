@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common import text
-from examples.common.language import Training
-from examples.gpt2.model import block_specs
+from examples.common.language import Training, block_specs
 from examples.gpt2.train import Config, make_program
 from optax_adam_mini import from_adam_state
 
@@ -54,7 +53,7 @@ def main(options: Options) -> None:
     half = options.steps // 2
     training, _ = run("adamw", jax.jit(programs["adamw"].init)(), 1, half)
     params = training.params
-    converted = from_adam_state(training.opt_state, params, block_specs(config.architecture))
+    converted = from_adam_state(training.opt_state, params, block_specs(config))
     fresh = jax.jit(programs["adam_mini"].init)().opt_state
     runs = {
         "AdamW carried on": ("adamw", training.opt_state),

@@ -10,7 +10,11 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
-from optax_adam_mini.partition.dataflow import explain, infer_block_specs
+from optax_adam_mini.partition.dataflow import (
+    explain,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+)
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
@@ -29,6 +33,7 @@ __all__ = [
     "from_adam_state",
     "fused",
     "infer_block_specs",
+    "infer_muon_dimension_numbers",
     "per_element",
     "per_head",
     "per_neuron",

@@ -49,6 +49,7 @@ class BlockSpec:
             equal blocks, `None` for a block at each index, or parts `((size, spec), ...)`.
         rest: the cut of every axis that `cuts` does not name: 1 (not cut) or `None` (each index).
         unit: what one block is called in tables; it takes no part in comparisons.
+        note: a remark in tables, such as where the spec is from; nor does it.
 
     Example:
         >>> spec = per_head(12)
@@ -61,6 +62,7 @@ class BlockSpec:
     cuts: tuple[tuple[int, Cut], ...] = ()
     rest: int | None = 1
     unit: str = dataclasses.field(default="block", compare=False)
+    note: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for axis, cut in self.cuts:
@@ -464,21 +466,23 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
 
 
 def compiled_rules(
-    what: str, rules: Sequence[tuple[str, BlockSpec]]
-) -> list[tuple[re.Pattern[str], BlockSpec]]:
-    """Rules over paths, their regular expressions compiled.
+    what: str, rules: Sequence[tuple[str, T]], types: tuple[type, ...] = (BlockSpec,)
+) -> list[tuple[re.Pattern[str], T]]:
+    """Rules over paths, their regular expressions compiled; they give a value of one of `types`.
 
     Raises:
-        TypeError, ValueError: if a rule is not a valid regular expression and a spec.
+        TypeError, ValueError: if a rule is not a valid regular expression and such a value.
     """
-    compiled: list[tuple[re.Pattern[str], BlockSpec]] = []
+    compiled: list[tuple[re.Pattern[str], T]] = []
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
             raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
         pattern, spec = rule
-        if not isinstance(spec, BlockSpec):
+        if not isinstance(spec, types):
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+            example = " such as per_neuron()" if BlockSpec in types else ""
             raise TypeError(
-                f"{what}: the rule {pattern!r} must give a BlockSpec such as per_neuron(), got "
+                f"{what}: the rule {pattern!r} must give a {wanted}{example}, got "
                 f"{spec!r} of type {type(spec).__name__}"
             )
         try:

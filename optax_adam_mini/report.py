@@ -48,7 +48,7 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
     ]
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters alike but for the numbers in the path
     for (path, spec), leaf in zip(labels, leaves, strict=True):
-        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec)
+        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec, spec.note)
         rows.setdefault(alike, []).append(path)
 
     table = Table(title="Blocks of Adam-mini", title_justify="left")
@@ -58,14 +58,14 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
     table.add_column("blocks", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
     v_before = v_after = mu_bytes = nu_bytes = 0
-    for (_, shape, dtype, spec), paths in rows.items():
+    for (_, shape, dtype, spec, note), paths in rows.items():
         size, blocks = len(paths) * math.prod(shape), len(paths) * math.prod(spec.grid(shape))
         row_bytes = blocks * widen(_real(dtype)).itemsize
         times = f"{len(paths)} x " if len(paths) > 1 else ""
         table.add_row(
             _common_path(paths),
             f"{times}{shape}",
-            describe(spec, shape),
+            describe(spec, shape) + (f" ({note})" if note else ""),
             f"{blocks:,}",
             f"{row_bytes:,}",
         )

@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
-from examples.gpt2.model import CONFIGS, GPT2, block_specs
+from examples.common.language import abstract_model, block_specs
+from examples.common.text import TextConfig
+from examples.gpt2.train import Config
 from optax_adam_mini import adam_mini
 
 
 def gpt2(name):
-    """Shapes of the parameters, and the label function."""
-    config = CONFIGS[name]
-    model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), block_specs(config)
+    """Shapes of the parameters, and their blocks."""
+    config = Config(model=name, data=TextConfig(tokenizer="bpe", vocab_size=50257))
+    _, params = abstract_model(config)
+    return params, block_specs(config)
 
 
 def size(tree):

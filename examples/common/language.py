@@ -27,7 +27,7 @@ from examples.common.training import (
     load_config,
     refuse_others,
 )
-from optax_adam_mini import block_table
+from optax_adam_mini import BlockSpec, block_table, infer_block_specs
 
 Architecture = TypeVar("Architecture")
 
@@ -86,9 +86,10 @@ class LanguageConfig(TrainingConfig, abc.ABC):
     def make_model(self, architecture: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The model: tokens (B, T) to logits (B, T, V)."""
 
-    @abc.abstractmethod
-    def block_specs(self, architecture: Any) -> Any:
-        """Adam-mini's partition of it."""
+    @property
+    def overrides(self) -> Sequence[tuple[str, BlockSpec]]:
+        """Rules over paths for blocks that are not those that the computation asks for."""
+        return ()
 
     def adapt(self, architecture: Architecture, *more: str) -> Architecture:
         """`architecture` with what these options say of it. `more` names options of the example
@@ -161,15 +162,32 @@ class Training(NamedTuple):
     opt_state: optax.OptState
 
 
+def abstract_model(config: LanguageConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its parameters, and their shapes."""
+    model = nnx.eval_shape(lambda: config.make_model(config.architecture, nnx.Rngs(0)))
+    return nnx.split(model)
+
+
 def make_logits(config: LanguageConfig) -> Callable[[Any, jax.Array], jax.Array]:
     """(params, tokens) -> logits"""
-    architecture = config.architecture
-    graph, _ = nnx.split(nnx.eval_shape(lambda: config.make_model(architecture, nnx.Rngs(0))))
+    graph, _ = abstract_model(config)
 
     def logits(params: Any, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, params)(tokens).astype(jnp.float32)
 
     return logits
+
+
+def abstract_tokens(config: LanguageConfig) -> jax.ShapeDtypeStruct:
+    """The shape of one sequence: a partition does not depend on how many there are."""
+    return jax.ShapeDtypeStruct((1, config.architecture.context), jnp.int32)
+
+
+def block_specs(config: LanguageConfig) -> Any:
+    """Adam-mini's partition, read off what the model computes."""
+    _, params = abstract_model(config)
+    tokens = abstract_tokens(config)
+    return infer_block_specs(make_logits(config), params, tokens, overrides=config.overrides)
 
 
 def sum_over_micro_batches(
@@ -193,8 +211,7 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     architecture = config.architecture
     logits = make_logits(config)
-    specs = config.block_specs(architecture)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, specs)
+    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
     def init() -> Training:
         params = nnx.state(config.make_model(architecture, nnx.Rngs(config.seed)))
@@ -254,8 +271,8 @@ def load_task(config: LanguageConfig, folder: Path) -> Task:
 
 def blocks(config: LanguageConfig) -> Table:
     """How Adam-mini cuts the parameters."""
-    params = jax.eval_shape(make_program(config, "adam_mini").init).params
-    return block_table(params, config.block_specs(config.architecture))
+    _, params = abstract_model(config)
+    return block_table(params, block_specs(config))
 
 
 def generate(

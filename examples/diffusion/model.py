@@ -5,13 +5,10 @@ Shapes in comments: B images, H height, W width, C channels, E width of the time
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-from optax_adam_mini import flax_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +184,3 @@ class UNet(nnx.Module):
             else:
                 x = layer(x.repeat(2, 1).repeat(2, 2))
         return self.conv_out(nnx.swish(self.norm_out(x)))
-
-
-def block_specs() -> Any:
-    """Adam-mini's partition: `flax_layers` knows every layer of the U-Net."""
-    return flax_layers()

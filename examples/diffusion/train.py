@@ -28,9 +28,9 @@ from examples.common.training import (
     load_config,
     refuse_others,
 )
-from examples.diffusion.model import CONFIGS, UNet, UNetConfig, block_specs
+from examples.diffusion.model import CONFIGS, UNet, UNetConfig
 from examples.diffusion.process import add_noise, make_alpha_bars, sample
-from optax_adam_mini import block_table
+from optax_adam_mini import block_table, infer_block_specs
 
 # A held-out image is evaluated at so many times, one in each equal part of them.
 EVAL_TIMES = 8
@@ -185,15 +185,14 @@ class Training(NamedTuple):
 
 
 @functools.cache  # tracing takes seconds where the model is large
-def graph_of(architecture: UNetConfig, image_size: int) -> nnx.GraphDef:
-    """The U-Net without its parameters."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: UNet(architecture, image_size, rngs=nnx.Rngs(0))))
-    return graph
+def abstract_model(architecture: UNetConfig, image_size: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """The U-Net without its parameters, and their shapes."""
+    return nnx.split(nnx.eval_shape(lambda: UNet(architecture, image_size, rngs=nnx.Rngs(0))))
 
 
 def make_predict(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """(params, noisy images, times) -> noise"""
-    graph = graph_of(config.architecture, config.data.facts.image_shape[0])
+    graph, _ = abstract_model(config.architecture, config.data.facts.image_shape[0])
 
     def predict(params: Any, x: jax.Array, times: jax.Array) -> jax.Array:
         return nnx.merge(graph, params)(x, times).astype(jnp.float32)
@@ -201,11 +200,20 @@ def make_predict(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Ar
     return predict
 
 
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes."""
+    image_shape = config.data.facts.image_shape
+    _, params = abstract_model(config.architecture, image_shape[0])
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    times = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return infer_block_specs(make_predict(config), params, images, times)
+
+
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     predict = make_predict(config)
     alpha_bars = make_alpha_bars(config.schedule, config.diffusion_steps)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs())
+    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
     def init() -> Training:
         size = config.data.facts.image_shape[0]
@@ -278,8 +286,8 @@ def load_task(config: Config, _: Path) -> Task:
 
 def blocks(config: Config) -> Table:
     """How Adam-mini cuts the parameters."""
-    params = jax.eval_shape(make_program(config, "adam_mini").init).params
-    return block_table(params, block_specs())
+    _, params = abstract_model(config.architecture, config.data.facts.image_shape[0])
+    return block_table(params, block_specs(config))
 
 
 def make_sampler(config: Config, trained: Config) -> Callable[[Any, jax.Array], jax.Array]:

@@ -11,12 +11,12 @@ from flax import nnx
 
 from examples.common import runs, text
 from examples.common.cli import ConfigError
-from examples.common.language import LanguageConfig, load_trained
+from examples.common.language import LanguageConfig, abstract_tokens, load_trained
 from examples.common.text import Tokenizer
 from examples.common.training import load_config
 from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
-from optax_adam_mini import by_path, per_neuron
+from optax_adam_mini import infer_block_specs
 
 FAMILIES: tuple[type[LanguageConfig], ...] = (llama.Config, gpt2.Config)
 
@@ -119,10 +119,13 @@ class Model:
 
     @property
     def block_specs(self) -> Any:
-        """Adam-mini's partition of what is trained. Of an adapter's two matrices, the second has
-        its layer's outputs and is cut as its kernel is; the first is cut by its own outputs."""
-        specs = self.pretrained.block_specs(self.architecture)
-        if not self.architecture.lora_rank:
-            return specs
-        stacked = (0,) if self.architecture.scan else ()
-        return by_path([("lora_a$", per_neuron(stacked=stacked))], default=specs)
+        """Adam-mini's partition of what is trained, read off what the model computes. Of an
+        adapter's two matrices, the second has its layer's outputs and is cut as its kernel is."""
+        trained, frozen = self.abstract_weights
+        return infer_block_specs(
+            lambda trained, frozen, tokens: self.logits(Weights(trained, frozen), tokens),
+            trained,
+            frozen,
+            abstract_tokens(self.pretrained),
+            overrides=() if self.architecture.lora_rank else self.pretrained.overrides,
+        )

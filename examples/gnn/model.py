@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from optax_adam_mini import by_path, flax_layers, per_head
-
 LEAKY_RELU_SLOPE = 0.2
 
 
@@ -137,18 +135,3 @@ class GNN(nn.Module):
             if not last:
                 x = nn.relu(x) if config.kind == "gcn" else nn.elu(x)
         return x
-
-
-def block_specs(config: GNNConfig) -> Any:
-    """Adam-mini's partition: GCN's kernels by output neuron, as `flax_layers` has it; all that
-    makes a head of GAT's, by head."""
-    if config.kind == "gcn":
-        return flax_layers()
-    rules = []
-    for number in range(1, config.layers + 1):
-        heads = config.output_heads if number == config.layers else config.heads
-        rules += [
-            (f"layer{number}/kernel", per_head(heads, axis=1)),
-            (f"layer{number}/attention", per_head(heads, axis=0)),
-        ]
-    return by_path(rules, default=flax_layers())

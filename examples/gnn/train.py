@@ -17,8 +17,8 @@ from examples.common.cli import ConfigError, check_counts
 from examples.common.graphs import Graph, GraphConfig
 from examples.common.optimizers import OptimizerConfig
 from examples.common.training import Program, Task, TrainingConfig, compare
-from examples.gnn.model import CONFIGS, GNN, GNNConfig, block_specs
-from optax_adam_mini import block_table
+from examples.gnn.model import CONFIGS, GNN, GNNConfig
+from optax_adam_mini import block_table, infer_block_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,38 @@ class Batch(NamedTuple):
     dropout_seed: np.uint32
 
 
+def init_params(config: Config, seed: int = 0) -> Any:
+    """New parameters."""
+    # Their shapes do not depend on the graph: one node with an edge to itself will do.
+    x, node = jnp.zeros((1, config.data.facts.num_features)), jnp.zeros(1, jnp.int32)
+    return GNN(config.architecture).init(jax.random.key(seed), x, node, node, train=False)["params"]
+
+
+def abstract_params(config: Config) -> Any:
+    """Their shapes."""
+    return jax.eval_shape(lambda: init_params(config))
+
+
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes."""
+
+    def logits(params: Any, x: jax.Array, edges: jax.Array) -> jax.Array:
+        return GNN(config.architecture).apply({"params": params}, x, edges, edges, train=False)
+
+    x = jax.ShapeDtypeStruct((2, config.data.facts.num_features), jnp.float32)
+    edges = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return infer_block_specs(logits, abstract_params(config), x, edges)
+
+
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
-    architecture = config.architecture
-    model = GNN(architecture)
-    specs = block_specs(architecture)
+    model = GNN(config.architecture)
+    specs = block_specs(config)
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, specs)
 
     def init() -> TrainState:
-        # The weights' shapes do not depend on the graph: one node with an edge to itself will do.
-        x, node = jnp.zeros((1, config.data.facts.num_features)), jnp.zeros(1, jnp.int32)
-        variables = model.init(jax.random.key(config.seed), x, node, node, train=False)
-        return TrainState.create(apply_fn=model.apply, tx=tx, **variables)
+        params = init_params(config, config.seed)
+        return TrainState.create(apply_fn=model.apply, tx=tx, params=params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         graph, seed = batch
@@ -198,8 +218,7 @@ def load_task(config: Config, _: Path) -> Task:
 
 def blocks(config: Config) -> Table:
     """How Adam-mini cuts the parameters."""
-    params = jax.eval_shape(make_program(config, "adam_mini").init).params
-    return block_table(params, block_specs(config.architecture))
+    return block_table(abstract_params(config), block_specs(config))
 
 
 def main(config: Config) -> None:

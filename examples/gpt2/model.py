@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.common.language import with_adapter
-from optax_adam_mini import by_path, flax_layers, fused, per_head, per_neuron
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -158,15 +157,3 @@ class GPT2(nnx.Module):
             for block in self.h:
                 x = layer(x, nnx.state(block))
         return self.wte.attend(self.ln_f(x))
-
-
-def block_specs(config: GPT2Config) -> Any:
-    """Adam-mini's partition of GPT-2, as the paper has it: embeddings by token, query and key by
-    head, the other matrices by output neuron, gains and biases one block each."""
-    query_or_key = (config.width, per_head(config.heads))
-    value = (config.width, per_neuron())
-    c_attn = fused(-1, [query_or_key, query_or_key, value], stacked=(0,) if config.scan else ())
-    return by_path(
-        [("c_attn/(kernel|lora_b)$", c_attn)],
-        default=flax_layers(bias="tensor", stacked={"h": 0} if config.scan else {}),
-    )

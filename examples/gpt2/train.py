@@ -1,12 +1,14 @@
 """Train GPT-2, with AdamW and with Adam-mini on the same batches, and compare."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from flax import nnx
 
 from examples.common.language import LanguageConfig, blocks, load_task, main, make_program
-from examples.gpt2.model import CONFIGS, GPT2, GPT2Config, block_specs
+from examples.gpt2.model import CONFIGS, GPT2, GPT2Config
+from optax_adam_mini import BlockSpec, per_tensor
 
 __all__ = ["Config", "blocks", "load_task", "main", "make_program"]
 
@@ -36,6 +38,9 @@ class Config(LanguageConfig):
         """The model: tokens (B, T) to logits (B, T, V)."""
         return GPT2(architecture, rngs=rngs)
 
-    def block_specs(self, architecture: GPT2Config) -> Any:
-        """Adam-mini's partition of it."""
-        return block_specs(architecture)
+    @property
+    def overrides(self) -> Sequence[tuple[str, BlockSpec]]:
+        """Each bias is one block: read off the computation it would be cut per coordinate, which
+        is 0.1% of the parameters."""
+        stacked = [("^h/.*bias$", per_tensor(stacked=0))] if self.scan else []
+        return (*stacked, ("bias$", per_tensor()))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.common.language import with_adapter
-from optax_adam_mini import flax_layers
 
 RMS_NORM_EPSILON = 1e-5
 
@@ -192,13 +191,3 @@ class Llama(nnx.Module):
             for block in self.layers:
                 x = layer(x, nnx.state(block))
         return self.head(self.norm(x))
-
-
-def block_specs(config: LlamaConfig) -> Any:
-    """Adam-mini's partition of Llama, as the paper has it: embedding and head by token, query and
-    key by head, the other matrices by output neuron, gains one block each."""
-    return flax_layers(
-        num_heads=config.heads,
-        num_kv_heads=config.kv_heads,
-        stacked={"layers": 0} if config.scan else {},
-    )

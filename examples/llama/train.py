@@ -1,7 +1,7 @@
 """Train Llama, with AdamW and with Adam-mini on the same batches, and compare."""
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from flax import nnx
@@ -9,7 +9,7 @@ from flax import nnx
 from examples.common.cli import ConfigError, check_counts
 from examples.common.language import LanguageConfig, blocks, load_task, main, make_program
 from examples.common.optimizers import OptimizerConfig
-from examples.llama.model import CONFIGS, Llama, LlamaConfig, block_specs
+from examples.llama.model import CONFIGS, Llama, LlamaConfig
 
 __all__ = ["Config", "blocks", "load_task", "main", "make_program"]
 
@@ -51,10 +51,6 @@ class Config(LanguageConfig):
     def make_model(self, architecture: LlamaConfig, rngs: nnx.Rngs) -> Llama:
         """The model: tokens (B, T) to logits (B, T, V)."""
         return Llama(architecture, rngs=rngs)
-
-    def block_specs(self, architecture: LlamaConfig) -> Any:
-        """Adam-mini's partition of it."""
-        return block_specs(architecture)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is read, written or compiled."""

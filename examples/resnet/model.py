@@ -5,13 +5,11 @@ Shapes in comments: B images, H height, W width, C channels, K classes.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-
-from optax_adam_mini import flax_layers
 
 BATCH_NORM_MOMENTUM = 0.9
 BATCH_NORM_EPSILON = 1e-5
@@ -124,8 +122,3 @@ class ResNet(nn.Module):
                 x = Block(config.block, channels, stride, config.dtype, name=name)(x, train)
         x = x.mean((1, 2))
         return nn.Dense(config.num_classes, dtype=jnp.dtype(config.dtype), name="fc")(x)
-
-
-def block_specs(cut: Literal["channel", "tensor"]) -> Any:
-    """Adam-mini's partition: each output channel of a convolution a block, or each convolution."""
-    return flax_layers(conv=cut)

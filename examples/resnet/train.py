@@ -18,8 +18,8 @@ from examples.common.cli import ConfigError, check_counts
 from examples.common.images import Batch, ImageConfig
 from examples.common.optimizers import OptimizerConfig
 from examples.common.training import Program, Task, TrainingConfig, compare
-from examples.resnet.model import CONFIGS, ResNet, ResNetConfig, block_specs
-from optax_adam_mini import block_table
+from examples.resnet.model import CONFIGS, ResNet, ResNetConfig
+from optax_adam_mini import block_table, infer_block_specs, per_tensor
 
 EVAL_BATCH_SIZE = 512
 
@@ -97,16 +97,39 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
+def init_variables(config: Config, seed: int = 0) -> Any:
+    """New parameters, and the running averages of batch norm."""
+    # Their shapes do not depend on the number of images.
+    image = jnp.zeros((1, *config.data.facts.image_shape))
+    return ResNet(config.architecture).init(jax.random.key(seed), image, train=False)
+
+
+def abstract_variables(config: Config) -> Any:
+    """Their shapes."""
+    return jax.eval_shape(lambda: init_variables(config))
+
+
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes: each output channel of a convolution
+    is a block. With --conv tensor, each convolution."""
+
+    def logits(params: Any, rest: Any, images: jax.Array) -> jax.Array:
+        return ResNet(config.architecture).apply({"params": params, **rest}, images, train=False)
+
+    rest = dict(abstract_variables(config))
+    images = jax.ShapeDtypeStruct((1, *config.data.facts.image_shape), jnp.float32)
+    overrides = [("conv[^/]*/kernel$", per_tensor())] if config.conv == "tensor" else []
+    return infer_block_specs(logits, rest.pop("params"), rest, images, overrides=overrides)
+
+
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     facts = config.data.facts
     model = ResNet(config.architecture)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config.conv))
+    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
     def init() -> TrainState:
-        # The weights' shapes do not depend on the number of images.
-        image = jnp.zeros((1, *facts.image_shape))
-        variables = model.init(jax.random.key(config.seed), image, train=False)
+        variables = init_variables(config, config.seed)
         return TrainState.create(apply_fn=model.apply, tx=tx, **variables)
 
     def normalized(images: jax.Array) -> jax.Array:
@@ -177,8 +200,7 @@ def load_task(config: Config, _: Path) -> Task:
 
 def blocks(config: Config) -> Table:
     """How Adam-mini cuts the parameters."""
-    params = jax.eval_shape(make_program(config, "adam_mini").init).params
-    return block_table(params, block_specs(config.conv))
+    return block_table(abstract_variables(config)["params"], block_specs(config))
 
 
 def main(config: Config) -> None:

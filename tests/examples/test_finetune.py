@@ -13,7 +13,7 @@ from flax import nnx
 
 from examples.common import optimizers, runs, text
 from examples.common.cli import ConfigError
-from examples.common.language import make_logits
+from examples.common.language import block_specs, make_logits
 from examples.common.language import make_program as make_language_program
 from examples.common.optimizers import OptimizerConfig
 from examples.common.text import ByteTokenizer, Document, TextConfig
@@ -240,9 +240,7 @@ def test_partition_of_the_adapters(config):
 
 def test_full_partition_is_that_of_pretraining():
     for config in MODELS:
-        assert Model(config, 0).block_specs(pretrained_weights(config)) == config.block_specs(
-            config.architecture
-        )(pretrained_weights(config))
+        assert Model(config, 0).block_specs == block_specs(config)
 
 
 # Training

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optax_adam_mini import per_element, per_neuron, per_tensor
+from optax_adam_mini import block_table, per_element, per_neuron, per_tensor
 from optax_adam_mini.partition.dataflow import explain, infer_block_specs
 
 B, T, D, H, K, V, N = 2, 6, 32, 4, 2, 11, 8  # batch, time, width, heads, kv heads, tokens, head_dim
@@ -484,8 +484,11 @@ def test_what_cannot_be_read_can_be_settled():
     settled = {"overrides": [("lost", per_neuron())], "unreadable": per_element()}
     assert grids(opaque, OPAQUE, X, **settled) == {"lost": (1, 7), "found": (1, 5), "direct": (5,)}
     specs = infer_block_specs(opaque, OPAQUE, X, **settled)
-    assert specs["lost"].unit == "override"
-    assert specs["direct"].unit == "unreadable"
+    assert (specs["lost"].unit, specs["lost"].note) == ("neuron", "override")
+    cells = list(block_table(OPAQUE, specs).columns[2].cells)
+    assert cells[:3] == [
+        "5 elements x (1,) (unreadable)", "5 neurons x (7, 1)", "7 neurons x (32, 1) (override)",
+    ]  # fmt: skip
     # An override stands above what was read, too.
     assert grids(opaque, OPAQUE, X, **settled | {"overrides": [("found", per_tensor())]})[
         "found"

@@ -5,6 +5,10 @@ rules over the steps of a `program`, forward and backward; `groups` is the arith
 coupled; `infer` makes specs of it.
 """
 
-from optax_adam_mini.partition.dataflow.infer import explain, infer_block_specs
+from optax_adam_mini.partition.dataflow.infer import (
+    explain,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+)
 
-__all__ = ["explain", "infer_block_specs"]
+__all__ = ["explain", "infer_block_specs", "infer_muon_dimension_numbers"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import re
@@ -12,9 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, Cut, check_used, compiled_rules, path_str, some
-from optax_adam_mini.partition.dataflow.groups import ALONE, WHOLE, Label
-from optax_adam_mini.partition.dataflow.interpreter import Interpreter, Result
+from optax_adam_mini.blocks import (
+    BlockSpec,
+    Cut,
+    check_used,
+    compiled_rules,
+    path_str,
+    per_head,
+    per_neuron,
+    some,
+)
+from optax_adam_mini.partition.dataflow.groups import ALONE, Label
+from optax_adam_mini.partition.dataflow.interpreter import Interpreter, Result, Role
 from optax_adam_mini.partition.dataflow.program import Step, flatten
 
 # Where the code of libraries is, in which no user looks for a layer.
@@ -92,21 +100,86 @@ def infer_block_specs(
                 given.grid(leaf.shape)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-            unit = "unreadable" if override is None else "override"
-            specs.append(dataclasses.replace(given, unit=unit))
+            note = "unreadable" if override is None else "override"
+            specs.append(dataclasses.replace(given, note=note))
         elif steps:
-            where = collections.Counter(f"{step.name} at {place(step)}" for step in steps)
-            unread.append(f"{path} {leaf.shape}: goes into {some(list(where))}")
+            unread.append(_unread(path, leaf.shape, steps))
         else:
             specs.append(_spec(leaf.shape, result, index))
-    if unread:
-        raise ValueError(
-            "infer_block_specs cannot read what these parameters, or their outputs, do in a "
-            "primitive that it has no rule for:\n"
-            + "\n".join(unread)
-            + "\nSay their blocks yourself, overrides=[(pattern, spec)], or unreadable=spec for all"
-        )
+    _refuse_unread(
+        "infer_block_specs", unread, "overrides=[(pattern, spec)], or unreadable=spec for all"
+    )
     return jax.tree.unflatten(treedef, specs)
+
+
+def infer_muon_dimension_numbers(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    overrides: Sequence[tuple[str, Any]] = (),
+    **kwargs: Any,
+) -> Any:
+    """`optax.contrib.muon`'s dimension numbers of every matrix, read off the computation.
+
+    Muon orthogonalizes the matrices of a model and has to be told which axes of a parameter are a
+    matrix's inputs, which its outputs, and along which there are several matrices. What
+    [`infer_block_specs`][] reads tells it: where a parameter meets data, the contracted axes are
+    inputs and the free axes outputs; the others are stacked layers, experts, groups.
+
+    Args:
+        fn: the loss or the forward pass, `fn(params, *args, **kwargs)`.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        *args: further arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`s.
+        overrides: `(pattern, dimension numbers or None)`: the first rule whose regular expression
+            is found (`re.search`) in a parameter's path gives its numbers. The usual recipe leaves
+            the output head to Adam: `[("head", None)]`.
+        **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+        A pytree with the structure of `params`, of `optax.contrib.MuonDimensionNumbers`, and of
+        `None` for what is no matrix and is left to Adam: gains, biases, embeddings, grouped
+        convolutions, and parameters that are inputs in one use and outputs in another.
+
+    Raises:
+        ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
+            of, or if an override is no regular expression or matches no parameter.
+        TypeError: if an override is no pair of a pattern and dimension numbers or `None`.
+
+    Example:
+        >>> params = {"w": jnp.ones((4, 16, 2, 8)), "g": jnp.ones(16)}
+        >>> def loss(p, x):  # four experts, each with outputs of two axes
+        ...     return jnp.einsum("ebd,edhk->ebhk", x * p["g"], p["w"]).sum()
+        >>> found = infer_muon_dimension_numbers(loss, params, jnp.ones((4, 5, 16)))
+        >>> found["w"]
+        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3))
+        >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=found)
+    """
+    from optax.contrib import MuonDimensionNumbers
+
+    name = "infer_muon_dimension_numbers"
+    rules = compiled_rules(f"{name}: overrides", overrides, (MuonDimensionNumbers, type(None)))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for rule, _ in rules:
+        check_used(f"{name}: the override {rule.pattern!r}", rule.search, rule.pattern, params)
+    result = interpret(fn, params, *args, **kwargs)
+    numbers: list[Any] = []
+    unread: list[str] = []
+    for index, (keys, leaf) in enumerate(leaves):
+        path = path_str(keys)
+        given = [found for rule, found in rules if rule.search(path)]
+        if given:
+            numbers.append(given[0])
+        elif index in result.unread:
+            unread.append(_unread(path, leaf.shape, result.unread[index]))
+        else:
+            reduction, output = (
+                tuple(axis for axis, found in enumerate(result.roles[index]) if role in found)
+                for role in (Role.REDUCTION, Role.OUTPUT)
+            )
+            is_matrix = reduction and output and all(len(f) < 2 for f in result.roles[index])
+            numbers.append(MuonDimensionNumbers(reduction, output) if is_matrix else None)
+    _refuse_unread(name, unread, "overrides=[(pattern, dimension numbers)]")
+    return jax.tree.unflatten(treedef, numbers)
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **kwargs: Any) -> str:
@@ -177,6 +250,19 @@ def place(step: Step) -> str:
     return f"{own[0].file_name}:{own[0].line_num}"
 
 
+def _unread(path: str, shape: Sequence[int], steps: Sequence[Step]) -> str:
+    where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
+    return f"{path} {shape}: goes into {some(list(where))}"
+
+
+def _refuse_unread(name: str, unread: Sequence[str], remedy: str) -> None:
+    if unread:
+        raise ValueError(
+            f"{name} cannot read what these parameters, or their outputs, do in a primitive that "
+            "it has no rule for:\n" + "\n".join(unread) + f"\nSay it yourself, {remedy}"
+        )
+
+
 def _spec(shape: Sequence[int], result: Result, index: int) -> BlockSpec:
     labels = result.labels[index]
     cuts: list[tuple[int, Cut]] = []
@@ -185,13 +271,14 @@ def _spec(shape: Sequence[int], result: Result, index: int) -> BlockSpec:
         if cut != 1 and size > 1:
             cuts.append((axis, cut))
     spec = BlockSpec(tuple(cuts))
-    grid = spec.grid(shape)
-    if all(n == 1 for n in grid):
-        unit = "tensor"
-    elif grid == tuple(shape):
+    grid, roles = spec.grid(shape), result.roles[index]
+    stacked = [found == {Role.BATCH} for found in roles]
+    if grid == tuple(shape) and grid:
         unit = "element"
-    elif any(
-        label is not None and not (isinstance(label, int) and label == WHOLE) for label in labels
+    elif all(n == 1 for n, apart in zip(grid, stacked, strict=True) if not apart):
+        unit = "tensor"
+    elif index in result.coupled and any(
+        n < size for n, size, found in zip(grid, shape, roles, strict=True) if Role.OUTPUT in found
     ):
         unit = "head"
     elif any(use.is_lookup for use in result.uses.get(index, ())):
@@ -217,6 +304,6 @@ def _cut(axis: int, size: int, label: Label) -> Cut:
         ((block, count),) = runs
         return None if block == 1 else count
     return tuple(
-        (block * count, BlockSpec(((axis, None if block == 1 else count),)))
+        (block * count, per_neuron(axis) if block == 1 else per_head(count, axis))
         for block, count in runs
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -33,12 +34,23 @@ class Use:
     """Rows of it are chosen by an index."""
 
 
+class Role(enum.Enum):
+    """What an axis of a parameter is where the parameter meets data."""
+
+    REDUCTION = enum.auto()
+    OUTPUT = enum.auto()
+    BATCH = enum.auto()
+    """Layers of a stack, experts, rows chosen by an index, coordinates that act alone."""
+
+
 @dataclasses.dataclass
 class Result:
     """What was found of the parameters, each an index into the program's inputs."""
 
     labels: list[list[Label]]
     """For each parameter the groups of each axis."""
+    roles: list[list[set[Role]]]
+    """For each parameter the roles of each axis, one for all uses unless these differ."""
     uses: dict[int, list[Use]]
     unread: dict[int, list[Step]]
     """The steps of unknown primitives that a parameter, or what it makes, goes into."""
@@ -94,7 +106,14 @@ class Interpreter:
         for use in self.uses.values():
             for param in use.params:
                 uses.setdefault(param, []).append(use)
-        return Result([labels[place] for place in inputs], uses, unread, coupled)
+        roles = self._roles()
+        return Result(
+            [labels[place] for place in inputs],
+            [roles[place] for place in inputs],
+            uses,
+            unread,
+            coupled,
+        )
 
     def _makers(self, values: Iterable[Value]) -> set[int]:
         """The parameters that values are, or come from the outputs of."""
@@ -235,6 +254,53 @@ class Interpreter:
             place = step.inputs[operand]
             found = self._coupling(step, operand, axes)
             coupled[place] = self._join(coupled[place], found)
+
+    def _roles(self) -> list[list[set[Role]]]:
+        """The roles of the axes of every value; none for those of data."""
+        roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in self.values]
+        count = -1
+        while count != (count := sum(len(axis) for axes in roles for axis in axes)):
+            for step, relation in zip(
+                reversed(self.program.steps), reversed(self.relations), strict=True
+            ):
+                self._give_roles_back(step, relation, roles)
+        return roles
+
+    def _give_roles_back(
+        self, step: Step, relation: Relation, roles: list[list[set[Role]]]
+    ) -> None:
+        for operand, axis in relation.cuts:
+            roles[step.inputs[operand]][axis].add(Role.BATCH)
+        for link in relation.links:
+            if self.values[step.inputs[link.operand]].is_weight:
+                found = [roles[step.outputs[link.result]][axis] for axis in link.result_axes]
+                for axis in link.axes:
+                    roles[step.inputs[link.operand]][axis].update(*found)
+        for operand, contracted, free in relation.chain:
+            # x (a b) is (x a) b.
+            inner = {
+                Role.OUTPUT if role == Role.REDUCTION else Role.REDUCTION
+                for axis in free
+                for role in roles[step.outputs[0]][axis] - {Role.BATCH}
+            }
+            for axis in contracted:
+                roles[step.inputs[operand]][axis] |= inner
+        for operand, outputs in relation.uses.items():
+            if any(self.values[place].is_weight for place in step.outputs):
+                continue  # rows that are used later
+            own = roles[step.inputs[operand]]
+            batch = {axis for found, axis in relation.cuts if found == operand}
+            free = {
+                axis
+                for link in relation.links
+                if link.operand == operand and set(link.result_axes) <= set(outputs)
+                for axis in link.axes
+            }
+            for axis, found in enumerate(own):
+                if axis not in batch:
+                    found.add(Role.OUTPUT if axis in free else Role.REDUCTION)
+                if axis in free and relation.in_groups:
+                    found.add(Role.BATCH)
 
     def _coupling(self, step: Step, operand: int, axes: tuple[int, ...]) -> np.ndarray:
         """Groups of an operand that is coupled along `axes`, at each index of the others apart."""

@@ -95,6 +95,8 @@ class Relation:
     uses: dict[int, Axes] = dataclasses.field(default_factory=dict)
     """For each operand that is a parameter meeting data here, the axes of the result that come from
     its free axes, in its own order."""
+    in_groups: bool = False
+    """The outputs of a kernel are in groups that each have their own inputs."""
     kind: Kind | None = None
     is_rows: bool = False
     iota: int | None = None
@@ -190,7 +192,8 @@ def elementwise(context: Context, step: Step) -> Relation:
         else:
             found.links += same(operand, axes)
     varying = [value for value in ins if value.kind != Kind.CONSTANT]
-    found.is_rows = len(varying) == 1 and varying[0].is_rows
+    # What a loop carries may be rows at first, and something else in the next round.
+    found.is_rows = step.name != "merge" and len(varying) == 1 and varying[0].is_rows
     if step.name == "eq":
         for counted, other in ((ins[0], ins[1]), (ins[1], ins[0])):
             axis = counted.iota
@@ -575,6 +578,7 @@ def _conv(context: Context, step: Step) -> Relation:
     )
     found.links.append(Link(0, (batch,), (out_batch,)))
     groups = step.params["feature_group_count"]
+    found.in_groups = groups * step.params["batch_group_count"] > 1
     if groups == data.shape[channels] == kernel.shape[outputs] > 1:  # depthwise: channels stay
         found.links.append(Link(0, (channels,), (out_channels,)))
     if kernel.kind == Kind.WEIGHT:
