@@ -385,7 +385,9 @@ class Interpreter:
             given = [found[axis] for axis in link.result_axes]
             if link.positions is not None:
                 size = value.shape[link.axes[0]]
-                given = [moved(given[0], link.positions, size)]
+                # One index of several is one of a stack.
+                label = None if shape[link.result_axes[0]] == 1 else given[0]
+                given = [moved(label, link.positions, size)]
             if len(given) > 1:
                 given = [self.groups.merged(given, [shape[axis] for axis in link.result_axes])]
             if len(link.axes) > 1:

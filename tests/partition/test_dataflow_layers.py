@@ -1,0 +1,478 @@
+"""The blocks of layers that others have written, of one model in several layouts, and of generated
+models however they are wrapped."""
+
+import math
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers, per_head
+from optax_adam_mini.blocks import path_str
+
+B, T, D, H, N, V = 2, 6, 32, 4, 8, 11  # batch, time, width, heads, head_dim, tokens
+
+
+def shape(*sizes, dtype="float32"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+X, TOKENS, IMAGE = shape(B, T, D), shape(B, T, dtype="int32"), shape(B, 8, 8, 3)
+
+
+def grids(fn, params, *args):
+    """The grid of every parameter, by its path."""
+    specs = jax.tree.leaves(infer_block_specs(fn, params, *args))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        path_str(keys): spec.grid(leaf.shape)
+        for (keys, leaf), spec in zip(leaves, specs, strict=True)
+    }
+
+
+def linen(module, *args):
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    rest = dict(jax.eval_shape(module.init, keys, *args))
+    params = rest.pop("params")
+
+    def forward(params, rest, *args):
+        variables = {"params": params, **rest}
+        return module.apply(variables, *args, mutable=list(rest), rngs={"dropout": keys["dropout"]})
+
+    return grids(forward, params, rest, *args)
+
+
+def of_nnx(make, *args):
+    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    forward = lambda params, rest, *args: nnx.merge(graph, params, rest)(*args)
+    return grids(forward, params, rest, *args)
+
+
+def haiku(forward, *args):
+    transformed = hk.transform(forward)
+    key = jax.random.key(0)
+    params = jax.eval_shape(transformed.init, key, *args)
+    return grids(lambda params, *args: transformed.apply(params, key, *args), params, *args)
+
+
+def equinox(make, forward, *args):
+    params, static = eqx.partition(
+        eqx.filter_eval_shape(make), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    )
+    return grids(lambda params, *args: forward(eqx.combine(params, static), *args), params, *args)
+
+
+HEADS = {"query/kernel": (1, H, 1), "key/kernel": (1, H, 1), "value/kernel": (1, H, N),
+         "out/kernel": (1, 1, D), "query/bias": (H, N), "key/bias": (H, N), "value/bias": (H, N),
+         "out/bias": (D,)}  # fmt: skip
+
+
+def under(name, found, *lead):
+    return {f"{name}/{path}": (*lead, *grid) for path, grid in found.items()}
+
+
+@pytest.mark.parametrize("normalize_qk", [False, True])
+def test_attention_of_flax(normalize_qk):
+    gains = {"query_ln/scale": (1,), "key_ln/scale": (1,)} if normalize_qk else {}
+    layer = nn.MultiHeadDotProductAttention(
+        num_heads=H, normalize_qk=normalize_qk, dropout_rate=0.1, deterministic=False
+    )
+    assert linen(layer, X) == HEADS | gains
+    assert linen(layer, X, shape(B, 5, D)) == HEADS | gains
+    assert of_nnx(
+        lambda: nnx.MultiHeadAttention(
+            num_heads=H, in_features=D, normalize_qk=normalize_qk, decode=False, rngs=nnx.Rngs(0)
+        ),
+        X,
+    ) == HEADS | gains  # fmt: skip
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=H, name="a")(nn.LayerNorm(name="n")(x))
+        return x + nn.Dense(D, name="w")(nn.relu(nn.Dense(48, name="u")(x))), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.scan(nn.remat(Layer), length=3, **stacked)(name="layers")(x, None)[0]
+
+
+LAYER = {**under("a", HEADS), "n/scale": (1,), "n/bias": (D,), "u/kernel": (1, 48),
+         "u/bias": (48,), "w/kernel": (1, D), "w/bias": (D,)}  # fmt: skip
+
+
+def test_scanned_layers_are_a_separate_axis():
+    assert linen(Layer(), X) == LAYER
+    assert linen(Scanned(), X) == under("layers", LAYER, 3)
+
+
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(V, D, name="e")
+        return embed.attend(Layer(name="l")(embed(tokens))[0])
+
+
+def test_tied_embedding_of_linen():
+    assert linen(Tied(), TOKENS) == {"e/embedding": (V, 1), **under("l", LAYER)}
+
+
+class Images(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, name="b")(nn.Conv(8, (3, 3), name="c")(x))
+        x = nn.ConvTranspose(5, (2, 2), (2, 2), name="t")(nn.max_pool(nn.relu(x), (2, 2), (2, 2)))
+        return nn.Dense(3, name="d")(nn.GroupNorm(5, name="g")(x).mean((1, 2)))
+
+
+def test_convolutions_and_norms_of_linen():
+    assert linen(Images(), IMAGE) == {
+        "b/scale": (1,), "b/bias": (8,), "c/kernel": (1, 1, 1, 8), "c/bias": (8,),
+        "t/kernel": (1, 1, 1, 5), "t/bias": (5,), "g/scale": (1,), "g/bias": (5,),
+        "d/kernel": (1, 3), "d/bias": (3,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cell", [nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell]
+)
+def test_recurrent_cells_of_linen_are_cut_by_neuron(cell):
+    found = linen(nn.RNN(cell(7)), X)
+    assert len(found) >= 3
+    for path, grid in found.items():
+        assert grid == ((7,) if path.endswith("bias") else (1, 7)), path
+
+
+def test_gru_of_nnx():
+    assert of_nnx(lambda: nnx.RNN(nnx.GRUCell(D, 7, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), X) == {
+        "cell/dense_h/kernel": (1, 21), "cell/dense_i/kernel": (1, 21), "cell/dense_i/bias": (21,),
+    }  # fmt: skip
+
+
+def test_haiku():
+    attention = lambda x: hk.MultiHeadAttention(H, N, w_init=hk.initializers.Constant(0.0))(x, x, x)
+    name = "multi_head_attention"
+    columns = {"query": H, "key": H, "value": D, "linear": D}
+    assert haiku(attention, X) == {f"{name}/{part}/w": (1, n) for part, n in columns.items()} | {
+        f"{name}/{part}/b": (D,) for part in columns
+    }
+    depthwise = lambda x: hk.DepthwiseConv2D(2, 3)(hk.Conv2D(8, 3)(x))
+    assert haiku(depthwise, IMAGE) == {
+        "conv2_d/w": (1, 1, 1, 8), "conv2_d/b": (8,),
+        "depthwise_conv2_d/w": (1, 1, 1, 16), "depthwise_conv2_d/b": (16,),
+    }  # fmt: skip
+    stacked = hk.experimental.layer_stack(3)
+    assert haiku(lambda x: stacked(lambda x: x + hk.Linear(D)(jax.nn.relu(x)))(x), X) == {
+        "__layer_stack_no_per_layer/linear/w": (3, 1, D),
+        "__layer_stack_no_per_layer/linear/b": (3, D),
+    }
+
+
+def test_equinox():
+    key = jax.random.key(0)
+    attention = lambda layer, x: jax.vmap(layer)(x, x, x)
+    assert equinox(lambda: eqx.nn.MultiheadAttention(H, D, key=key), attention, X) == {
+        "query_proj/weight": (H, 1), "key_proj/weight": (H, 1), "value_proj/weight": (D, 1),
+        "output_proj/weight": (D, 1),
+    }  # fmt: skip
+    run = lambda cell, x: jax.vmap(
+        lambda x: jax.lax.scan(lambda h, x: (cell(x, h), None), jnp.zeros(7), x)[0]
+    )(x)
+    assert equinox(lambda: eqx.nn.GRUCell(D, 7, key=key), run, X) == {
+        "weight_ih": (21, 1), "weight_hh": (21, 1), "bias": (21,), "bias_n": (7,),
+    }  # fmt: skip
+    convolve = lambda layer, x: jax.vmap(layer)(x)
+    assert equinox(
+        lambda: eqx.nn.ConvTranspose2d(3, 5, 2, key=key), convolve, shape(B, 3, 8, 8)
+    ) == {"weight": (5, 1, 1, 1), "bias": (5, 1, 1)}
+
+
+# One model in several layouts
+
+
+def attend(q, k, v):
+    """Of (B, T, H, N)."""
+    weights = jax.nn.softmax(jnp.einsum("bthn,bshn->bhts", q, k))
+    return jnp.einsum("bhts,bshn->bthn", weights, v)
+
+
+def split(x):
+    return x.reshape(*x.shape[:-1], H, N)
+
+
+def fuse(*parts):
+    """Of (D, H * N) each, head by head."""
+    return np.stack([split(part) for part in parts], 2).reshape(D, -1)
+
+
+# What a layout makes of four matrices (D, D), and its forward pass.
+LAYOUTS = {
+    "matrices": (
+        lambda w: w,
+        lambda p, x: attend(*(split(x @ p[name]) for name in "qkv")).reshape(x.shape) @ p["o"],
+    ),
+    "transposed": (
+        lambda w: {name: part.T for name, part in w.items()},
+        lambda p, x: attend(*(split(x @ p[name].T) for name in "qkv")).reshape(x.shape) @ p["o"].T,
+    ),
+    "heads": (
+        lambda w: {"o": w["o"].reshape(H, N, D)} | {name: split(w[name]) for name in "qkv"},
+        lambda p, x: jnp.einsum(
+            "bthn,hnd->btd",
+            attend(*(jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qkv")), p["o"],
+        ),
+    ),
+    "heads first, one by one": (
+        lambda w: {"o": w["o"].reshape(H, N, D)}
+        | {name: split(w[name]).transpose(1, 0, 2) for name in "qkv"},
+        lambda p, x: sum(
+            attend(*((x @ p[name][h])[:, :, None] for name in "qkv"))[:, :, 0] @ p["o"][h]
+            for h in range(H)
+        ),
+    ),
+    "fused": (
+        lambda w: {"o": w["o"], "qkv": np.concatenate([w[name] for name in "qkv"], 1)},
+        lambda p, x: attend(*map(split, jnp.split(x @ p["qkv"], 3, -1))).reshape(x.shape) @ p["o"],
+    ),
+    "fused, interleaved": (
+        lambda w: {"o": w["o"], "qkv": fuse(*(w[name] for name in "qkv"))},
+        lambda p, x: attend(
+            *jnp.moveaxis((x @ p["qkv"]).reshape(B, T, H, 3, N), 3, 0)
+        ).reshape(x.shape) @ p["o"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_one_model_have_the_same_blocks(layout):
+    """Every coordinate of the four matrices has a number, which a layout puts elsewhere."""
+    store, forward = LAYOUTS[layout]
+    numbers = np.arange(4 * D * D).reshape(4, D, D)
+    stored = store(dict(zip("qkvo", numbers, strict=True)))
+    specs = infer_block_specs(forward, {name: shape(*x.shape) for name, x in stored.items()}, X)
+    found = np.empty(4 * D * D, int)  # the first number of each one's block
+    for name, own in stored.items():
+        grid = specs[name].grid(own.shape)
+        blocks = np.arange(math.prod(grid)).reshape(grid)
+        blocks = np.asarray(specs[name].spread(jnp.asarray(blocks), own.shape)).ravel()
+        first = np.full(math.prod(grid), numbers.size)
+        np.minimum.at(first, blocks, own.ravel())
+        found[own.ravel()] = first[blocks]
+    columns = np.arange(D)
+    heads, neurons = columns // N * N, columns
+    starts = D * D * np.arange(4)[:, None] + [heads, heads, neurons, neurons]
+    if layout == "heads first, one by one":
+        # Each head has its own matrix of the output here, so that its neurons are the head's.
+        rows = np.arange(D) // N * N * D
+        expected = np.broadcast_to(starts[:, None], numbers.shape).copy()
+        expected[3] += rows[:, None]
+    else:
+        expected = np.broadcast_to(starts[:, None], numbers.shape)
+    np.testing.assert_array_equal(found.reshape(numbers.shape), expected)
+
+
+# Generated models
+
+WIDTHS = st.sampled_from([(2, 4), (4, 4), (3, 8)])  # heads, head_dim
+
+
+def dense(draw, name, width):
+    hidden = draw(st.sampled_from([5, 16, width]))
+    turned = draw(st.booleans())
+    params = {f"{name}u": shape(*((hidden, width) if turned else (width, hidden))),
+              f"{name}b": shape(hidden), f"{name}w": shape(hidden, width)}  # fmt: skip
+    expected = {f"{name}u": (hidden, 1) if turned else (1, hidden), f"{name}b": (hidden,),
+                f"{name}w": (1, width)}  # fmt: skip
+    activation = draw(st.sampled_from([jax.nn.relu, jax.nn.gelu, jnp.sin, jax.nn.silu]))
+
+    def forward(p, x):
+        u = p[f"{name}u"].T if turned else p[f"{name}u"]
+        return x + activation(x @ u + p[f"{name}b"]) @ p[f"{name}w"]
+
+    return params, expected, forward
+
+
+def gated(draw, name, width):
+    params = {f"{name}{part}": shape(width, width) for part in "uv"}
+    expected = {f"{name}{part}": (1, width) for part in "uv"}
+    return params, expected, lambda p, x: x + jax.nn.silu(x @ p[f"{name}u"]) * (x @ p[f"{name}v"])
+
+
+def norm(draw, name, width):
+    def forward(p, x):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}g"]
+
+    return {f"{name}g": shape(width)}, {f"{name}g": (1,)}, forward
+
+
+def conv(draw, name, width):
+    def forward(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        return x + jax.lax.conv_general_dilated(
+            x, p[f"{name}c"], (1,), "SAME", dimension_numbers=numbers
+        )
+
+    return {f"{name}c": shape(3, width, width)}, {f"{name}c": (1, 1, width)}, forward
+
+
+def attention(draw, name, width, heads):
+    layout = draw(st.sampled_from(["flat", "general", "fused"]))
+    sizes = {"flat": (width, width), "general": (width, heads, width // heads)}
+    cuts = {"flat": [(1, heads), (1, heads), (1, width)],
+            "general": [(1, heads, 1), (1, heads, 1), (1, heads, width // heads)]}  # fmt: skip
+    params, expected = {f"{name}o": shape(width, width)}, {f"{name}o": (1, width)}
+    if layout == "fused":
+        params[f"{name}qkv"] = shape(width, 3 * width)
+        expected[f"{name}qkv"] = (1, 2 * heads + width)
+    else:
+        params |= {f"{name}{part}": shape(*sizes[layout]) for part in "qkv"}
+        expected |= {f"{name}{p}": cut for p, cut in zip("qkv", cuts[layout], strict=True)}
+
+    def forward(p, x):
+        if layout == "fused":
+            parts = jnp.split(x @ p[f"{name}qkv"], 3, -1)
+        else:
+            parts = [jnp.tensordot(x, p[f"{name}{part}"], 1) for part in "qkv"]
+        q, k, v = (part.reshape(*x.shape[:-1], heads, -1) for part in parts)
+        return x + attend(q, k, v).reshape(x.shape) @ p[f"{name}o"]
+
+    return params, expected, forward
+
+
+@st.composite
+def models(draw):
+    """Parameters, the grid of each, and the forward pass of a random stack of layers."""
+    heads, head_dim = draw(WIDTHS)
+    width = heads * head_dim
+    kinds = draw(st.lists(st.sampled_from([dense, gated, norm, conv, attention]), max_size=4))
+    kinds.append(draw(st.sampled_from([dense, attention])))
+    params, expected, layers = {}, {}, []
+    for number, kind in enumerate(kinds):
+        more = (heads,) if kind is attention else ()
+        own, cut, forward = kind(draw, f"{number}", width, *more)
+        params, expected = params | own, expected | cut
+        layers.append(forward)
+
+    def forward(p, x):
+        for layer in layers:
+            x = layer(p, x)
+        return x
+
+    return params, expected, forward, shape(B, T, width)
+
+
+@given(models(), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_neither_names_nor_wrappers_matter(model, random):
+    params, expected, forward, x = model
+    assert grids(forward, params, x) == expected
+    assert grids(jax.jit(jax.checkpoint(forward)), params, x) == expected
+    by_example = lambda p, x: jax.vmap(lambda x: forward(p, x[None])[0])(x)
+    assert grids(by_example, params, x) == expected
+
+    names = list(params)
+    random.shuffle(names)
+    new = {name: f"w{number}" for number, name in enumerate(names)}
+    renamed = lambda p, x: forward({name: p[new[name]] for name in params}, x)
+    found = grids(renamed, {new[name]: size for name, size in params.items()}, x)
+    assert found == {new[name]: grid for name, grid in expected.items()}
+
+    stacked = {name: shape(3, *size.shape) for name, size in params.items()}
+    scanned = lambda p, x: jax.lax.scan(lambda x, p: (forward(p, x), None), x, p)[0]
+    assert grids(scanned, stacked, x) == {name: (3, *grid) for name, grid in expected.items()}
+    # The same parameters at every step are the parameters they were.
+    repeated = lambda p, x: jax.lax.fori_loop(0, 3, lambda _, x: forward(p, x), x)
+    assert grids(repeated, params, x) == expected
+
+
+# Muon
+
+
+def test_muon_orthogonalizes_the_matrices_of_a_model():
+    module = Scanned()
+    x = jax.random.normal(jax.random.key(0), (8, 16, D))
+    params = module.init(jax.random.key(1), x)["params"]
+    loss = lambda params, x: jnp.mean((module.apply({"params": params}, x) - x[:, ::-1]) ** 2)
+    numbers = infer_muon_dimension_numbers(loss, params, x)
+    layers = numbers["layers"]
+    for name in ("query", "key", "value"):
+        assert tuple(layers["a"][name]["kernel"]) == ((1,), (2, 3))
+    assert tuple(layers["a"]["out"]["kernel"]) == ((1, 2), (3,))
+    assert tuple(layers["u"]["kernel"]) == tuple(layers["w"]["kernel"]) == ((1,), (2,))
+    assert layers["n"]["scale"] is layers["u"]["bias"] is layers["a"]["key"]["bias"] is None
+
+    tx = optax.contrib.muon(0.02, muon_weight_dimension_numbers=numbers)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params, x)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value, updates
+
+    state, losses = tx.init(params), []
+    for _ in range(20):
+        params, state, value, updates = step(params, state)
+        losses.append(value)
+    assert losses[-1] < 0.7 * losses[0]
+    # Each layer's update is a multiple of a matrix whose singular values are about 1, but for the
+    # direction that LayerNorm takes away.
+    update = updates["layers"]["a"]["value"]["kernel"].reshape(3, D, D)
+    for singular in np.linalg.svd(update, compute_uv=False):
+        assert singular[-2] > 0.5 * singular[0]
+
+
+def test_muon_leaves_what_is_no_matrix_to_adam():
+    def fn(p, tokens, image):
+        x = p["tokens"][tokens] @ p["w"] * p["gain"] + p["bias"]
+        patches = jax.lax.conv_general_dilated(
+            image, p["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        patches = jax.lax.conv_general_dilated(
+            patches, p["depthwise"], (1, 1), "SAME", feature_group_count=5,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return x @ p["w"].T, patches, jnp.einsum("btd,df->btf", x, p["head"])
+
+    params = {"tokens": shape(V, D), "w": shape(D, 7), "gain": shape(7), "bias": shape(7),
+              "conv": shape(2, 2, 3, 5), "depthwise": shape(3, 3, 1, 5), "head": shape(7, V)}  # fmt: skip
+    found = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE, overrides=[("head", None)])
+    assert {name for name, numbers in found.items() if numbers is not None} == {"conv"}
+    assert tuple(found["conv"]) == ((0, 1, 2), (3,))
+    again = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE)
+    assert tuple(again["head"]) == ((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ([("head", per_head(2))], TypeError, "must give a MuonDimensionNumbers or None"),
+        ([("tail", None)], ValueError, "override 'tail'"),
+        ([("(", None)], ValueError, "is no regular expression"),
+    ],
+)
+def test_bad_overrides_of_muon(overrides, error, message):
+    with pytest.raises(error, match=message):
+        infer_muon_dimension_numbers(
+            lambda p, x: x @ p["head"], {"head": shape(D, 7)}, X, overrides=overrides
+        )
+
+
+def test_muon_refuses_what_cannot_be_read():
+    fn = lambda p, x: x @ jnp.sort(p["w"])
+    with pytest.raises(ValueError, match=r"infer_muon.* cannot read.*\n.*w \(32, 7\): goes into"):
+        infer_muon_dimension_numbers(fn, {"w": shape(D, 7)}, X)
+    assert infer_muon_dimension_numbers(
+        fn, {"w": shape(D, 7)}, X, overrides=[("w", None)]
+    ) == {"w": None}  # fmt: skip
