@@ -536,6 +536,21 @@ def test_never_guessed(name):
         infer_block_specs(fn, params, X)
 
 
+def test_blocks_are_called_what_they_are():
+    fn, params, args, _ = TABLE_OF_MODELS["tied language model"]
+    specs = infer_block_specs(fn, params, *args)
+    assert {name: spec.unit for name, spec in specs.items()} == {
+        "q": "head", "k": "head", "v": "neuron", "o": "neuron", "e": "token", "pos": "token",
+        "g": "tensor", "b": "element",
+    }  # fmt: skip
+    stacked = {"g": shape(3, D), "w": shape(3, D, D)}
+    body = lambda x, p: (x * p["g"] @ p["w"], None)
+    specs = infer_block_specs(lambda p, x: lax.scan(body, x, p)[0], stacked, X)
+    assert (specs["g"].unit, specs["w"].unit) == ("tensor", "neuron")
+    specs = infer_block_specs(fused, FUSED, X)
+    assert [part.unit for _, part in specs["qkv"].cuts[0][1]] == ["head", "neuron"]
+
+
 def on_devices(cut):
     mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec

@@ -272,17 +272,18 @@ def _spec(shape: Sequence[int], result: Result, index: int) -> BlockSpec:
             cuts.append((axis, cut))
     spec = BlockSpec(tuple(cuts))
     grid, roles = spec.grid(shape), result.roles[index]
-    stacked = [found == {Role.BATCH} for found in roles]
+    outputs = [found for found in roles if Role.OUTPUT in found]
+    is_lookup = any(use.is_lookup for use in result.uses.get(index, ()))
     if grid == tuple(shape) and grid:
         unit = "element"
-    elif all(n == 1 for n, apart in zip(grid, stacked, strict=True) if not apart):
+    elif is_lookup and all(Role.BATCH in found for found in outputs):
+        unit = "token"
+    elif all(n == 1 for n, found in zip(grid, roles, strict=True) if found != {Role.BATCH}):
         unit = "tensor"
     elif index in result.coupled and any(
         n < size for n, size, found in zip(grid, shape, roles, strict=True) if Role.OUTPUT in found
     ):
         unit = "head"
-    elif any(use.is_lookup for use in result.uses.get(index, ())):
-        unit = "token"
     else:
         unit = "neuron"
     return dataclasses.replace(spec, unit=unit)
