@@ -151,7 +151,7 @@ def write_summary(output: Path) -> str:
             continue
         found = {row["title"]: row for row in content["rows"]}
         behind = workload.behind(found[UNTUNED]["mean"], found["AdamW"]["mean"])
-        rows.append({"workload": workload, "rows": found, "behind": behind})
+        rows.append({"name": name, "workload": workload, "rows": found, "behind": behind})
 
     titles = rows[0]["rows"] if rows else ()
     others = [title for title in titles if not title.startswith(("AdamW", "Adam-mini"))]
@@ -160,7 +160,7 @@ def write_summary(output: Path) -> str:
         return lambda row: row["workload"].text(row["rows"][title]["mean"])
 
     columns: Columns = {
-        "workload": lambda row: row["workload"].title,
+        "workload": lambda row: f"[{row['workload'].title}]({row['name']}.md)",
         "AdamW": value("AdamW"),
         "Adam-mini": value(UNTUNED),
         "difference": lambda row: row["workload"].difference_text(row["behind"]),
@@ -173,6 +173,9 @@ def write_summary(output: Path) -> str:
         "each example, means of fresh seeds. AdamW and the optimizers on the right at their own "
         f"best learning rates, Adam-mini at AdamW's.\n\n{markdown(columns, rows)}"
     )
+    pages = [f"[{name}]({name}.md)" for name in REPORTS if (output / f"{name}.md").exists()]
+    if pages:
+        page += f"\nOf Llama also: {', '.join(pages)}.\n"
     (output / "summary.md").write_text(page)
     return page
 

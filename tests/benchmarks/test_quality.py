@@ -100,9 +100,11 @@ def test_pages(trainings, tmp_path):
     for picture in ("gpt2_1.png", "gpt2_2.png", "resnet_1.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     summary = quality_report.write_summary(tmp_path)
-    assert "| GPT-2 | 2.0015 | 2.1115 | +5.50% | +0.50% | no | 2.2015 |" in summary
+    assert "| [GPT-2](gpt2.md) | 2.0015 | 2.1115 | +5.50% | +0.50% | no | 2.2015 |" in summary
     # By accuracy: 1 - loss / 10, so 1.1 points behind where 0.5 are allowed.
-    assert "| ResNet-18 | 79.98% | 78.89% | -1.10 points | -0.50 points | no |" in summary
+    assert (
+        "| [ResNet-18](resnet.md) | 79.98% | 78.89% | -1.10 points | -0.50 points | no |" in summary
+    )
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,15 @@ def mixture_scattered(p, x):
     return y[expert, jnp.arange(B * T)] * gates.max(-1)[:, None]
 
 
+def mixture_ragged(p, x):
+    flat = x.reshape(-1, D)
+    gates = jax.nn.softmax(flat @ p["router"])
+    order = jnp.argsort(gates.argmax(-1))
+    sizes = jnp.bincount(gates.argmax(-1), length=3)
+    y = lax.ragged_dot(jax.nn.relu(lax.ragged_dot(flat[order], p["u"], sizes)), p["w"], sizes)
+    return jnp.zeros_like(flat).at[order].set(y) * gates.max(-1)[:, None]
+
+
 MIXTURE = {"router": shape(D, 3), "u": shape(3, D, 16), "w": shape(3, 16, D)}
 MIXTURE_GRIDS = {"router": (1, 3), "u": (3, 1, 16), "w": (3, 1, D)}
 
@@ -350,6 +359,7 @@ TABLE_OF_MODELS = {
     "mixture, gathered": (mixture_gathered, MIXTURE, [X], MIXTURE_GRIDS),
     "mixture, dispatched": (mixture_dispatched, MIXTURE, [X], MIXTURE_GRIDS),
     "mixture, scattered": (mixture_scattered, MIXTURE, [X], MIXTURE_GRIDS),
+    "mixture, ragged": (mixture_ragged, MIXTURE, [X], MIXTURE_GRIDS),
     "tied language model": (
         language_model,
         {**DENSE, "e": shape(V, D), "pos": shape(T, D), "g": shape(D), "b": shape(D)},

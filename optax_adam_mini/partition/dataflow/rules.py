@@ -512,11 +512,30 @@ def is_inner_product(a: Side, b: Side) -> bool:
 
 @rule("dot_general")
 def _dot_general(context: Context, step: Step) -> Relation:
-    contracted, batch = step.params["dimension_numbers"]
-    values = context.inputs(step)
+    return _dot(context, step, step.params["dimension_numbers"])
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(context: Context, step: Step) -> Relation:
+    """Rows in groups of several lengths, each with its own matrix: the experts of a mixture."""
+    numbers = step.params["ragged_dot_dimension_numbers"]
+    dims, groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
+    if not groups:  # the groups are parts of the contracted axis, as in a gradient
+        return unknown(context, step)
+    found = _dot(context, step, dims, groups)
+    if 1 in found.uses:
+        found.cuts += [(1, axis) for axis in groups]
+    return found
+
+
+def _dot(context: Context, step: Step, dims: Any, groups: Axes = ()) -> Relation:
+    """A dot of the first two operands; the result has no axis for `groups` of the second."""
+    contracted, batch = dims
     sides = []
-    for value, gone, shared in zip(values, contracted, batch, strict=True):
-        free = tuple(a for a in range(len(value.shape)) if a not in (*gone, *shared))
+    for value, gone, shared, rest in zip(
+        context.inputs(step)[:2], contracted, batch, ((), groups), strict=True
+    ):
+        free = tuple(a for a in range(len(value.shape)) if a not in (*gone, *shared, *rest))
         sides.append(Side(value, tuple(gone), tuple(shared), free))
     first = len(batch[0])
     places = [
