@@ -46,9 +46,9 @@ def block_shares(
     """How much of the Hessian of each parameter lies inside its blocks.
 
     The paper's case for one second moment a block is that Hessians are close to block diagonal
-    (section 2.1). This measures it: the exact Hessian of the loss with respect to one parameter at a
-    time, and the share of its absolute values off the diagonal, where both coordinates are in one
-    block.
+    (section 2.1). This measures it: the exact Hessian of the loss with respect to one parameter at
+    a time, and the share of its absolute values off the diagonal, where both coordinates are in
+    one block.
 
     Args:
         loss: `loss(params, *args)`, a scalar, twice differentiable.
@@ -65,9 +65,8 @@ def block_shares(
             1 GiB.
 
     Example:
-        >>> w = jnp.ones((2, 3))  # squared error: the neurons of a layer do not meet
-        >>> loss = lambda w, x: ((x @ w - 1) ** 2).mean()
-        >>> block_shares(loss, {"w": w}["w"], per_neuron(), jnp.ones((5, 2)))[""].inside
+        >>> loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()  # in it, neurons do not meet
+        >>> block_shares(loss, {"w": jnp.ones((2, 3))}, per_neuron(), jnp.ones((5, 2)))["w"].inside
         1.0
     """
     leaves, treedef = jax.tree.flatten(params)
@@ -85,9 +84,8 @@ def block_shares(
             )
 
         def of_leaf(x: Array, index: int = index) -> Any:
-            return loss(
-                jax.tree.unflatten(treedef, [*leaves[:index], x, *leaves[index + 1 :]]), *args
-            )
+            replaced = [*leaves[:index], x, *leaves[index + 1 :]]
+            return loss(jax.tree.unflatten(treedef, replaced), *args)
 
         mass = np.abs(np.asarray(hessian(of_leaf, leaf), np.float64))
         np.fill_diagonal(mass, 0.0)

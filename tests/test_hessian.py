@@ -57,13 +57,15 @@ def test_too_large_is_an_error():
 
 
 def test_inferred_blocks_of_attention_hold_more_than_chance():
-    D, H, T = 16, 4, 8
+    width, heads = 16, 4
     keys = jax.random.split(jax.random.key(0), 6)
-    params = {n: jax.random.normal(k, (D, D)) / 4 for n, k in zip("qkvo", keys[:4], strict=True)}
-    x, y = (jax.random.normal(key, (8, T, D)) for key in keys[4:])
+    params = {
+        n: jax.random.normal(k, (width, width)) / 4 for n, k in zip("qkvo", keys[:4], strict=True)
+    }
+    x, y = (jax.random.normal(key, (8, 8, width)) for key in keys[4:])
 
     def loss(p, x, y):
-        q, k, v = ((x @ p[name]).reshape(8, T, H, -1) for name in "qkv")
+        q, k, v = ((x @ p[name]).reshape(8, 8, heads, -1) for name in "qkv")
         weights = jax.nn.softmax(jnp.einsum("bthn,bshn->bhts", q, k) / 2)
         mixed = jnp.einsum("bhts,bshn->bthn", weights, v).reshape(x.shape)
         return jnp.mean((mixed @ p["o"] - y) ** 2)
