@@ -415,6 +415,14 @@ TABLE_OF_MODELS = {
         scanned, {name: shape(3, *p.shape) for name, p in DENSE.items()}, [X],
         {name: (3, *grid) for name, grid in DENSE_GRIDS.items()},
     ),
+    "embedding into a scan": (
+        lambda p, tokens: lax.scan(lambda x, w: (x @ w, None), p["e"][tokens], p["w"])[0],
+        {"e": shape(V, D), "w": shape(3, D, D)}, [TOKENS], {"e": (V, 1), "w": (3, 1, D)},
+    ),
+    "one by one out of a stack": (
+        lambda p, x: x @ p["w"][0] @ p["w"][1] @ p["w"][2], {"w": shape(3, D, D)}, [X],
+        {"w": (3, 1, D)},
+    ),
     "branches": (
         branches, DENSE, [X, shape(dtype="bool")], {**DENSE_GRIDS, "q": (1, D)},
     ),
