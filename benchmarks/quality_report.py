@@ -117,6 +117,10 @@ def of_ablations(name: str, content: Mapping[str, Any]) -> Report:
         "Llama at AdamW's best rate, with Adam-mini's default partition and with one choice of it "
         "changed at a time."
     )
+    better = sorted((row["mean"], row["title"]) for row in rows if row["title"] != "AdamW")
+    ahead = [title for _, title in better[: [t for _, t in better].index("Adam-mini")]]
+    if ahead:
+        text += f" The default did not come out best; ahead of it: {'; '.join(map(repr, ahead))}."
     return Report("Ablations", text, columns, rows, {"the seeds": draw_ablations(rows)})
 
 
