@@ -73,7 +73,7 @@ def count_equations(jaxpr: Jaxpr) -> int:
 
 
 def main(options: Options) -> None:
-    check_counts({"layers": min(options.layers)})
+    check_counts({"layers": min(options.layers, default=0)})
     table = Table(title="Llama-2-7B, layers unrolled")
     for column in ("layers", "parameters", "equations", "trace s", "infer s", "peak MB"):
         table.add_column(column, justify="right")

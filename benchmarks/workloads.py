@@ -48,7 +48,10 @@ class Workload:
 
     def difference_text(self, behind: float) -> str:
         """A difference from AdamW for a table, with the sign of the value's own difference."""
-        return f"{-behind:+.2f} points" if self.by_accuracy else f"{behind:+.2%}"
+        # What is rounded to zero has no sign.
+        if self.by_accuracy:
+            return f"{round(-behind, 2) or 0.0:+.2f} points"
+        return f"{round(behind, 4) or 0.0:+.2%}"
 
 
 WORKLOADS = {

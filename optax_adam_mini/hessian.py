@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, LabelFn, path_str, resolve_block_specs
+from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree
@@ -24,7 +24,8 @@ class BlockShare:
     """How much of a parameter's Hessian its blocks hold.
 
     Attributes:
-        inside: share, from 0 to 1, of the absolute mass off the diagonal that lies inside blocks.
+        inside: share, from 0 to 1, of the absolute mass off the diagonal that lies inside blocks;
+            nan where there is none, as of a loss that is linear in the parameter.
         chance: what random blocks of the same sizes would hold on average.
     """
 
@@ -59,10 +60,12 @@ def block_shares(
     Returns:
         By path, a [`BlockShare`][] of every parameter whose blocks can hold something: those with
         one coordinate a block have nothing off the diagonal inside, and one block holds it all.
+        Integers are no parameters of a Hessian and are left out as well.
 
     Raises:
-        ValueError: if a parameter has more than 16,384 coordinates, whose Hessian is larger than
-            1 GiB.
+        ValueError: if a parameter that is measured has more than 16,384 coordinates, and a Hessian
+            larger than 1 GiB, or if the specs do not fit the parameters.
+        TypeError: if such a parameter is complex, or the loss no scalar.
 
     Example:
         >>> loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()  # in it, neurons do not meet
@@ -70,18 +73,26 @@ def block_shares(
         1.0
     """
     leaves, treedef = jax.tree.flatten(params)
-    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-    specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
-    found = {}
-    for index, (path, spec, leaf) in enumerate(zip(paths, specs, leaves, strict=True)):
-        grid = spec.grid(leaf.shape)
-        if math.prod(grid) in (1, leaf.size):
+    labels = resolve_block_specs(block_specs, params)
+    measured = {}  # by index: the path and the grid
+    for index, ((path, spec), leaf) in enumerate(zip(labels, leaves, strict=True)):
+        grid = spec.grid(jnp.shape(leaf))
+        if math.prod(grid) in (1, jnp.size(leaf)) or not _is(leaf, jnp.inexact):
             continue
+        if _is(leaf, jnp.complexfloating):
+            raise TypeError(
+                f"{path} {leaf.shape}: is {leaf.dtype}, and block_shares takes real parameters: "
+                "measure its real and imaginary parts as two"
+            )
         if leaf.size > _LARGEST:
             raise ValueError(
                 f"{path} {leaf.shape}: has {leaf.size:,} coordinates, and block_shares makes whole "
                 f"Hessians, of at most {_LARGEST:,}: measure a smaller model"
             )
+        measured[index] = path, grid
+    found = {}
+    for index, (path, grid) in measured.items():
+        leaf, (_, spec) = leaves[index], labels[index]
 
         def of_leaf(x: Array, index: int = index) -> Any:
             replaced = [*leaves[:index], x, *leaves[index + 1 :]]
@@ -94,7 +105,8 @@ def block_shares(
         sizes = np.bincount(blocks)
         inside = sum(mass[np.ix_(rows, rows)].sum() for rows in _members(blocks))
         chance = (sizes * (sizes - 1)).sum() / (leaf.size * (leaf.size - 1))
-        found[path] = BlockShare(float(inside / mass.sum()), float(chance))
+        total = mass.sum()
+        found[path] = BlockShare(float(inside / total) if total else math.nan, float(chance))
     return found
 
 
@@ -122,6 +134,10 @@ def hessian(fn: Callable[[Array], Any], x: Array, batch_size: int = 64) -> Float
         return jax.lax.map(column, directions, batch_size=min(batch_size, len(flat)))
 
     return columns(jnp.eye(len(flat), dtype=flat.dtype))
+
+
+def _is(leaf: Any, kind: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), kind)
 
 
 def _members(blocks: np.ndarray) -> list[np.ndarray]:

@@ -56,6 +56,30 @@ def test_too_large_is_an_error():
         block_shares(lambda p: jnp.sum(p["w"] ** 2), params, per_neuron())
 
 
+def test_too_large_is_an_error_before_anything_is_measured():
+    params = {"a": jnp.ones((3, 2)), "w": jnp.ones((129, 128))}
+
+    def loss(params):
+        raise AssertionError("measured")
+
+    with pytest.raises(ValueError, match=r"^w "):
+        block_shares(loss, params, per_neuron())
+
+
+def test_integers_are_left_out_and_complex_parameters_refused():
+    params = {"n": jnp.arange(6).reshape(2, 3), "w": jnp.ones((2, 3))}
+    assert list(block_shares(lambda p: jnp.sum(p["w"]) ** 2, params, per_neuron())) == ["w"]
+    params = {"w": jnp.ones((2, 3), jnp.complex64)}
+    with pytest.raises(TypeError, match=r"^w \(2, 3\): is complex64"):
+        block_shares(lambda p: jnp.abs(p["w"]).sum(), params, per_neuron())
+
+
+def test_nothing_off_the_diagonal_is_nan():
+    share = block_shares(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones((2, 3))}, per_neuron())
+    assert np.isnan(share["w"].inside)
+    assert share["w"].chance == pytest.approx(3 * 2 / (6 * 5))
+
+
 def test_inferred_blocks_of_attention_hold_more_than_chance():
     width, heads = 16, 4
     keys = jax.random.split(jax.random.key(0), 6)

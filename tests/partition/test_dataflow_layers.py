@@ -450,13 +450,17 @@ def test_muon_leaves_what_is_no_matrix_to_adam():
             patches, p["depthwise"], (1, 1), "SAME", feature_group_count=5,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
-        return x @ p["w"].T, patches, jnp.einsum("btd,df->btf", x, p["head"])
+        # x (a b) is (x a) b.
+        return x @ p["w"].T, patches, x @ p["head"], x @ (p["a"] @ p["b"].T)
 
     params = {"tokens": shape(V, D), "w": shape(D, 7), "gain": shape(7), "bias": shape(7),
-              "conv": shape(2, 2, 3, 5), "depthwise": shape(3, 3, 1, 5), "head": shape(7, V)}  # fmt: skip
+              "conv": shape(2, 2, 3, 5), "depthwise": shape(3, 3, 1, 5), "head": shape(7, V), "a": shape(7, 2), "b": shape(9, 2)}  # fmt: skip
     found = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE, overrides=[("head", None)])
-    assert {name for name, numbers in found.items() if numbers is not None} == {"conv"}
+    assert {name for name, numbers in found.items() if numbers is not None} == {
+        "conv", "a", "b",
+    }  # fmt: skip
     assert tuple(found["conv"]) == ((0, 1, 2), (3,))
+    assert (tuple(found["a"]), tuple(found["b"])) == (((0,), (1,)), ((1,), (0,)))
     again = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE)
     assert tuple(again["head"]) == ((0,), (1,))
 

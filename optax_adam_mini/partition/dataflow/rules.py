@@ -523,7 +523,7 @@ def _ragged_dot(context: Context, step: Step) -> Relation:
     if not groups:  # the groups are parts of the contracted axis, as in a gradient
         return unknown(context, step)
     found = _dot(context, step, dims, groups)
-    if 1 in found.uses:
+    if context.inputs(step)[1].is_weight:
         found.cuts += [(1, axis) for axis in groups]
     return found
 
