@@ -51,7 +51,7 @@ class BlockSpec:
         unit: what one block is called in tables; it takes no part in comparisons.
         note: a remark in tables, such as where the spec is from; nor does it.
 
-    Example:
+    Examples:
         >>> spec = per_head(12)
         >>> spec.grid((768, 768))
         (1, 12)
@@ -90,7 +90,7 @@ class BlockSpec:
             ValueError: if an axis is out of range or named twice, if blocks do not divide an axis,
                 or if the sizes of parts do not add up to it.
 
-        Example:
+        Examples:
             >>> per_head(12).runs((768, 768))
             (((1, 768),), ((12, 64),))
         """
@@ -126,7 +126,7 @@ class BlockSpec:
         Raises:
             ValueError: as [`BlockSpec.runs`][].
 
-        Example:
+        Examples:
             >>> fused(-1, [(768, per_head(12)), (768, per_head(12)), (768, per_neuron())]).grid(
             ...     (768, 2304)
             ... )
@@ -153,7 +153,7 @@ class BlockSpec:
         Raises:
             ValueError: as [`BlockSpec.runs`][].
 
-        Example:
+        Examples:
             >>> per_neuron().block_mean(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
             Array([[2., 4.]], dtype=float32)
         """
@@ -178,7 +178,7 @@ class BlockSpec:
         Raises:
             ValueError: if `nu` has not the grid's shape, and as [`BlockSpec.runs`][].
 
-        Example:
+        Examples:
             >>> per_head(2).spread(jnp.array([[1.0, 2.0]]), (1, 4))
             Array([[1., 1., 2., 2.]], dtype=float32)
         """
@@ -212,7 +212,7 @@ def per_tensor(*, stacked: int | Sequence[int] = ()) -> BlockSpec:
     Args:
         stacked: axes along which layers are stacked (for `scan`): a block at each of its indices.
 
-    Example:
+    Examples:
         >>> per_tensor().grid((768,)), per_tensor(stacked=0).grid((32, 768))
         ((1,), (32, 1))
     """
@@ -222,7 +222,7 @@ def per_tensor(*, stacked: int | Sequence[int] = ()) -> BlockSpec:
 def per_element() -> BlockSpec:
     """One block for each coordinate: the Adam of that parameter (biases).
 
-    Example:
+    Examples:
         >>> per_element().grid((768,))
         (768,)
     """
@@ -237,7 +237,7 @@ def per_neuron(axis: int | Sequence[int] = -1, *, stacked: int | Sequence[int] =
             `(inputs, outputs)`, hence the last one.
         stacked: axes along which layers are stacked: a block at each of its indices.
 
-    Example:
+    Examples:
         >>> per_neuron().grid((768, 3072)), per_neuron(axis=(-2, -1)).grid((768, 12, 64))
         ((1, 3072), (1, 12, 64))
     """
@@ -251,7 +251,7 @@ def per_token(axis: int | Sequence[int] = 0, *, stacked: int | Sequence[int] = (
         axis: the axis of the vocabulary: 0 in Flax's `Embed`; -1 in an output `Dense`.
         stacked: axes along which layers are stacked: a block at each of its indices.
 
-    Example:
+    Examples:
         >>> per_token().grid((50257, 768))
         (50257, 1)
     """
@@ -270,7 +270,7 @@ def per_head(num_heads: int, axis: int = -1, *, stacked: int | Sequence[int] = (
     Raises:
         TypeError, ValueError: if `num_heads` is not a positive integer.
 
-    Example:
+    Examples:
         >>> per_head(12).grid((768, 768)), per_head(12, axis=-2).grid((768, 12, 64))
         ((1, 12), (1, 12, 1))
     """
@@ -293,7 +293,7 @@ def fused(
         TypeError, ValueError: if a part is not a size and a spec, or the parts cut another axis
             differently.
 
-    Example:
+    Examples:
         Query, key and value side by side, with 32 query heads and 4 key/value heads of 64:
 
         >>> qkv = fused(-1, [(2048, per_head(32)), (256, per_head(4)), (256, per_neuron())])
@@ -343,7 +343,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockS
         ValueError: if a parameter has no spec, a spec no parameter, or a spec does not fit its
             parameter's shape. The message names every parameter concerned.
 
-    Example:
+    Examples:
         >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
         [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
     """
@@ -571,7 +571,7 @@ def _sum_whole_axes(x: Real[Array, "*shape"], axes: Sequence[Runs]) -> Real[Arra
 def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
     """How often the shortest unit of a sequence stands side by side in it, and that unit.
 
-    Example:
+    Examples:
         >>> period("qkvqkv")
         (2, 'qkv')
     """

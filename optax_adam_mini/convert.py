@@ -40,7 +40,7 @@ def from_adam_state(
         TypeError, ValueError: if there is no `ScaleByAdamState` in `state`, if it is not that of
             `params`, or if the specs do not fit them.
 
-    Example:
+    Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = optax.adamw(1e-3).init(params)
         >>> state = from_adam_state(state, params, per_neuron())
@@ -75,7 +75,7 @@ def to_adam_state(
         TypeError, ValueError: if there is no `ScaleByAdamMiniState` in `state`, if it is not that
             of `params`, or if the specs do not fit them.
 
-    Example:
+    Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = adam_mini(1e-3).init(params)
         >>> to_adam_state(state, params, flax_layers())[0].nu["kernel"].shape

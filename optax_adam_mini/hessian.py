@@ -67,7 +67,7 @@ def block_shares(
             larger than 1 GiB, or if the specs do not fit the parameters.
         TypeError: if such a parameter is complex, or the loss no scalar.
 
-    Example:
+    Examples:
         >>> loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()  # in it, neurons do not meet
         >>> block_shares(loss, {"w": jnp.ones((2, 3))}, per_neuron(), jnp.ones((5, 2)))["w"].inside
         1.0
@@ -121,7 +121,7 @@ def hessian(fn: Callable[[Array], Any], x: Array, batch_size: int = 64) -> Float
     Returns:
         Array `(n, n)` of the dtype of `x`, in the order of `x.ravel()`.
 
-    Example:
+    Examples:
         >>> hessian(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0])).tolist()
         [[4.0, 2.0], [2.0, 0.0]]
     """

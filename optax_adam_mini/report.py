@@ -34,7 +34,7 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
     Raises:
         TypeError, ValueError: if the specs do not fit the parameters.
 
-    Example:
+    Examples:
         >>> params = {"kernel": jax.ShapeDtypeStruct((768, 3072), jnp.float32)}
         >>> table = block_table(params, per_neuron())
         >>> [next(column.cells) for column in table.columns]
@@ -96,7 +96,7 @@ def describe(spec: BlockSpec, shape: tuple[int, ...]) -> str:
     Raises:
         ValueError: if the spec does not fit the shape.
 
-    Example:
+    Examples:
         >>> describe(per_head(12), (768, 768))
         '12 heads x (768, 64)'
     """

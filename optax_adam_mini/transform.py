@@ -67,7 +67,7 @@ def scale_by_adam_mini(
         TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
             that do not fit the parameters.
 
-    Example:
+    Examples:
         >>> tx = scale_by_adam_mini(block_specs=per_tensor())
         >>> params = {"scale": jnp.ones(3)}
         >>> state = tx.init(params)
@@ -141,7 +141,7 @@ def adam_mini(
             that do not fit the parameters; in `update` if weight decay needs `params` and there are
             none.
 
-    Example:
+    Examples:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
         >>> tx = adam_mini(1e-1)
         >>> state = tx.init(params)

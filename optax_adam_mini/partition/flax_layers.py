@@ -79,7 +79,7 @@ def flax_layers(
             parameter concerned, if a parameter cannot be read: of unknown name, a query or key
             without a number of heads, a kernel whose output axes names and ranks do not tell.
 
-    Example:
+    Examples:
         >>> kernels = {"query": jnp.ones((8, 2, 4)), "mlp": jnp.ones((8, 32))}
         >>> specs = flax_layers()({name: {"kernel": kernel} for name, kernel in kernels.items()})
         >>> specs["query"]["kernel"].grid((8, 2, 4)), specs["mlp"]["kernel"].grid((8, 32))

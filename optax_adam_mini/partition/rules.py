@@ -42,7 +42,7 @@ def by_path(
             the label function if a rule matches no parameter or, without default, a parameter is
             matched by no rule.
 
-    Example:
+    Examples:
         >>> label = by_path([("embed", per_token()), ("mlp", per_neuron())], default=per_tensor())
         >>> params = {"embed": jnp.ones((9, 2)), "mlp": {"kernel": jnp.ones((2, 4))}}
         >>> specs = label(params)

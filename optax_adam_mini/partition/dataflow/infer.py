@@ -67,7 +67,7 @@ def infer_block_specs(
             parameter, or does not fit the parameter's shape.
         TypeError: if an override is no pair of a pattern and a spec, or `unreadable` no spec.
 
-    Example:
+    Examples:
         >>> def attention(p, x):
         ...     q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "abc")
         ...     weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
@@ -145,7 +145,7 @@ def infer_muon_dimension_numbers(
             of, or if an override is no regular expression or matches no parameter.
         TypeError: if an override is no pair of a pattern and dimension numbers or `None`.
 
-    Example:
+    Examples:
         >>> params = {"w": jnp.ones((4, 16, 2, 8)), "g": jnp.ones(16)}
         >>> def loss(p, x):  # four experts, each with outputs of two axes
         ...     return jnp.einsum("ebd,edhk->ebhk", x * p["g"], p["w"]).sum()
@@ -199,7 +199,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
     Raises:
         ValueError: if there is no parameter of this path.
 
-    Example:
+    Examples:
         >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
         ...               parameter="w"))  # doctest: +ELLIPSIS
         w (2, 3): 1 x 3 blocks
