@@ -1,5 +1,6 @@
 """Models whose names mean nothing, and the grid of each parameter, written out by hand."""
 
+import functools
 import pathlib
 import re
 
@@ -422,6 +423,14 @@ TABLE_OF_MODELS = {
     "one by one out of a stack": (
         lambda p, x: x @ p["w"][0] @ p["w"][1] @ p["w"][2], {"w": shape(3, D, D)}, [X],
         {"w": (3, 1, D)},
+    ),
+    "iterated over": (
+        lambda p, x: functools.reduce(jnp.matmul, p["w"], x), {"w": shape(3, D, D)}, [X],
+        {"w": (3, 1, D)},
+    ),
+    "outputs iterated over": (
+        lambda p, x: joined(attention(*jnp.moveaxis((x @ p["w"]).reshape(B, T, H, 3, N), 3, 0))),
+        {"w": shape(D, 3 * D)}, [X], {"w": (1, 2 * H + D)},
     ),
     "branches": (
         branches, DENSE, [X, shape(dtype="bool")], {**DENSE_GRIDS, "q": (1, D)},

@@ -44,7 +44,11 @@ class Program:
 
     def value(self, aval: Any) -> int:
         """A new value."""
-        self.shapes.append(tuple(getattr(aval, "shape", ())))
+        return self.array(getattr(aval, "shape", ()))
+
+    def array(self, shape: Sequence[int]) -> int:
+        """A new value of this shape."""
+        self.shapes.append(tuple(shape))
         return len(self.shapes) - 1
 
 
@@ -151,5 +155,14 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
             step("unshard", [given], [out])
         return outs
     outs = results()
+    if name == "unstack":  # to iterate over an array is to index it
+        axis, shape = params["axis"], program.shapes[operands[0]]
+        for index, out in enumerate(outs):
+            start = [index if a == axis else 0 for a in range(len(shape))]
+            limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
+            one = program.array([b - a for a, b in zip(start, limit, strict=True)])
+            step("slice", operands, [one], start_indices=start, limit_indices=limit, strides=None)
+            step("squeeze", [one], [out], dimensions=(axis,))
+        return outs
     step(name, operands, outs, **params)
     return outs
