@@ -1,6 +1,7 @@
 """Models whose names mean nothing, and the grid of each parameter, written out by hand."""
 
 import functools
+import importlib
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from optax_adam_mini import block_table, per_element, per_neuron, per_tensor
 from optax_adam_mini.partition.dataflow import explain, infer_block_specs
@@ -522,6 +524,22 @@ def test_what_cannot_be_read_can_be_settled():
     ] == (1, 1)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: x @ p["w"],
+        lambda p, x: x @ p["w"] + jnp.sum(p["lost"] ** 2) * 0,
+        lambda p, x: x @ p["w"] + x @ np.ones((D, 5), "float32"),  # a model that was closed over
+    ],
+)
+def test_a_parameter_that_meets_no_data_is_an_error(fn):
+    params = {"w": shape(D, 5), "lost": shape(D, 5), "scalar": shape()}
+    with pytest.raises(ValueError, match=r"cannot read .*\nlost \(32, 5\): meets no data in fn\n"):
+        infer_block_specs(fn, params, X)
+    settled = grids(fn, params, X, overrides=[("lost", per_neuron())])
+    assert settled == {"w": (1, 5), "lost": (1, 5), "scalar": ()}
+
+
 def test_override_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="override 'nothing'"):
         infer_block_specs(opaque, OPAQUE, X, overrides=[("nothing", per_tensor())])
@@ -578,24 +596,142 @@ def test_blocks_are_called_what_they_are():
     assert [part.unit for _, part in specs["qkv"].cuts[0][1]] == ["head", "neuron"]
 
 
-def on_devices(cut):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    return jax.shard_map(
-        lambda x, w: x @ w, mesh=mesh, in_specs=(spec("i"), cut(spec)),
-        out_specs=spec("i"), check_vma=False,
-    )  # fmt: skip
+REPLICATED = P()
+
+
+def on_devices(body, params, data=REPLICATED, out=REPLICATED, count=2, **options):
+    mesh = jax.make_mesh((count,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(body, mesh=mesh, in_specs=(params, data), out_specs=out, **options)
+
+
+def sharded_attention(p, x):
+    """Its heads, and the hidden neurons, over the devices of axis i."""
+    x += lax.psum(dense_attention_of(p, x), "i")
+    return x + lax.psum(jax.nn.gelu(x @ p["up"]) @ p["down"], "i")
+
+
+def dense_attention_of(p, x):
+    q, k, v = (x @ p[name] for name in "qkv")
+    q, k, v = (y.reshape(*y.shape[:-1], -1, N) for y in (q, k, v))
+    return joined(attention(q, k, v)) @ p["o"]
+
+
+SHARDED = {**DENSE, "up": shape(D, 16), "down": shape(16, D)}
+SHARDED_GRIDS = {**DENSE_GRIDS, "up": (1, 16), "down": (1, D)}
+SHARDED_SPECS = {"q": P(None, "i"), "k": P(None, "i"), "v": P(None, "i"), "o": P("i"),
+                 "up": P(None, "i"), "down": P("i")}  # fmt: skip
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shard_map_over_heads_and_neurons(count, check_vma):
+    fn = on_devices(sharded_attention, SHARDED_SPECS, count=count, check_vma=check_vma)
+    assert grids(fn, SHARDED, X) == SHARDED_GRIDS
 
 
 def test_shard_map_of_data_is_followed():
-    fn = lambda p, x: on_devices(lambda spec: spec())(x, p["w"])
+    fn = on_devices(lambda p, x: lax.pmean(jnp.mean(x @ p["w"]), "i"), P(), P("i"))
     assert grids(fn, {"w": shape(D, 8)}, X) == {"w": (1, 8)}
 
 
-def test_shard_map_of_a_parameter_is_an_error():
-    fn = lambda p, x: on_devices(lambda spec: spec(None, "i"))(x, p["w"])
-    with pytest.raises(ValueError, match=r"w \(32, 8\): goes into (un)?shard at"):
-        infer_block_specs(fn, {"w": shape(D, 8)}, X)
+def gathered_positions(p, x):
+    """Each device has a part of the sequence, and fetches the keys and values of all."""
+    q, k, v = (heads(x @ p[name]) for name in "qkv")
+    k, v = (lax.all_gather(y, "i", axis=1, tiled=True) for y in (k, v))
+    return lax.pmean(joined(attention(q, k, v)) @ p["o"], "i")
+
+
+def stacked_positions(p, x):
+    q, k, v = (heads(x @ p[name]) for name in "qkv")
+    k, v = (lax.all_gather(y, "i", axis=1).reshape(B, -1, H, N) for y in (k, v))
+    return lax.pmean(joined(attention(q, k, v)) @ p["o"], "i")
+
+
+@pytest.mark.parametrize("body", [gathered_positions, stacked_positions])
+def test_shard_map_over_positions(body):
+    fn = on_devices(body, P(), P(None, "i"))
+    assert grids(fn, DENSE, X) == DENSE_GRIDS
+
+
+def general_attention(p, x):
+    q, k, v = (jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qkv")
+    return lax.psum(jnp.einsum("bthn,hnd->btd", attention(q, k, v), p["o"]), "i")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shard_map_of_one_head_for_each_device(count):
+    heads_over = {"q": P(None, "i"), "k": P(None, "i"), "v": P(None, "i"), "o": P("i")}
+    params = {**dict.fromkeys("qkv", shape(D, H, N)), "o": shape(H, N, D)}
+    assert grids(on_devices(general_attention, heads_over, count=count), params, X) == {
+        "q": (1, H, 1), "k": (1, H, 1), "v": (1, H, N), "o": (1, 1, D),
+    }  # fmt: skip
+
+
+UNREAD_ON_DEVICES = {
+    "outputs that leave": (lambda w, x: x @ w, P(None, "i"), P(None, None, "i"), "unshard"),
+    "gathered": (
+        lambda w, x: lax.pmean(x @ lax.all_gather(w, "i", axis=1, tiled=True), "i"),
+        P(None, "i"), P(), "all_gather",
+    ),
+    "outputs gathered": (
+        lambda w, x: lax.pmean(lax.all_gather(x @ w, "i", axis=2, tiled=True), "i"),
+        P(None, "i"), P(), "all_gather",
+    ),
+    "one of each, its axis dropped": (
+        lambda w, x: lax.psum(jnp.tanh(x @ w.reshape(D, -1)), "i"), P(None, "i"), P(), "shard",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD_ON_DEVICES)
+def test_what_shard_map_hides_is_an_error(name):
+    body, cut, out, primitive = UNREAD_ON_DEVICES[name]
+    sizes = (D, 2, 4) if "axis dropped" in name else (D, 8)
+    fn = on_devices(lambda p, x: body(p["w"], x), {"w": cut}, out=out)
+    with pytest.raises(ValueError, match=rf"w \(32, .*\): goes into {primitive} at"):
+        infer_block_specs(fn, {"w": shape(*sizes)}, X)
+
+
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """To trace cuDNN's attention where it is not installed."""
+    monkeypatch.setattr(f"{CUDNN}.check_cudnn_version", lambda: 91300)
+
+
+def by_cudnn(q, k, v):
+    return jax.nn.dot_product_attention(
+        *(x.astype("bfloat16") for x in (q, k, v)), is_causal=True, implementation="cudnn"
+    )
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_attention_of_cudnn():
+    fn = lambda p, x: grouped(p, x, rotary_halves, by_cudnn)
+    assert "dot_product_attention_fwd" in str(jax.make_jaxpr(fn)(GROUPED, X))
+    assert grids(fn, GROUPED, X) == GROUPED_GRIDS
+    source = pathlib.Path(__file__).read_text().splitlines()
+    why = explain(fn, GROUPED, X, parameter="q")
+    line = int(re.search(r"inner product at \S*test_dataflow.py:(\d+)", why)[1])
+    assert "dot_product_attention" in source[line - 1]
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("layout", ["BTNH", "BNTH"])
+def test_attention_of_cudnn_with_a_bias_of_positions(layout):
+    kernel = importlib.import_module(CUDNN).dot_product_attention
+
+    def fn(p, x):
+        q, k, v = (heads(x @ p[name]).astype("bfloat16") for name in "qkv")
+        bias = jnp.einsum("tsr,rh->hts", jnp.ones((T, T, 5)), p["r"])[None].astype("bfloat16")
+        if layout == "BNTH":
+            q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
+        out, _ = kernel(q, k, v, bias, qkv_layout=layout, return_residual=True)
+        return joined(out if layout == "BTNH" else out.swapaxes(1, 2)) @ p["o"]
+
+    assert grids(fn, {**DENSE, "r": shape(5, H)}, X) == {**DENSE_GRIDS, "r": (1, H)}
 
 
 def test_explain_names_uses_and_couplings():

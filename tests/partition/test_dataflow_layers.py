@@ -156,6 +156,98 @@ def test_recurrent_cells_of_linen_are_cut_by_neuron(cell):
         assert grid == ((7,) if path.endswith("bias") else (1, 7)), path
 
 
+class VisionTransformer(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Conv(D, (4, 4), (4, 4), padding="VALID", name="patches")(image).reshape(B, -1, D)
+        first = self.param("first", nn.initializers.zeros, (1, 1, D))
+        x = jnp.concatenate([jnp.broadcast_to(first, (B, 1, D)), x], axis=1)
+        x = x + self.param("positions", nn.initializers.zeros, (1, 5, D))
+        x = Layer(name="layer")(x)[0]
+        return nn.Dense(7, name="head")(nn.LayerNorm(name="norm")(x)[:, 0])
+
+
+def test_vision_transformer_of_linen():
+    assert linen(VisionTransformer(), IMAGE) == {
+        "patches/kernel": (1, 1, 1, D), "patches/bias": (D,), "first": (1, 1, D),
+        "positions": (1, 5, D), **under("layer", LAYER), "norm/scale": (1,), "norm/bias": (D,),
+        "head/kernel": (1, 7), "head/bias": (7,),
+    }  # fmt: skip
+
+
+def relative_bias(embed, queries, keys):
+    """A number for each head and each distance, clipped to 4 either way, as T5 adds to scores."""
+    distance = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
+    return embed(jnp.clip(distance, -4, 4) + 4).transpose(2, 0, 1)[None]
+
+
+class RelativeAttention(nnx.Module):
+    def __init__(self, rngs):
+        options = {"use_bias": False, "rngs": rngs}
+        self.query, self.key, self.value = (
+            nnx.LinearGeneral(D, (H, N), **options) for _ in range(3)
+        )
+        self.out = nnx.LinearGeneral((H, N), D, axis=(-2, -1), **options)
+
+    def __call__(self, x, y, relative):
+        bias = relative_bias(relative, x.shape[1], y.shape[1])
+        return self.out(nnx.dot_product_attention(self.query(x), self.key(y), self.value(y), bias))
+
+
+class EncoderDecoder(nnx.Module):
+    def __init__(self, rngs):
+        self.tokens, self.relative = nnx.Embed(V, D, rngs=rngs), nnx.Embed(9, H, rngs=rngs)
+        self.encode, self.decode, self.cross = (RelativeAttention(rngs) for _ in range(3))
+        self.norm = nnx.RMSNorm(D, rngs=rngs)
+
+    def __call__(self, source, target):
+        source, target = self.tokens(source), self.tokens(target)
+        x = self.norm(source)
+        source += self.encode(x, x, self.relative)
+        x = self.norm(target)
+        target += self.decode(x, x, self.relative)
+        target += self.cross(self.norm(target), self.norm(source), self.relative)
+        return self.tokens.attend(target)
+
+
+def test_encoder_and_decoder_of_nnx():
+    heads = {path: grid for path, grid in HEADS.items() if "kernel" in path}
+    make = lambda: EncoderDecoder(nnx.Rngs(0))
+    assert of_nnx(make, TOKENS, shape(B, 5, dtype="int32")) == {
+        "relative/embedding": (9, 1), "tokens/embedding": (V, 1), "norm/scale": (1,),
+        **under("encode", heads), **under("decode", heads), **under("cross", heads),
+    }  # fmt: skip
+
+
+class StateSpace(nn.Module):
+    """A selective state space: a diagonal recurrence whose steps depend on the input."""
+
+    @nn.compact
+    def __call__(self, x):
+        channels, states = 16, 3
+        x, gate = jnp.split(nn.Dense(2 * channels, name="in")(x), 2, axis=-1)
+        x = nn.Conv(channels, (4,), feature_group_count=channels, padding="CAUSAL", name="conv")(x)
+        x = nn.silu(x)
+        step = nn.softplus(nn.Dense(channels, name="step")(x))
+        into, out = (nn.Dense(states, use_bias=False, name=name)(x) for name in ("into", "out_of"))
+        rate = -jnp.exp(self.param("rate", nn.initializers.zeros, (channels, states)))
+        decay = jnp.exp(step[..., None] * rate)
+        fed = step[..., None] * into[..., None, :] * x[..., None]
+        join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+        _, state = jax.lax.associative_scan(join, (decay, fed), axis=1)
+        y = jnp.einsum("btcs,bts->btc", state, out)
+        y += x * self.param("skip", nn.initializers.ones, (channels,))
+        return nn.Dense(D, name="out")(y * nn.silu(gate))
+
+
+def test_state_space_of_linen():
+    assert linen(StateSpace(), X) == {
+        "in/kernel": (1, 32), "in/bias": (32,), "conv/kernel": (1, 1, 16), "conv/bias": (16,),
+        "step/kernel": (1, 16), "step/bias": (16,), "into/kernel": (1, 3), "out_of/kernel": (1, 3),
+        "rate": (1, 1), "skip": (1,), "out/kernel": (1, D), "out/bias": (D,),
+    }  # fmt: skip
+
+
 def test_gru_of_nnx():
     assert of_nnx(lambda: nnx.RNN(nnx.GRUCell(D, 7, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), X) == {
         "cell/dense_h/kernel": (1, 21), "cell/dense_i/kernel": (1, 21), "cell/dense_i/bias": (21,),

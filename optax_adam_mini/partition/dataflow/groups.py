@@ -112,6 +112,18 @@ class Groups:
         ]
         return np.array(numbers, np.int64)[combined[np.ix_(*places)].reshape(-1)]
 
+    def repeated(self, label: Label, size: int, count: int) -> Label:
+        """The groups of an axis of `count` parts, each of `size` with groups like these."""
+        if label is None or (isinstance(label, int) and label == WHOLE):
+            return label
+        part = np.full(size, label) if isinstance(label, int) else label
+        numbers = [
+            group if group == ALONE else self.named((group, index))
+            for index in range(count)
+            for group in part.tolist()
+        ]
+        return np.array(numbers, np.int64)
+
     def split(self, label: Label, sizes: Sequence[int]) -> list[Label]:
         """The groups of each of several axes that were merged into one."""
         if label is None or isinstance(label, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,9 +63,9 @@ def infer_block_specs(
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
-            of, such as a kernel of your own; the message names all such parameters and where in
-            your code it happens. Also if an override is no regular expression, matches no
-            parameter, or does not fit the parameter's shape.
+            of, such as a kernel of your own, or if it meets no data at all; the message names all
+            such parameters and where in your code it happens. Also if an override is no regular
+            expression, matches no parameter, or does not fit the parameter's shape.
         TypeError: if an override is no pair of a pattern and a spec, or `unreadable` no spec.
 
     Examples:
@@ -93,8 +94,8 @@ def infer_block_specs(
     unread: list[str] = []
     for index, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
         override = next((spec for rule, spec in rules if rule.search(path)), None)
-        steps = result.unread.get(index, [])
-        given = override or (unreadable if steps else None)
+        why = _why_unread(path, leaf.shape, result, index)
+        given = override or (unreadable if why else None)
         if given is not None:
             try:
                 given.grid(leaf.shape)
@@ -102,8 +103,8 @@ def infer_block_specs(
                 raise ValueError(f"{path}: {error}") from error
             note = "unreadable" if override is None else "override"
             specs.append(dataclasses.replace(given, note=note))
-        elif steps:
-            unread.append(_unread(path, leaf.shape, steps))
+        elif why:
+            unread.append(why)
         else:
             specs.append(_spec(leaf.shape, result, index))
     _refuse_unread(
@@ -142,7 +143,8 @@ def infer_muon_dimension_numbers(
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
-            of, or if an override is no regular expression or matches no parameter.
+            of, if it meets no data at all, or if an override is no regular expression or matches no
+            parameter.
         TypeError: if an override is no pair of a pattern and dimension numbers or `None`.
 
     Examples:
@@ -169,8 +171,8 @@ def infer_muon_dimension_numbers(
         given = [found for rule, found in rules if rule.search(path)]
         if given:
             numbers.append(given[0])
-        elif index in result.unread:
-            unread.append(_unread(path, leaf.shape, result.unread[index]))
+        elif why := _why_unread(path, leaf.shape, result, index):
+            unread.append(why)
         else:
             reduction, output = (
                 tuple(axis for axis, found in enumerate(result.roles[index]) if role in found)
@@ -243,23 +245,29 @@ def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
 
 def place(step: Step) -> str:
     """File and line of a step in the user's code."""
-    frames = step.traceback.frames if step.traceback is not None else []
+    frames = [frame for found in step.tracebacks if found is not None for frame in found.frames]
     own = [frame for frame in frames if not _LIBRARIES.search(frame.file_name)]
     if not own:
         return "an unknown place"
     return f"{own[0].file_name}:{own[0].line_num}"
 
 
-def _unread(path: str, shape: Sequence[int], steps: Sequence[Step]) -> str:
-    where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
-    return f"{path} {shape}: goes into {some(list(where))}"
+def _why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> str:
+    """Why it is not known what a parameter does; empty if it is."""
+    if steps := result.unread.get(index, ()):
+        where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
+        return f"{path} {tuple(shape)}: goes into {some(list(where))}, which there is no rule for"
+    if index not in result.uses and math.prod(shape) > 1:
+        return f"{path} {tuple(shape)}: meets no data in fn"
+    return ""
 
 
 def _refuse_unread(name: str, unread: Sequence[str], remedy: str) -> None:
     if unread:
         raise ValueError(
-            f"{name} cannot read what these parameters, or their outputs, do in a primitive that "
-            "it has no rule for:\n" + "\n".join(unread) + f"\nSay it yourself, {remedy}"
+            f"{name} cannot read what these parameters, or their outputs, do:\n"
+            + "\n".join(unread)
+            + f"\nSay it yourself, {remedy}"
         )
 
 

@@ -90,6 +90,13 @@ class Interpreter:
         while self._forward():
             pass
         labels = self._backward()
+        roles = self._roles()
+        for step, relation in zip(self.program.steps, self.relations, strict=True):
+            for link in relation.links:
+                # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
+                place = step.outputs[link.result]
+                if link.parts > 1 and self.values[place].shape[link.result_axes[0]] == 1:
+                    relation.unread |= not roles[place][link.result_axes[0]]
         inputs = self.program.inputs[: self.n_params]
         unread: dict[int, list[Step]] = {}
         coupled: dict[int, list[Step]] = {}
@@ -106,7 +113,6 @@ class Interpreter:
         for use in self.uses.values():
             for param in use.params:
                 uses.setdefault(param, []).append(use)
-        roles = self._roles()
         return Result(
             [labels[place] for place in inputs],
             [roles[place] for place in inputs],
@@ -388,6 +394,8 @@ class Interpreter:
                 # One index of several is one of a stack.
                 label = None if shape[link.result_axes[0]] == 1 else given[0]
                 given = [moved(label, link.positions, size)]
+            if link.parts > 1:
+                given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]
             if len(given) > 1:
                 given = [self.groups.merged(given, [shape[axis] for axis in link.result_axes])]
             if len(link.axes) > 1:

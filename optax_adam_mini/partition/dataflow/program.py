@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from optax_adam_mini.partition.dataflow.kernels import written_out
+
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -24,8 +26,8 @@ class Step:
     inputs: list[int]
     outputs: list[int]
     params: dict[str, Any]
-    traceback: Any = None
-    """Where it stands in the user's code."""
+    tracebacks: tuple[Any, ...] = ()
+    """Where it stands in the user's code, and what called it, innermost first."""
 
 
 @dataclasses.dataclass
@@ -60,7 +62,12 @@ def flatten(closed: ClosedJaxpr) -> Program:
     return program
 
 
-def _inline(program: Program, called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
+def _inline(
+    program: Program,
+    called: ClosedJaxpr | Jaxpr,
+    inputs: Sequence[int],
+    callers: tuple[Any, ...] = (),
+) -> list[int]:
     """Appends the steps of a jaxpr; its results."""
     from jax.extend.core import ClosedJaxpr, Literal  # takes as long to load as all of ours
 
@@ -78,17 +85,22 @@ def _inline(program: Program, called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
-        results = _inline_eqn(program, eqn, operands)
+        results = _inline_eqn(program, eqn, operands, callers)
         where.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
+def _inline_eqn(
+    program: Program, eqn: Any, operands: list[int], callers: tuple[Any, ...]
+) -> list[int]:
     name, params = eqn.primitive.name, eqn.params
+    sources = (getattr(eqn.source_info, "traceback", None), *callers)
+
+    def inline(called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
+        return _inline(program, called, inputs, sources)
 
     def step(name: str, inputs: list[int], outputs: list[int], **more: Any) -> None:
-        source = getattr(eqn.source_info, "traceback", None)
-        program.steps.append(Step(name, inputs, outputs, more, source))
+        program.steps.append(Step(name, inputs, outputs, more, sources))
 
     def results() -> list[int]:
         return [program.value(var.aval) for var in eqn.outvars]
@@ -97,11 +109,11 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
         called = next(
             params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in params
         )
-        return _inline(program, called, operands)
+        return inline(called, operands)
     if name == "cond":
         outs = results()
         for branch in params["branches"]:
-            for given, out in zip(_inline(program, branch, operands[1:]), outs, strict=True):
+            for given, out in zip(inline(branch, operands[1:]), outs, strict=True):
                 step("merge", [given], [out])
         return outs
     if name == "while":
@@ -110,10 +122,8 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
         carry = results()
         for given, out in zip(operands[sum(consts) :], carry, strict=True):
             step("merge", [given], [out])
-        _inline(program, params["cond_jaxpr"], [*of_cond, *carry])
-        for given, out in zip(
-            _inline(program, params["body_jaxpr"], [*of_body, *carry]), carry, strict=True
-        ):
+        inline(params["cond_jaxpr"], [*of_cond, *carry])
+        for given, out in zip(inline(params["body_jaxpr"], [*of_body, *carry]), carry, strict=True):
             step("merge", [given], [out])
         return carry
     if name == "scan":
@@ -139,7 +149,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
         slices = [program.value(var.aval) for var in body.jaxpr.invars[n_consts + n_carry :]]
         for given, out in zip(stacks, slices, strict=True):
             step("scan_slice", [given], [out])
-        found = _inline(program, body, [*consts, *carry, *slices])
+        found = inline(body, [*consts, *carry, *slices])
         for given, out in zip(found[:n_carry], carry, strict=True):
             step("merge", [given], [out])
         for given, out in zip(found[n_carry:], stacked, strict=True):
@@ -151,8 +161,14 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int]) -> list[int]:
         for given, out in zip(operands, shards, strict=True):
             step("shard", [given], [out])
         outs = results()
-        for given, out in zip(_inline(program, inner, shards), outs, strict=True):
+        for given, out in zip(inline(inner, shards), outs, strict=True):
             step("unshard", [given], [out])
+        return outs
+    if (kernel := written_out(eqn)) is not None:
+        first = len(program.steps)
+        outs = inline(kernel, operands)
+        for written in program.steps[first:]:
+            written.tracebacks = sources
         return outs
     outs = results()
     if name == "unstack":  # to iterate over an array is to index it

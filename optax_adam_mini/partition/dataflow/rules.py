@@ -81,6 +81,8 @@ class Link:
     result: int = 0
     positions: np.ndarray | None = None
     """For each index of the result's axis that of the operand's, negative where it has none."""
+    parts: int = 1
+    """The result has one of so many parts of the operand's axis, all with the same groups."""
 
 
 @dataclasses.dataclass
@@ -391,14 +393,52 @@ def _scan_stack(context: Context, step: Step) -> Relation:
     return layout(context, step, [Link(0, (a,), (a + 1,)) for a in range(len(value.shape))])
 
 
-@rule("shard", "unshard")
+# --- devices --------------------------------------------------------------------------------------
+
+
+@rule("shard")
 def _shard(context: Context, step: Step) -> Relation:
-    """From the whole array to one device's part of it, or back."""
+    """From the whole array to one device's part of it."""
     value, out = context.inputs(step)[0], context.outputs(step)[0]
-    kept = [axis for axis, size in enumerate(value.shape) if size == out.shape[axis]]
-    found = layout(context, step, same(0, kept))
+    if value.kind != Kind.WEIGHT:
+        return _moved_across(context, step)
+    links = [
+        Link(0, (axis,), (axis,), parts=size // max(out.shape[axis], 1))
+        for axis, size in enumerate(value.shape)
+    ]
+    return layout(context, step, links)
+
+
+@rule("unshard", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all")
+def _moved_across(context: Context, step: Step) -> Relation:
+    """Axes that are split or joined across devices: unread where they are a parameter's."""
+    value, out = context.inputs(step)[0], context.outputs(step)[0]
+    axes = list(range(len(value.shape)))  # the operand's axis for each of the result's
+    if not step.params.get("tiled", True):  # an axis for the devices goes or comes
+        for gone in ("scatter_dimension", "split_axis"):
+            if gone in step.params:
+                axes.remove(step.params[gone])
+        for new in ("all_gather_dimension", "concat_axis"):
+            if new in step.params:
+                axes.insert(step.params[new], -1)
+    links = [
+        Link(0, (axis,), (to,))
+        for to, axis in enumerate(axes)
+        if axis >= 0 and value.shape[axis] == out.shape[to]
+    ]
+    found = layout(context, step, links)
+    kept = [link.axes[0] for link in links]
     found.unread = any(f for axis, f in enumerate(value.features) if axis not in kept)
     return found
+
+
+@rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast")
+def _across(context: Context, step: Step) -> Relation:
+    """Arrays of all devices combined, or exchanged, element by element."""
+    return layout(context, step, [
+        link for i, value in enumerate(context.inputs(step))
+        for link in [Link(i, (a,), (a,), i) for a in range(len(value.shape))]
+    ])  # fmt: skip
 
 
 @rule("iota")
