@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -74,7 +74,7 @@ def block_shares(
     """
     leaves, treedef = jax.tree.flatten(params)
     labels = resolve_block_specs(block_specs, params)
-    measured = {}  # by index: the path and the grid
+    measured = {}  # the paths, by index
     for index, ((path, spec), leaf) in enumerate(zip(labels, leaves, strict=True)):
         grid = spec.grid(jnp.shape(leaf))
         if math.prod(grid) in (1, jnp.size(leaf)) or not _is(leaf, jnp.inexact):
@@ -89,51 +89,109 @@ def block_shares(
                 f"{path} {leaf.shape}: has {leaf.size:,} coordinates, and block_shares makes whole "
                 f"Hessians, of at most {_LARGEST:,}: measure a smaller model"
             )
-        measured[index] = path, grid
-    found = {}
-    for index, (path, grid) in measured.items():
-        leaf, (_, spec) = leaves[index], labels[index]
+        measured[index] = path
 
-        def of_leaf(x: Array, index: int = index) -> Any:
-            replaced = [*leaves[:index], x, *leaves[index + 1 :]]
-            return loss(jax.tree.unflatten(treedef, replaced), *args)
+    def of_measured(xs: dict[int, Array]) -> Any:
+        replaced = [xs.get(index, leaf) for index, leaf in enumerate(leaves)]
+        return loss(jax.tree.unflatten(treedef, replaced), *args)
 
-        mass = np.abs(np.asarray(hessian(of_leaf, leaf), np.float64))
-        np.fill_diagonal(mass, 0.0)
-        numbers = jnp.arange(math.prod(grid)).reshape(grid)
-        blocks = np.asarray(spec.spread(numbers, leaf.shape)).ravel()
-        sizes = np.bincount(blocks)
-        inside = sum(mass[np.ix_(rows, rows)].sum() for rows in _members(blocks))
-        chance = (sizes * (sizes - 1)).sum() / (leaf.size * (leaf.size - 1))
-        total = mass.sum()
-        found[path] = BlockShare(float(inside / total) if total else math.nan, float(chance))
-    return found
+    matrices = hessians(of_measured, {index: leaves[index] for index in measured})
+    return {
+        measured[index]: block_share(matrix, labels[index][1], leaves[index].shape)
+        for index, matrix in matrices.items()
+    }
 
 
-def hessian(fn: Callable[[Array], Any], x: Array, batch_size: int = 64) -> Float[Array, "n n"]:
-    """The exact Hessian of a scalar function of one array.
+def block_share(
+    matrix: Float[Array, "n n"], block_spec: BlockSpec, shape: Sequence[int]
+) -> BlockShare:
+    """How much of the Hessian of one parameter lies inside its blocks.
 
     Args:
-        fn: `fn(x)`, a scalar.
-        x: array of `n` coordinates.
-        batch_size: how many of its columns are computed at once.
+        matrix: array `(n, n)`, in the order of the raveled parameter, as [`hessians`][] gives it.
+        block_spec: how the parameter is cut.
+        shape: the parameter's shape, of `n` coordinates.
 
     Returns:
-        Array `(n, n)` of the dtype of `x`, in the order of `x.ravel()`.
+        A [`BlockShare`][].
+
+    Raises:
+        ValueError: if the spec or the matrix does not fit the shape.
 
     Examples:
-        >>> hessian(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 2.0])).tolist()
-        [[4.0, 2.0], [2.0, 0.0]]
+        >>> block_share(jnp.ones((6, 6)), per_neuron(), (2, 3))  # all alike: as by chance
+        BlockShare(inside=0.2, chance=0.2)
     """
-    gradient = jax.grad(lambda flat: fn(flat.reshape(x.shape)))
-    flat = jnp.ravel(x)
+    blocks = block_numbers(block_spec, shape)
+    if jnp.shape(matrix) != (len(blocks), len(blocks)):
+        raise ValueError(
+            f"block_share: a Hessian of parameters of shape {tuple(shape)} has the shape "
+            f"{(len(blocks), len(blocks))}, got {jnp.shape(matrix)}"
+        )
+    mass = np.abs(np.asarray(matrix, np.float64))
+    np.fill_diagonal(mass, 0.0)
+    sizes = np.bincount(blocks)
+    inside = sum(mass[np.ix_(rows, rows)].sum() for rows in _members(blocks))
+    chance = (sizes * (sizes - 1)).sum() / max(len(blocks) * (len(blocks) - 1), 1)
+    total = mass.sum()
+    return BlockShare(float(inside / total) if total else math.nan, float(chance))
 
-    @jax.jit
-    def columns(directions: Array) -> Array:
-        column = lambda direction: jax.jvp(gradient, (flat,), (direction,))[1]
-        return jax.lax.map(column, directions, batch_size=min(batch_size, len(flat)))
 
-    return columns(jnp.eye(len(flat), dtype=flat.dtype))
+def block_numbers(block_spec: BlockSpec, shape: Sequence[int]) -> np.ndarray:
+    """The number of the block that each coordinate is in.
+
+    Args:
+        block_spec: how a parameter is cut.
+        shape: the parameter's shape, of `n` coordinates.
+
+    Returns:
+        Integers `(n,)` from 0, in the order of the raveled parameter.
+
+    Raises:
+        ValueError: if the spec does not fit the shape.
+
+    Examples:
+        >>> block_numbers(per_head(2), (2, 4)).tolist()
+        [0, 0, 1, 1, 0, 0, 1, 1]
+    """
+    grid = block_spec.grid(shape)
+    numbers = jnp.arange(math.prod(grid)).reshape(grid)
+    return np.asarray(block_spec.spread(numbers, shape)).ravel()
+
+
+def hessians(
+    fn: Callable[[PyTree[Array]], Any], params: PyTree[Array], batch_size: int = 64
+) -> PyTree[Float[np.ndarray, "n n"]]:
+    """The exact Hessian of a scalar function in each of its arrays, the others held.
+
+    Args:
+        fn: `fn(params)`, a scalar, twice differentiable.
+        params: pytree of real arrays; let `n` be how many coordinates one has.
+        batch_size: how many columns are computed at once.
+
+    Returns:
+        A pytree like `params`: for each array an array `(n, n)` of its dtype, in the order of its
+        raveled coordinates.
+
+    Examples:
+        >>> hessians(lambda p: p["x"][0] ** 2 * p["y"], {"x": jnp.array([1.0]), "y": 3.0})
+        {'x': array([[6.]], dtype=float32), 'y': array([[0.]], dtype=float32)}
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def hessian(index: int) -> np.ndarray:
+        leaf = jnp.asarray(leaves[index])
+
+        def of_leaf(flat: Array) -> Any:
+            replaced = [*leaves[:index], flat.reshape(leaf.shape), *leaves[index + 1 :]]
+            return fn(jax.tree.unflatten(treedef, replaced))
+
+        column = lambda unit: jax.jvp(jax.grad(of_leaf), (leaf.ravel(),), (unit,))[1]
+        units = jnp.eye(leaf.size, dtype=leaf.dtype)
+        batched = jax.jit(lambda: jax.lax.map(column, units, batch_size=min(batch_size, leaf.size)))
+        return np.asarray(batched())
+
+    return jax.tree.unflatten(treedef, [hessian(index) for index in range(len(leaves))])
 
 
 def _is(leaf: Any, kind: Any) -> bool:

@@ -1,10 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import sklearn.datasets
+from flax import linen as nn
+from flax import nnx
 
+from examples.gpt2.model import GPT2, GPT2Config
 from optax_adam_mini import infer_block_specs, per_element, per_head, per_neuron, per_tensor
-from optax_adam_mini.hessian import block_shares, hessian
+from optax_adam_mini.hessian import block_share, block_shares, hessians
 
 
 def quadratic(matrix):
@@ -16,8 +21,19 @@ def test_hessian_is_jaxs_own():
     fn = lambda x: jnp.sum(jnp.tanh(x @ x.T) ** 3)
     for batch_size in (1, 4, 64):
         np.testing.assert_allclose(
-            hessian(fn, x, batch_size), jax.hessian(fn)(x).reshape(15, 15), rtol=1e-4, atol=1e-4
+            hessians(fn, x, batch_size), jax.hessian(fn)(x).reshape(15, 15), rtol=1e-4, atol=1e-4
         )
+
+
+def test_hessians_of_several_arrays_are_those_of_each():
+    keys = jax.random.split(jax.random.key(0))
+    params = {"a": jax.random.normal(keys[0], (3, 5)), "b": jax.random.normal(keys[1], (5, 2))}
+    fn = lambda p: jnp.sum(jnp.tanh(p["a"] @ p["b"]) ** 3)
+    found = hessians(fn, params, batch_size=4)
+    for name in params:
+        alone = jax.hessian(lambda x, name=name: fn({**params, name: x}))(params[name])
+        size = params[name].size
+        np.testing.assert_allclose(found[name], alone.reshape(size, size), rtol=1e-4, atol=1e-4)
 
 
 def test_all_inside_where_the_hessian_has_these_blocks():
@@ -99,3 +115,88 @@ def test_inferred_blocks_of_attention_hold_more_than_chance():
     for name in "qk":
         assert shares[name].ratio > 2
     assert shares["v"].ratio > 1.5
+
+
+def test_a_hessian_of_another_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) has the shape \(6, 6\), got \(5, 5\)"):
+        block_share(np.ones((5, 5)), per_neuron(), (2, 3))
+
+
+# Small models, before and after training.
+
+
+def trained(loss, params, args, learning_rate):
+    tx = optax.adam(learning_rate)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, *args), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=200)[0])
+    return train(params)[0]
+
+
+def cross_entropy(forward):
+    return lambda params, x, y: jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(forward(params, x), y)
+    )
+
+
+def digits(count):
+    found = sklearn.datasets.load_digits()
+    images = jnp.asarray(found.images[:count, ..., None] / 16, jnp.float32)
+    return images, jnp.asarray(found.target[:count])
+
+
+def mlp():
+    def forward(p, x):
+        return jnp.tanh(x.reshape(len(x), -1) @ p["a"]) @ p["b"]
+
+    keys = jax.random.split(jax.random.key(0))
+    params = {"a": jax.random.normal(keys[0], (64, 8)) / 8,
+              "b": jax.random.normal(keys[1], (8, 10)) / 3}  # fmt: skip
+    return cross_entropy(forward), params, digits(200)
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="first")(x))
+        x = nn.relu(nn.Conv(12, (3, 3), strides=2, name="second")(x))
+        return nn.Dense(10, name="head")(x.reshape(len(x), -1))
+
+
+def cnn():
+    data = digits(100)
+    params = CNN().init(jax.random.key(0), data[0])["params"]
+    return cross_entropy(lambda params, x: CNN().apply({"params": params}, x)), params, data
+
+
+def gpt2():
+    """Two layers; every token is given by the two before it."""
+    config = GPT2Config(vocab_size=16, context=8, layers=2, heads=4, width=16)
+    graph, params = nnx.split(GPT2(config, rngs=nnx.Rngs(0)), nnx.Param)
+    random = np.random.default_rng(0)
+    following = random.integers(16, size=(16, 16))
+    tokens = random.integers(16, size=(32, 9))
+    for t in range(2, 9):
+        tokens[:, t] = following[tokens[:, t - 1], tokens[:, t - 2]]
+    loss = cross_entropy(lambda params, x: nnx.merge(graph, params)(x))
+    return loss, params, (jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]))
+
+
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (cnn, gpt2)]
+
+
+@pytest.mark.parametrize("make", [mlp, *SLOW])
+def test_inferred_blocks_hold_more_than_random_ones(make):
+    loss, params, args = make()
+    specs = infer_block_specs(loss, params, *args)
+    after = trained(loss, params, args, 3e-3)
+    assert loss(after, *args) < loss(params, *args) / 2
+    for at in (params, after):
+        shares = block_shares(loss, at, specs, *args)
+        assert len(shares) >= 2
+        for path, share in shares.items():
+            assert share.ratio > 1.5, (path, share)

@@ -1,0 +1,1 @@
+"""Exact Hessians of small models, with the blocks of Adam-mini outlined."""
