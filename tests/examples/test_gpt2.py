@@ -295,8 +295,7 @@ def test_resume_drops_half_a_line_and_later_steps(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_resume_after_sigkill_at_random_moments(corpus, tmp_path, seed):
+def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
     tiny = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
     tiny += ["--steps=60", "--warmup-steps=2", "--eval-windows=8", "--eval-every=5"]
     # So many checkpoints that many a kill falls into one.
@@ -305,8 +304,7 @@ def test_resume_after_sigkill_at_random_moments(corpus, tmp_path, seed):
     assert whole.returncode == 0, whole.stderr
 
     root = tmp_path / "killed"
-    kills = run_through_kills("gpt2", tiny, root, seed, tmp_path / "log.txt")
-    assert kills >= 2
+    assert run_through_kills("gpt2", tiny, root, 0, tmp_path / "log.txt") >= 2
     for name in ("adamw", "adam_mini"):
         assert losses(only_run(root) / name) == losses(only_run(tmp_path / "whole") / name)
 
