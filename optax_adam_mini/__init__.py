@@ -18,6 +18,7 @@ from optax_adam_mini.partition.dataflow import (
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
+from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "fused",
     "infer_block_specs",
     "infer_muon_dimension_numbers",
+    "opt_state_shardings",
     "per_element",
     "per_head",
     "per_neuron",

@@ -581,8 +581,21 @@ def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
     return 1, items
 
 
+def _not_sharded_along(x: Array, axis: int) -> Array:
+    """Under explicit sharding an axis that is sharded cannot be split by a reshape.
+
+    What comes here is small: sums of whole axes, or one number for each block.
+    """
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = [None if a == axis else name for a, name in enumerate(sharding.spec)]
+    return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
 def _sum_runs(x: Real[Array, "*shape"], axis: int, runs: Runs) -> Real[Array, "*grouped"]:
     """Sums each block along one axis."""
+    x = _not_sharded_along(x, axis)
     repeats, unit = period(runs)
     lead, trail = x.shape[:axis], x.shape[axis + 1 :]
     x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)
@@ -597,6 +610,7 @@ def _sum_runs(x: Real[Array, "*shape"], axis: int, runs: Runs) -> Real[Array, "*
 
 def _repeat_runs(x: Real[Array, "*grid"], axis: int, runs: Runs) -> Real[Array, "*shape"]:
     """Repeats each block's entry along one axis as often as the block is long."""
+    x = _not_sharded_along(x, axis)
     repeats, unit = period(runs)
     lead, trail = x.shape[:axis], x.shape[axis + 1 :]
     x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)

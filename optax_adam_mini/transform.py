@@ -232,7 +232,7 @@ def _scale_by_adam_mini(
             mu=jax.tree.map(  # with a dtype given, so that none is weak
                 lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
             ),
-            nu=jax.tree.unflatten(treedef, [jnp.zeros_like(block) for block in blocks]),
+            nu=jax.tree.unflatten(treedef, list(map(_zeros_beside, blocks, leaves))),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
@@ -280,6 +280,15 @@ def _scale_by_adam_mini(
         return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _zeros_beside(block: jax.ShapeDtypeStruct, param: Any) -> "Array":
+    """Zeros like `block`; where its sharding is explicit, on the devices that a parameter is on."""
+    is_there = isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer)
+    explicit = block.sharding is not None and is_there
+    return jnp.zeros_like(
+        block, device=block.sharding.update(mesh=param.sharding.mesh) if explicit else None
+    )
 
 
 def _is_inexact(x: Any) -> bool:

@@ -1,0 +1,149 @@
+"""Where each part of an optimizer's state lives on a mesh."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from optax_adam_mini.blocks import path_of, some
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
+Path = tuple[str, ...]
+
+
+def opt_state_shardings(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    param_shardings: PyTree,
+    *,
+    mesh: Mesh | None = None,
+) -> PyTree[NamedSharding]:
+    """The shardings of the whole state of an optimizer, from those of the parameters.
+
+    What is like a parameter (`mu`, gradients that are accumulated) is sharded like it. `nu` is,
+    axis by axis: an axis on which it has as many entries as the mesh axes divide keeps these, and
+    is replicated otherwise. Everything else (counts, hyper-parameters) is replicated. To shard the
+    state more finely than the parameters (ZeRO-1), give finer shardings.
+
+    Where shardings are explicit (`jax.make_mesh` makes such meshes), `tx.init` gives them by itself
+    and this is not needed.
+
+    Args:
+        tx: any transformation, wrapped and chained as it may be.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        param_shardings: pytree like the parameters, or a prefix of it, of `NamedSharding`s, or of
+            `PartitionSpec`s and `None` (replicated) together with `mesh`. Flax makes such:
+            `nnx.get_partition_spec`, `nn.get_partition_spec`, `nn.get_sharding`.
+        mesh: of `PartitionSpec`s.
+
+    Returns:
+        A pytree like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`, for
+        `jax.device_put`, and for restoring checkpoints.
+
+    Raises:
+        TypeError: if a sharding is neither of these.
+        ValueError: if a parameter has no sharding or one of more axes than it has, if axes of the
+            mesh do not divide it, or if there are `PartitionSpec`s and no mesh.
+
+    Examples:
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+        >>> specs = {"kernel": jax.sharding.PartitionSpec("fsdp"), "bias": None}
+        >>> found = opt_state_shardings(adam_mini(1e-3), params, specs, mesh=mesh)
+        >>> found[0].mu["kernel"].spec, found[0].nu["kernel"].spec, found[0].count.spec
+        (P('fsdp', None), P(None, None), P())
+    """
+    shapes = {
+        path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    shardings = _resolve(param_shardings, shapes, mesh)
+    meshes = {sharding.mesh for sharding in shardings.values()} or {mesh}
+    if len(meshes) > 1 or None in meshes:
+        raise ValueError(
+            f"opt_state_shardings: expected shardings over one mesh, got {len(meshes)} meshes: "
+            "shard all parameters over the same, or give PartitionSpecs and mesh="
+        )
+    replicated = NamedSharding(meshes.pop(), PartitionSpec())
+
+    def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
+        path = path_of(keys)  # ends with the parameter's, where the leaf is like a parameter
+        for start in range(len(path) + 1):
+            shape = shapes.get(path[start:])
+            if shape is not None and _is_part(leaf.shape, shape):
+                return _along(shardings[path[start:]], leaf.shape)
+        return replicated
+
+    # Shardings that are in the parameters' own types say nothing here.
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, bare))
+
+
+def _resolve(
+    given: Any, shapes: dict[Path, tuple[int, ...]], mesh: Mesh | None
+) -> dict[Path, NamedSharding]:
+    """The sharding of every parameter, checked."""
+    is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
+    by_path = {
+        path_of(keys): sharding
+        for keys, sharding in jax.tree_util.tree_leaves_with_path(given, is_leaf=is_one)
+    }
+    found: dict[Path, NamedSharding] = {}
+    missing: list[str] = []
+    for path, shape in shapes.items():
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
+        if prefix is None:
+            missing.append("/".join(path))
+        else:
+            found[path] = _checked("/".join(path) or "params", by_path[prefix], shape, mesh)
+    if missing:
+        raise ValueError(
+            "param_shardings must have the structure of the parameters, or be a prefix of it: no "
+            f"sharding for {some(missing)}"
+        )
+    return found
+
+
+def _checked(path: str, sharding: Any, shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding:
+    if sharding is None:
+        sharding = PartitionSpec()
+    if isinstance(sharding, PartitionSpec):
+        if mesh is None:
+            raise ValueError(
+                f"{path}: got {sharding}, and no mesh: call opt_state_shardings with mesh="
+            )
+        sharding = NamedSharding(mesh, sharding)
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"{path}: expected a NamedSharding, or a PartitionSpec and mesh=, got {sharding!r} of "
+            f"type {type(sharding).__name__}"
+        )
+    try:
+        if len(sharding.spec) > len(shape):
+            raise ValueError(f"expected a spec of at most {len(shape)} axes")
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{path} {shape}: {sharding.spec} does not fit: {error}") from error
+    return sharding
+
+
+def _is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether an array may be a parameter's grid of blocks, or like the parameter itself."""
+    return len(part) == len(whole) and all(n <= size for n, size in zip(part, whole, strict=True))
+
+
+def _along(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a parameter for an array with as many axes and no more indices."""
+    kept = []
+    for size, names in itertools.zip_longest(shape, sharding.spec):
+        over = (names,) if isinstance(names, str) else names if isinstance(names, tuple) else ()
+        kept.append(names if size % math.prod(sharding.mesh.shape[name] for name in over) == 0
+                    and over else None)  # fmt: skip
+    return sharding.update(spec=PartitionSpec(*kept))

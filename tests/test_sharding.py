@@ -1,0 +1,323 @@
+import contextlib
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from examples.common.language import abstract_model, block_specs
+from examples.llama.train import Config
+from optax_adam_mini import adam_mini, by_path, fused, opt_state_shardings, per_head, per_neuron
+from tests import sharded_training as training
+
+MESH = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+SHAPES = {"query": {"kernel": (16, 24)}, "mlp": {"kernel": (16, 64), "bias": (64,)}, "norm": (16,)}
+PARAMS = jax.tree.map(jnp.ones, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+PARAM_SPECS = {
+    "query": {"kernel": P("fsdp", "tensor")},
+    "mlp": {"kernel": P("fsdp", "tensor"), "bias": P(("tensor", "fsdp"))},
+    "norm": P(),
+}
+BLOCKS = by_path([("query/kernel", per_head(6)), ("bias", per_neuron(0))], default=per_neuron(-1))
+NU_SPECS = {
+    "query": {"kernel": P(None, "tensor")},
+    "mlp": {"kernel": P(None, "tensor"), "bias": P(("tensor", "fsdp"))},
+    "norm": P(None),
+}
+
+
+def same(found, spec):
+    return found.is_equivalent_to(NamedSharding(MESH, spec), len(found.spec) or len(spec))
+
+
+def check(found, specs):
+    """Every sharding is as these specs say, `MaskedNode`s left out."""
+    flat = jax.tree_util.tree_leaves_with_path(found)
+    assert flat
+    for keys, sharding in flat:
+        spec = specs
+        for key in keys:
+            spec = spec[key.key]
+        assert same(sharding, spec), (keys, sharding.spec, spec)
+
+
+def test_mu_is_like_the_parameter_and_nu_axis_by_axis():
+    tx = adam_mini(1e-3, block_specs=BLOCKS)
+    found = opt_state_shardings(tx, PARAMS, PARAM_SPECS, mesh=MESH)
+    assert jax.tree.structure(found) == jax.tree.structure(tx.init(PARAMS))
+    check(found[0].mu, PARAM_SPECS)
+    check(found[0].nu, NU_SPECS)
+    assert found[0].count.spec == P()
+
+
+def test_an_axis_that_the_mesh_does_not_divide_is_replicated():
+    for heads, spec in ((2, P(None, "tensor")), (3, P(None, None)), (8, P(None, "tensor"))):
+        tx = adam_mini(1e-3, block_specs=per_head(heads))
+        found = opt_state_shardings(tx, jnp.ones((16, 24)), P("fsdp", "tensor"), mesh=MESH)
+        assert same(found[0].nu, spec)
+        assert same(found[0].mu, P("fsdp", "tensor"))
+
+
+LABELS = {"query": "mini", "mlp": "mini", "norm": "sgd"}
+MASK = {"query": True, "mlp": {"kernel": True, "bias": False}, "norm": False}
+mini = lambda **more: adam_mini(1e-3, block_specs=BLOCKS, **more)
+WRAPPED = {
+    "chain": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), mini()), lambda s: s[1][0],
+    ),
+    "masked": (lambda: optax.masked(mini(), MASK), lambda s: s.inner_state[0]),
+    "multi_transform": (
+        lambda: optax.multi_transform({"mini": mini(), "sgd": optax.sgd(1.0, 0.9)}, LABELS),
+        lambda s: s.inner_states["mini"].inner_state[0],
+    ),
+    "MultiSteps": (lambda: optax.MultiSteps(mini(), 2), lambda s: s.inner_opt_state[0]),
+    "inject_hyperparams": (
+        lambda: optax.inject_hyperparams(adam_mini, static_args=("block_specs",))(
+            1e-3, block_specs=BLOCKS
+        ),
+        lambda s: s.inner_state[0],
+    ),
+    "ema": (lambda: optax.chain(mini(), optax.ema(0.9)), lambda s: s[0][0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_every_chain_trains_with_its_shardings(name):
+    make, find = WRAPPED[name]
+    tx = make()
+    of_params = jax.tree.map(
+        lambda spec: NamedSharding(MESH, spec), PARAM_SPECS, is_leaf=lambda x: isinstance(x, P)
+    )
+    found = opt_state_shardings(tx, PARAMS, of_params)
+    assert jax.tree.structure(found) == jax.tree.structure(tx.init(PARAMS))
+    check(find(found).mu, PARAM_SPECS)
+    check(find(found).nu, NU_SPECS)
+    if name == "MultiSteps":
+        check(found.acc_grads, PARAM_SPECS)
+    if name == "ema":
+        check(found[1].ema, PARAM_SPECS)
+
+    def update(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(update, in_shardings=(of_params, found), out_shardings=(of_params, found))
+    params = jax.device_put(PARAMS, of_params)
+    state = jax.jit(tx.init, out_shardings=found)(params)
+    expected_params, expected_state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        params, state = step(params, state)
+        expected_params, expected_state = jax.jit(update)(expected_params, expected_state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        (params, state), (expected_params, expected_state),
+    )  # fmt: skip
+
+
+def test_other_optimizers_states_are_sharded_or_replicated():
+    tx = optax.chain(optax.adafactor(1e-3, min_dim_size_to_factor=8), optax.adamw(1e-3))
+    found = opt_state_shardings(tx, PARAMS, PARAM_SPECS, mesh=MESH)
+    check(found[1][0].mu, PARAM_SPECS)
+    check(found[1][0].nu, PARAM_SPECS)
+    jax.jit(tx.init, out_shardings=found)(PARAMS)
+
+
+def test_one_sharding_may_stand_for_many_and_the_state_for_finer_ones():
+    tx = mini()
+    whole = opt_state_shardings(tx, PARAMS, P(), mesh=MESH)
+    assert all(leaf.spec == P() or not any(leaf.spec) for leaf in jax.tree.leaves(whole))
+    prefix = opt_state_shardings(tx, PARAMS, {**PARAM_SPECS, "norm": None, "mlp": P("fsdp")},
+                                 mesh=MESH)  # fmt: skip
+    assert same(prefix[0].mu["mlp"]["kernel"], P("fsdp", None))
+    # ZeRO-1: parameters are replicated, the state is not.
+    found = opt_state_shardings(tx, PARAMS, PARAM_SPECS, mesh=MESH)
+    params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
+    state = jax.jit(tx.init, out_shardings=found)(params)
+    step = jax.jit(tx.update, out_shardings=(NamedSharding(MESH, P()), found))
+    updates, _ = step(params, state, params)
+    expected, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+
+
+def test_shardings_of_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tensor"))
+            self.dense = nnx.Linear(16, 64, kernel_init=init, rngs=rngs)
+
+    with jax.set_mesh(MESH):
+        params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    tx = adam_mini(1e-3)
+    found = opt_state_shardings(tx, params, nnx.get_partition_spec(params), mesh=MESH)
+    assert same(found[0].mu["dense"]["kernel"].get_value(), P("fsdp", "tensor"))
+    assert same(found[0].nu["dense"]["kernel"].get_value(), P(None, "tensor"))
+    assert same(found[0].nu["dense"]["bias"].get_value(), P(None))
+    jax.jit(tx.init, out_shardings=found)(params)
+
+
+def test_shardings_of_linen():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
+    abstract = jax.eval_shape(nn.Dense(64, kernel_init=init).init, jax.random.key(0),
+                              jax.ShapeDtypeStruct((2, 16), "float32"))["params"]  # fmt: skip
+    tx = adam_mini(1e-3)
+    for given in (
+        opt_state_shardings(tx, abstract, nn.get_sharding(abstract, MESH)),
+        opt_state_shardings(tx, abstract, nn.get_partition_spec(abstract), mesh=MESH),
+    ):
+        kernel = given[0].nu["kernel"]
+        assert same(kernel.value if isinstance(kernel, nn.Partitioned) else kernel,
+                    P(None, "tensor"))  # fmt: skip
+        assert same(given[0].mu["bias"], P(None))
+
+
+@pytest.mark.parametrize(
+    ("specs", "options", "error", "message"),
+    [
+        (PARAM_SPECS, {}, ValueError, r"^mlp/bias: got .* and no mesh: .* mesh="),
+        ({"query": P()}, {"mesh": MESH}, ValueError, "no sharding for mlp/bias, mlp/kernel, norm"),
+        ({**PARAM_SPECS, "norm": "fsdp"}, {"mesh": MESH}, TypeError, r"^norm: expected a Named"),
+        ({**PARAM_SPECS, "norm": P(None, "fsdp")}, {"mesh": MESH}, ValueError,
+         r"^norm \(16,\): .* does not fit"),
+        ({**PARAM_SPECS, "query": P(None, ("fsdp", "tensor"))}, {"mesh": MESH}, None, None),
+        ({**PARAM_SPECS, "query": NamedSharding(jax.make_mesh((8,), ("i",)), P())}, {"mesh": MESH},
+         ValueError, "one mesh, got 2"),
+        ({**PARAM_SPECS, "query": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+         {"mesh": MESH}, TypeError, "^query/kernel: expected a NamedSharding"),
+    ],
+)  # fmt: skip
+def test_wrong_shardings_are_one_clear_error(specs, options, error, message):
+    if error is None:
+        opt_state_shardings(mini(), PARAMS, specs, **options)
+        return
+    with pytest.raises(error, match=message):
+        opt_state_shardings(mini(), PARAMS, specs, **options)
+
+
+def test_axes_that_do_not_divide_a_parameter_are_an_error():
+    with pytest.raises(ValueError, match=r"^params \(16, 20\): .* does not fit"):
+        opt_state_shardings(mini(), jnp.ones((16, 20)), P(None, ("fsdp", "tensor")), mesh=MESH)
+
+
+# Explicit shardings.
+
+EXPLICIT = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
+
+
+@pytest.mark.parametrize("spec", [per_head(6), per_head(3), per_head(4, axis=0), QKV, per_neuron()])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_explicit_shardings_need_nothing(spec, jitted):
+    x = jax.random.normal(jax.random.key(0), (16, 24))
+    param = jax.device_put(x, NamedSharding(EXPLICIT, P("fsdp", "tensor")))
+    tx = adam_mini(1e-3, block_specs=spec)
+    wrap = jax.jit if jitted else lambda fn: fn
+    with jax.set_mesh(EXPLICIT) if jitted else contextlib.nullcontext():
+        state = wrap(tx.init)(param)
+        updates, after = wrap(tx.update)(param, state, param)
+    for leaf in (state[0].mu, updates, after[0].mu):
+        assert jax.typeof(leaf).sharding.spec == P("fsdp", "tensor")
+    assert jax.typeof(after[0].nu) == jax.typeof(state[0].nu)
+    expected, _ = tx.update(x, tx.init(x), x)
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+# Training on meshes.
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    losses, params = training.train_on_one_device()
+    assert losses[-1] < losses[0] / 3
+    return losses, params
+
+
+def assert_same_training(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    for name, value in expected[1].items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(found[1][name] / scale, value / scale, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=lambda axes: ",".join(f"{name}={size}" for name, size in axes.items()),
+)
+def test_training_is_the_same_on_every_mesh(axes, axis_type, on_one_device):
+    mesh = training.make_mesh(axes, axis_type)
+    assert math.prod(axes.values()) == 8
+    assert_same_training(training.train_on_mesh(mesh), on_one_device)
+
+
+def test_training_is_the_same_in_shard_map(on_one_device):
+    mesh = training.make_mesh({"data": 8})
+    assert_same_training(training.train_by_shard_map(mesh), on_one_device)
+
+
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_training_is_the_same_in_several_processes(num_processes, on_one_device, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    output = tmp_path / "found.npz"
+    command = [sys.executable, "-m", "tests.sharded_training", coordinator, str(num_processes)]
+    processes = [
+        subprocess.Popen([*command, str(index), "2", str(output)], cwd=Path(__file__).parents[1],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for index in range(num_processes)
+    ]  # fmt: skip
+    for process in processes:
+        log, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, log
+    found = dict(np.load(output))
+    assert_same_training((found.pop("losses"), found), on_one_device)
+
+
+def test_memory_on_each_device_is_half_of_adamws():
+    config = Config(model="tinyllama-1b")
+    _, params = abstract_model(config)
+    mesh = training.make_mesh({"fsdp": 4, "tensor": 2})
+    specs = jax.tree.map(lambda p: P(*[None] * (p.ndim - 2), "fsdp", "tensor")
+                         if p.ndim > 1 else P(), params)  # fmt: skip
+    bytes_of = {}
+    mini = adam_mini(1e-3, block_specs=block_specs(config))
+    for name, tx in (("adamw", optax.adamw(1e-3)), ("adam_mini", mini)):
+        found = opt_state_shardings(tx, params, specs, mesh=mesh)
+        state = jax.eval_shape(tx.init, params)
+        bytes_of[name] = sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
+        )
+    assert bytes_of["adam_mini"] < 0.502 * bytes_of["adamw"]
+
+
+@pytest.mark.skipif(
+    "pinned_host" not in {m.kind for m in jax.devices()[0].addressable_memories()},
+    reason="the backend has no pinned_host memory",
+)
+def test_the_state_may_be_in_host_memory():
+    tx = mini()
+    found = opt_state_shardings(tx, PARAMS, PARAM_SPECS, mesh=MESH)
+    on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), found)
+    state = jax.device_put(tx.init(PARAMS), on_host)
+    assert state[0].mu["norm"].sharding.memory_kind == "pinned_host"
+
+    def step(params, state):
+        updates, state = tx.update(params, jax.device_put(state, found), params)
+        return updates, jax.device_put(state, on_host)
+
+    updates, state = jax.jit(step)(jax.device_put(PARAMS, NamedSharding(MESH, P())), state)
+    assert state[0].mu["norm"].sharding.memory_kind == "pinned_host"
+    expected, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
