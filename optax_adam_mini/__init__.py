@@ -16,6 +16,7 @@ from optax_adam_mini.partition.dataflow import (
     infer_muon_dimension_numbers,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
+from optax_adam_mini.partition.logical_axes import by_logical_axes
 from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
 from optax_adam_mini.sharding import opt_state_shardings
@@ -28,6 +29,7 @@ __all__ = [
     "ScaleByAdamMiniState",
     "adam_mini",
     "block_table",
+    "by_logical_axes",
     "by_path",
     "explain",
     "flax_layers",

@@ -456,13 +456,54 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
     Raises:
         ValueError: if no path matches.
     """
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked)
-    paths = [path_str(keys) for keys, _ in leaves]
-    if not leaves or any(is_masked(leaf) for _, leaf in leaves) or any(map(matches, paths)):
+    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if not paths or has_masked(params) or any(map(matches, paths)):
         return
     closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
     raise ValueError(f"{what} matches no parameter; the closest paths are {', '.join(closest)}")
+
+
+def has_masked(params: Any) -> bool:
+    """Whether it is a part of a tree that `optax.masked` or `optax.multi_transform` took."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    return any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked)))
+
+
+def check_default(what: str, default: Any) -> None:
+    """Refuses a default of a label function that is neither a spec nor a label function.
+
+    Raises:
+        TypeError: if it is not, nor None.
+    """
+    if default is not None and not isinstance(default, BlockSpec) and not callable(default):
+        raise TypeError(f"{what}: default must be a BlockSpec or a label function, got {default!r}")
+
+
+def completed(
+    params: Any,
+    specs: Sequence[BlockSpec | None],
+    default: BlockSpec | LabelFn | None,
+    refuse: Callable[[list[Any]], Exception],
+) -> Any:
+    """A pytree of the specs of `params`, with the default's where they are None.
+
+    Raises:
+        Exception: `refuse([(keys, leaf), ...])` if there is no default where one is needed.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
+    if unmatched and default is None:
+        raise refuse(unmatched)
+    rest = [
+        leaf if spec is None else optax.MaskedNode()
+        for spec, (_, leaf) in zip(specs, leaves, strict=True)
+    ]
+    defaults = iter(
+        resolve_block_specs(default, jax.tree.unflatten(treedef, rest)) if unmatched else ()
+    )
+    return jax.tree.unflatten(
+        treedef, [next(defaults)[1] if spec is None else spec for spec in specs]
+    )
 
 
 def compiled_rules(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.blocks import path_of, some
 
@@ -24,7 +24,7 @@ def opt_state_shardings(
     params: PyTree,
     param_shardings: PyTree,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> PyTree[NamedSharding]:
     """The shardings of the whole state of an optimizer, from those of the parameters.
 
@@ -54,7 +54,7 @@ def opt_state_shardings(
             mesh do not divide it, or if there are `PartitionSpec`s and no mesh.
 
     Examples:
-        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> mesh = jax.sharding.AbstractMesh((2,), ("fsdp",))
         >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
         >>> specs = {"kernel": jax.sharding.PartitionSpec("fsdp"), "bias": None}
         >>> found = opt_state_shardings(adam_mini(1e-3), params, specs, mesh=mesh)
@@ -65,11 +65,11 @@ def opt_state_shardings(
         path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     shardings = _resolve(param_shardings, shapes, mesh)
-    meshes = {sharding.mesh for sharding in shardings.values()} or {mesh}
-    if len(meshes) > 1 or None in meshes:
+    meshes = {sharding.mesh for sharding in shardings.values()}
+    if len(meshes) != 1:
         raise ValueError(
-            f"opt_state_shardings: expected shardings over one mesh, got {len(meshes)} meshes: "
-            "shard all parameters over the same, or give PartitionSpecs and mesh="
+            f"opt_state_shardings: expected parameters over one mesh, got {len(meshes)} meshes: "
+            "shard all over the same"
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
@@ -87,7 +87,7 @@ def opt_state_shardings(
 
 
 def _resolve(
-    given: Any, shapes: dict[Path, tuple[int, ...]], mesh: Mesh | None
+    given: Any, shapes: dict[Path, tuple[int, ...]], mesh: Mesh | AbstractMesh | None
 ) -> dict[Path, NamedSharding]:
     """The sharding of every parameter, checked."""
     is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
@@ -111,7 +111,9 @@ def _resolve(
     return found
 
 
-def _checked(path: str, sharding: Any, shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding:
+def _checked(
+    path: str, sharding: Any, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None
+) -> NamedSharding:
     if sharding is None:
         sharding = PartitionSpec()
     if isinstance(sharding, PartitionSpec):

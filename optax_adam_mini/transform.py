@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 
 from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs, spec_leaves, widen
 from optax_adam_mini.partition.flax_layers import flax_layers
@@ -284,11 +285,10 @@ def _scale_by_adam_mini(
 
 def _zeros_beside(block: jax.ShapeDtypeStruct, param: Any) -> "Array":
     """Zeros like `block`; where its sharding is explicit, on the devices that a parameter is on."""
-    is_there = isinstance(param, jax.Array) and not isinstance(param, jax.core.Tracer)
-    explicit = block.sharding is not None and is_there
-    return jnp.zeros_like(
-        block, device=block.sharding.update(mesh=param.sharding.mesh) if explicit else None
-    )
+    mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
+    if not (isinstance(block.sharding, NamedSharding) and isinstance(mesh, Mesh)):
+        return jnp.zeros_like(block)
+    return jnp.zeros_like(block, device=NamedSharding(mesh, block.sharding.spec))
 
 
 def _is_inexact(x: Any) -> bool:

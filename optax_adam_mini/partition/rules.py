@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optax_adam_mini.blocks import (
     BlockSpec,
     LabelFn,
+    check_default,
     check_is_params,
     check_used,
     compiled_rules,
+    completed,
     path_str,
-    resolve_block_specs,
     some,
 )
 
@@ -50,33 +50,22 @@ def by_path(
         (True, True)
     """
     compiled = compiled_rules("by_path", rules)
-    if default is not None and not isinstance(default, BlockSpec) and not callable(default):
-        raise TypeError(
-            f"by_path: default must be a BlockSpec or a label function, got {default!r}"
-        )
+    check_default("by_path", default)
 
     def label_fn(params: Any) -> Any:
         check_is_params("by_path", params)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        paths = [path_str(keys) for keys, _ in leaves]
+        paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
         for rule, _ in compiled:
             check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
         specs = [next((s for rule, s in compiled if rule.search(path)), None) for path in paths]
-        unmatched = [i for i, spec in enumerate(specs) if spec is None]
-        if unmatched:
-            if default is None:
-                shown = some([f"{paths[i]} {jnp.shape(leaves[i][1])}" for i in unmatched])
-                raise ValueError(
-                    f"by_path: no rule matches {shown}: add a rule for it, or a default such as "
-                    "flax_layers() or per_element()"
-                )
-            rest = [
-                leaf if spec is None else optax.MaskedNode()
-                for spec, (_, leaf) in zip(specs, leaves, strict=True)
-            ]
-            defaults = resolve_block_specs(default, jax.tree.unflatten(treedef, rest))
-            for i, (_, spec) in zip(unmatched, defaults, strict=True):
-                specs[i] = spec
-        return jax.tree.unflatten(treedef, specs)
+
+        def refuse(unmatched: list[Any]) -> ValueError:
+            shown = [f"{path_str(keys)} {jnp.shape(leaf)}" for keys, leaf in unmatched]
+            return ValueError(
+                f"by_path: no rule matches {some(shown)}: add a rule for it, or a default such as "
+                "flax_layers() or per_element()"
+            )
+
+        return completed(params, specs, default, refuse)
 
     return label_fn

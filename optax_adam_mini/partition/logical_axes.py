@@ -1,0 +1,154 @@
+"""Block specs by the logical names that Flax's metadata gives the parameters' axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_adam_mini.blocks import (
+    BlockSpec,
+    LabelFn,
+    check_default,
+    check_is_params,
+    completed,
+    has_masked,
+    path_of,
+    path_str,
+    per_neuron,
+    some,
+)
+
+Names = tuple[str | None, ...]
+
+
+def by_logical_axes(
+    rules: Sequence[tuple[Names, Sequence[str]]],
+    default: BlockSpec | LabelFn | None = None,
+    *,
+    stacked: str | Sequence[str] = ("layers",),
+) -> LabelFn:
+    """A label function from the logical names of the parameters' axes.
+
+    The names are those that Flax keeps beside a parameter: of Linen `nn.with_partitioning` and
+    `nn.with_logical_partitioning`, of NNX `nnx.with_partitioning` and `sharding_names`. The same
+    names must mean the same cut; where query, key and value have the same names, tell them apart
+    by their paths: `by_path([("value", per_neuron((1, 2)))], default=by_logical_axes(...))`.
+
+    Args:
+        rules: `(names, cut)`: the names of all axes of a parameter, in order, and the names of
+            those that have a block at each index; none for one block.
+        default: spec, or label function, for the parameters that no rule matches or that have no
+            names; None to make such a parameter an error.
+        stacked: names of axes along which layers are stacked for `scan`. They have a block at each
+            index, and are not named in rules.
+
+    Returns:
+        A label function `params -> pytree of BlockSpec`, for params with their metadata, which are
+        arrays or `jax.ShapeDtypeStruct`s inside.
+
+    Raises:
+        TypeError, ValueError: here if a rule is not names and a cut of these names, or two rules
+            have the same names; from the label function if names are not as many as a parameter
+            has axes, if no parameter has a rule's names, or, without default, a parameter is
+            matched by no rule.
+
+    Examples:
+        >>> from flax import linen as nn
+        >>> params = {"kernel": nn.Partitioned(jnp.ones((2, 8, 4, 16)),
+        ...                                    names=("layers", "embed", "heads", "head_dim"))}
+        >>> label = by_logical_axes([(("embed", "heads", "head_dim"), ("heads",))])
+        >>> label(params)["kernel"].value.grid((2, 8, 4, 16))
+        (2, 1, 4, 1)
+    """
+    stacked = (stacked,) if isinstance(stacked, str) else tuple(stacked)
+    table = _checked(rules, stacked)
+    check_default("by_logical_axes", default)
+
+    def label_fn(params: Any) -> Any:
+        check_is_params("by_logical_axes", params)
+        named = logical_axes(params)
+        specs: list[BlockSpec | None] = []
+        unused = set(table)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+            names = named.get(path_of(keys), ())
+            if names and len(names) != jnp.ndim(leaf):
+                raise ValueError(
+                    f"{path_str(keys)} {jnp.shape(leaf)}: has {jnp.ndim(leaf)} axes, but its "
+                    f"metadata names {names}: give every axis a name, or None"
+                )
+            own = tuple(name for name in names if name not in stacked)
+            cut = table.get(own) if names else None
+            if cut is None:
+                specs.append(None)
+                continue
+            unused.discard(own)
+            specs.append(
+                per_neuron([i for i, name in enumerate(names) if name in (*stacked, *cut)])
+            )
+        if unused and not has_masked(params):
+            have = some(sorted({str(names) for names in named.values()}))
+            raise ValueError(
+                f"by_logical_axes: no parameter has the axes {some(sorted(map(str, unused)))}; the "
+                f"parameters have {have or 'none'}"
+            )
+
+        def refuse(unmatched: list[Any]) -> ValueError:
+            shown = [f"{path_str(keys)} {named.get(path_of(keys), ())}" for keys, _ in unmatched]
+            return ValueError(
+                f"by_logical_axes: no rule for {some(shown)}: add a rule with these names, or a "
+                "default such as flax_layers() or per_element()"
+            )
+
+        return completed(params, specs, default, refuse)
+
+    return label_fn
+
+
+def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...]]:
+    table: dict[Names, tuple[str, ...]] = {}
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2
+                and all(isinstance(part, tuple | list) for part in rule)):  # fmt: skip
+            raise TypeError(
+                "each rule of by_logical_axes is a pair (names of all axes, names of those with a "
+                f'block at each index), such as (("embed", "mlp"), ("mlp",)), got {rule!r}'
+            )
+        names, cut = map(tuple, rule)
+        if unknown := [name for name in cut if name not in names]:
+            raise ValueError(
+                f"by_logical_axes: the rule for {names} cuts {some(unknown)}, which it does not "
+                "name: name axes of the rule"
+            )
+        if both := [str(name) for name in names if name in stacked]:
+            raise ValueError(
+                f"by_logical_axes: the rule for {names} names {some(both)}, which is stacked and "
+                "has a block at each index anyway: leave it out"
+            )
+        if names in table:
+            raise ValueError(f"by_logical_axes: two rules for {names}: keep one")
+        table[names] = cut
+    return table
+
+
+def logical_axes(params: Any) -> dict[tuple[str, ...], Names]:
+    """The names of the axes of the parameters that have any, by path."""
+    found: dict[tuple[str, ...], Names] = {}
+    is_box = lambda x: _names(x) is not None
+    for keys, box in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
+        names = _names(box)
+        if names is not None:
+            found[path_of(keys)] = names
+    return found
+
+
+def _names(box: Any) -> Names | None:
+    """Of a box of Linen, `names`; of a variable of NNX, metadata, once called `sharding_names`."""
+    names = getattr(box, "names", None)
+    metadata = getattr(box, "get_metadata", None)
+    if names is None and callable(metadata):
+        given: Any = metadata()
+        names = given.get("out_sharding", given.get("sharding_names"))
+    return tuple(names) if isinstance(names, tuple | list) else None

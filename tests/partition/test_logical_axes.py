@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from optax_adam_mini import (
+    adam_mini,
+    by_logical_axes,
+    by_path,
+    flax_layers,
+    per_element,
+    per_neuron,
+)
+from optax_adam_mini.blocks import resolve_block_specs
+
+RULES = [
+    (("embed", "heads", "head_dim"), ("heads",)),
+    (("heads", "head_dim", "embed"), ("embed",)),
+    (("embed", "mlp"), ("mlp",)),
+    (("vocab", "embed"), ("vocab",)),
+    (("norm",), ()),
+]
+SHAPES = {
+    "query": (("embed", "heads", "head_dim"), (8, 4, 2), (1, 4, 1)),
+    "value": (("embed", "heads", "head_dim"), (8, 4, 2), (1, 4, 2)),
+    "out": (("heads", "head_dim", "embed"), (4, 2, 8), (1, 1, 8)),
+    "up": (("layers", "embed", "mlp"), (3, 8, 16), (3, 1, 16)),
+    "embed": (("vocab", "embed"), (11, 8), (11, 1)),
+    "norm": (("layers", "norm"), (3, 8), (3, 1)),
+}
+VALUE = ("value", per_neuron((1, 2)))
+
+
+def boxed(box):
+    return {name: box(jnp.ones(shape), names) for name, (names, shape, _) in SHAPES.items()}
+
+
+PARAMS = {
+    "Linen, partitioned": boxed(lambda x, names: nn.Partitioned(x, names=names)),
+    "Linen, logical": boxed(lambda x, names: nn.LogicallyPartitioned(x, names=names)),
+    "NNX": nnx.State(
+        boxed(lambda x, names: nnx.Param(x, out_sharding=names, eager_sharding=False))
+    ),
+}
+
+
+def grids(label, params):
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    found = resolve_block_specs(label, params)
+    return {path: spec.grid(s) for (path, spec), s in zip(found, shapes, strict=True)}
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_axes_are_cut_by_their_names(kind):
+    label = by_path([VALUE], default=by_logical_axes(RULES))
+    assert grids(label, PARAMS[kind]) == {name: grid for name, (_, _, grid) in SHAPES.items()}
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_it_trains(kind):
+    tx = adam_mini(1e-3, block_specs=by_path([VALUE], default=by_logical_axes(RULES)))
+    params = PARAMS[kind]
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(params, state, params)
+    optax.apply_updates(params, updates)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state[0].nu)]
+    assert shapes == [SHAPES[name][2] for name in sorted(SHAPES)]
+
+
+def test_parameters_without_names_have_the_default():
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    x = jnp.ones((2, 8))
+    params = jax.eval_shape(nn.Dense(16, kernel_init=init).init, jax.random.key(0), x)["params"]
+    for default in (flax_layers(), per_element()):
+        label = by_logical_axes([(("embed", "mlp"), ("mlp",))], default=default)
+        assert grids(label, params) == {"kernel": (1, 16), "bias": (16,)}
+    with pytest.raises(ValueError, match=r"^by_logical_axes: no rule for bias \(\)"):
+        by_logical_axes([(("embed", "mlp"), ("mlp",))])(params)
+
+
+def test_a_part_of_a_tree_need_not_have_every_name():
+    tx = optax.masked(adam_mini(1e-3, block_specs=by_logical_axes(RULES)),
+                      {name: name == "up" for name in SHAPES})  # fmt: skip
+    state = tx.init(PARAMS["Linen, partitioned"])
+    assert [jnp.shape(leaf) for leaf in jax.tree.leaves(state.inner_state[0].nu)] == [(3, 1, 16)]
+
+
+def test_a_name_of_no_parameter_is_an_error():
+    with pytest.raises(ValueError, match=r"no parameter has the axes \('a', 'b'\); the parameters"):
+        by_logical_axes([(("a", "b"), ("b",))], per_element())(PARAMS["Linen, logical"])
+    with pytest.raises(ValueError, match=r"the parameters have none"):
+        by_logical_axes([(("a", "b"), ("b",))], per_element())({"w": jnp.ones((2, 3))})
+
+
+def test_names_must_be_as_many_as_axes():
+    params = {"w": nn.Partitioned(jnp.ones((2, 3)), names=("embed",))}
+    with pytest.raises(ValueError, match=r"^w \(2, 3\): has 2 axes, but its metadata names"):
+        by_logical_axes([], per_element())(params)
+
+
+@pytest.mark.parametrize(
+    ("rules", "options", "error", "message"),
+    [
+        (["embed"], {}, TypeError, "is a pair"),
+        ([(("embed", "mlp"), "mlp")], {}, TypeError, "is a pair"),
+        ([(("embed", "mlp"), ("heads",))], {}, ValueError, "cuts heads, which it does not name"),
+        ([(("layers", "mlp"), ("mlp",))], {}, ValueError, "names layers, which is stacked"),
+        ([(("mlp",), ("mlp",)), (("mlp",), ())], {}, ValueError, "two rules for"),
+        ([], {"default": 3}, TypeError, "by_logical_axes: default must be"),
+    ],
+)
+def test_wrong_rules_are_refused(rules, options, error, message):
+    with pytest.raises(error, match=message):
+        by_logical_axes(rules, **options)
