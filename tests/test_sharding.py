@@ -68,6 +68,13 @@ def test_an_axis_that_the_mesh_does_not_divide_is_replicated():
         assert same(found[0].mu, P("fsdp", "tensor"))
 
 
+def test_the_longest_path_says_which_parameter_it_is():
+    params = {"kernel": jnp.ones((8, 4)), "dense": {"kernel": jnp.ones((8, 4))}}
+    specs = {"kernel": P("fsdp"), "dense": {"kernel": P(None, "tensor")}}
+    tx = adam_mini(1e-3, block_specs=per_neuron())
+    check(opt_state_shardings(tx, params, specs, mesh=MESH)[0].mu, specs)
+
+
 LABELS = {"query": "mini", "mlp": "mini", "norm": "sgd"}
 MASK = {"query": True, "mlp": {"kernel": True, "bias": False}, "norm": False}
 mini = lambda **more: adam_mini(1e-3, block_specs=BLOCKS, **more)

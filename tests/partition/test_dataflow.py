@@ -725,13 +725,14 @@ def test_attention_of_cudnn_with_a_bias_of_positions(layout):
 
     def fn(p, x):
         q, k, v = (heads(x @ p[name]).astype("bfloat16") for name in "qkv")
-        bias = jnp.einsum("tsr,rh->hts", jnp.ones((T, T, 5)), p["r"])[None].astype("bfloat16")
+        bias = p["r"].astype("bfloat16")
         if layout == "BNTH":
             q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
         out, _ = kernel(q, k, v, bias, qkv_layout=layout, return_residual=True)
         return joined(out if layout == "BTNH" else out.swapaxes(1, 2)) @ p["o"]
 
-    assert grids(fn, {**DENSE, "r": shape(5, H)}, X) == {**DENSE_GRIDS, "r": (1, H)}
+    expected = {**DENSE_GRIDS, "r": (1, H, T, T)}
+    assert grids(fn, {**DENSE, "r": shape(1, H, T, T)}, X) == expected
 
 
 def test_explain_names_uses_and_couplings():

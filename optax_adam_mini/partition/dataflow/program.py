@@ -165,11 +165,7 @@ def _inline_eqn(
             step("unshard", [given], [out])
         return outs
     if (kernel := written_out(eqn)) is not None:
-        first = len(program.steps)
-        outs = inline(kernel, operands)
-        for written in program.steps[first:]:
-            written.tracebacks = sources
-        return outs
+        return inline(kernel, operands)
     outs = results()
     if name == "unstack":  # to iterate over an array is to index it
         axis, shape = params["axis"], program.shapes[operands[0]]
