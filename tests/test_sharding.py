@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -289,6 +290,46 @@ def test_training_is_the_same_in_several_processes(num_processes, on_one_device,
         assert process.returncode == 0, log
     found = dict(np.load(output))
     assert_same_training((found.pop("losses"), found), on_one_device)
+
+
+def test_a_checkpoint_moves_between_meshes(tmp_path):
+    """Five steps on each of several meshes, from a checkpoint of the one before."""
+    tx, batches = training.make_tx(), list(training.batches())
+    abstract = jax.eval_shape(training.init_params)
+    checkpointer = ocp.StandardCheckpointer()
+
+    def part(size, steps, source, target):
+        mesh = jax.make_mesh((size // 2 or 1, min(size, 2)), ("fsdp", "tensor"),
+                             axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:size])  # fmt: skip
+        of_params = {name: NamedSharding(mesh, spec) for name, spec in training.SPECS.items()}
+        shardings = of_params, opt_state_shardings(tx, abstract, of_params)
+        init = lambda: (params := training.init_params(), tx.init(params))
+        if source is None:
+            state = jax.jit(init, out_shardings=shardings)()
+        else:
+            placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                                  jax.eval_shape(init), shardings)  # fmt: skip
+            state = checkpointer.restore(source, placed)
+            assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        step = jax.jit(
+            lambda *args: training.train_step(*args, tx=tx), out_shardings=(*shardings, None)
+        )
+        losses = []
+        for tokens in steps:
+            *state, loss = step(*state, tokens)
+            losses.append(float(loss))
+        checkpointer.save(target, tuple(state))
+        checkpointer.wait_until_finished()
+        return losses
+
+    expected, _ = training.train_on_one_device()
+    found, source = [], None
+    for index, devices in enumerate((8, 4, 1, 8)):
+        target = tmp_path / str(index)
+        steps = batches[5 * index : 5 * index + 5]
+        found += part(devices, steps, source, target)
+        source = target
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_memory_on_each_device_is_half_of_adamws():
