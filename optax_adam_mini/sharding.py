@@ -97,16 +97,22 @@ def _resolve(
     }
     found: dict[Path, NamedSharding] = {}
     missing: list[str] = []
+    unused = {path for path, sharding in by_path.items() if sharding is not None}
     for path, shape in shapes.items():
         prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
         if prefix is None:
             missing.append("/".join(path))
         else:
+            unused.discard(prefix)
             found[path] = _checked("/".join(path) or "params", by_path[prefix], shape, mesh)
-    if missing:
+    if missing or unused:
+        lacking = [f"no sharding for {some(missing)}"] if missing else []
+        surplus = sorted("/".join(path) for path in unused)
         raise ValueError(
-            "param_shardings must have the structure of the parameters, or be a prefix of it: no "
-            f"sharding for {some(missing)}"
+            "param_shardings must have the structure of the parameters, or be a prefix of it: "
+            + "; ".join(
+                lacking + [f"no parameter for the sharding at {some(surplus)}"] * bool(unused)
+            )
         )
     return found
 

@@ -157,6 +157,13 @@ def test_one_sharding_may_stand_for_many_and_the_state_for_finer_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
 
 
+def test_a_parameter_that_is_none_has_no_sharding():
+    params, specs = {"w": jnp.ones((8, 4)), "b": None}, {"w": P("fsdp"), "b": None}
+    found = opt_state_shardings(adam_mini(1e-3, block_specs=per_neuron()), params, specs, mesh=MESH)
+    assert found[0].mu["b"] is None
+    assert same(found[0].mu["w"], P("fsdp", None))
+
+
 def test_shardings_of_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -193,6 +200,8 @@ def test_shardings_of_linen():
     [
         (PARAM_SPECS, {}, ValueError, r"^mlp/bias: got .* and no mesh: .* mesh="),
         ({"query": P()}, {"mesh": MESH}, ValueError, "no sharding for mlp/bias, mlp/kernel, norm"),
+        ({**PARAM_SPECS, "nrm": P()}, {"mesh": MESH}, ValueError,
+         "no parameter for the sharding at nrm$"),
         ({**PARAM_SPECS, "norm": "fsdp"}, {"mesh": MESH}, TypeError, r"^norm: expected a Named"),
         ({**PARAM_SPECS, "norm": P(None, "fsdp")}, {"mesh": MESH}, ValueError,
          r"^norm \(16,\): .* does not fit"),

@@ -25,6 +25,7 @@ from optax_adam_mini import infer_block_specs, per_neuron
 from optax_adam_mini.hessian import BlockShare, block_share, hessians
 
 CONTEXT = 16
+WINDOWS = 4096  # of text, to train on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, before anything is computed."""
         check_counts({name: getattr(self, name) for name in ("steps", "batch_size", "windows")})
+        if self.windows > WINDOWS:
+            raise ConfigError(f"--windows is {self.windows}, but there are {WINDOWS:,} windows.")
         if self.learning_rate <= 0:
             raise ConfigError(f"--learning-rate is {self.learning_rate}, but must be positive.")
 
@@ -76,7 +79,7 @@ def digits() -> Problem:
 def language(folder: Path, windows: int) -> Problem:
     """A Transformer on the text of Python's standard library, byte by byte."""
     data = text.load(TextConfig(), folder)
-    found = text.batch(data.train, 0, 0, 4096, CONTEXT)
+    found = text.batch(data.train, 0, 0, WINDOWS, CONTEXT)
     parts = *(f"attention/{name}" for name in ("query", "key", "value", "out")), "up", "down"
     return Problem(Transformer(), found[:, :-1], found[:, 1:], windows, parts)
 

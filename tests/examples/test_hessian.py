@@ -108,6 +108,7 @@ def test_the_picture_orders_coordinates_by_block(tmp_path, monkeypatch):
     [
         ({"steps": 0}, "--steps is 0"),
         ({"windows": 0}, "--windows is 0"),
+        ({"windows": 4097}, "--windows is 4097, but there are 4,096"),
         ({"batch_size": -1}, "--batch-size is -1"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
     ],
