@@ -33,11 +33,11 @@ def _bpe(vocab_size: int) -> TextConfig:
 
 
 MODELS = (
-    Model("GPT-2-1.5B", GPT2Training(model="gpt2-xl", data=_bpe(50257)), 12.48),
-    Model("Llama 2-1B", LlamaTraining(model="tinyllama-1b", data=_bpe(32000)), 8.80),
-    Model("Llama 2-7B", LlamaTraining(model="llama2-7b", data=_bpe(32000)), 53.92),
-    Model("Llama 2-13B", LlamaTraining(model="llama2-13b", data=_bpe(32000)), 104.16),
-    Model("Llama 3-8B", LlamaTraining(model="llama3-8b", data=_bpe(128256)), 64.24),
+    Model("GPT-2-1.5B", GPT2Training(model="gpt2-xl", data=_bpe(50257), scan=True), 12.48),
+    Model("Llama 2-1B", LlamaTraining(model="tinyllama-1b", data=_bpe(32000), scan=True), 8.80),
+    Model("Llama 2-7B", LlamaTraining(model="llama2-7b", data=_bpe(32000), scan=True), 53.92),
+    Model("Llama 2-13B", LlamaTraining(model="llama2-13b", data=_bpe(32000), scan=True), 104.16),
+    Model("Llama 3-8B", LlamaTraining(model="llama3-8b", data=_bpe(128256), scan=True), 64.24),
 )
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     for name, config, paper in MODELS:
         count, adamw, mini = memory(config)
         table.add_row(
-            name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}", f"{mini / 1e9:.2f}",
-            f"{mini / adamw:.2%}",
+            name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}",
+            f"{mini / 1e9:.2f}", f"{mini / adamw:.2%}",
         )  # fmt: skip
     Console().print(table)
 
