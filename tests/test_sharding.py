@@ -265,11 +265,22 @@ def assert_same_training(found, expected):
         np.testing.assert_allclose(found[1][name] / scale, value / scale, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+MESHES = [
+    {"fsdp": 4, "tensor": 2},
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
 @pytest.mark.parametrize(
-    "axes",
-    [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
-    ids=lambda axes: ",".join(f"{name}={size}" for name, size in axes.items()),
+    ("axes", "axis_type"),
+    [
+        *((axes, AxisType.Auto) for axes in MESHES),
+        (MESHES[0], AxisType.Explicit),
+        *(pytest.param(axes, AxisType.Explicit, marks=pytest.mark.slow) for axes in MESHES[1:]),
+    ],
+    ids=str,
 )
 def test_training_is_the_same_on_every_mesh(axes, axis_type, on_one_device):
     mesh = training.make_mesh(axes, axis_type)
