@@ -480,20 +480,26 @@ def check_default(what: str, default: Any) -> None:
 
 
 def completed(
+    what: str,
     params: Any,
     specs: Sequence[BlockSpec | None],
     default: BlockSpec | LabelFn | None,
-    refuse: Callable[[list[Any]], Exception],
+    seen: Callable[[Any, Any], Any],
 ) -> Any:
     """A pytree of the specs of `params`, with the default's where they are None.
 
     Raises:
-        Exception: `refuse([(keys, leaf), ...])` if there is no default where one is needed.
+        ValueError: if there is no default where one is needed; the message has `seen(keys, leaf)`,
+            what the rules of the label function `what` look at.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
     if unmatched and default is None:
-        raise refuse(unmatched)
+        shown = some([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
+        raise ValueError(
+            f"{what}: no rule matches {shown}: add a rule for it, or a default such as "
+            "flax_layers() or per_element()"
+        )
     rest = [
         leaf if spec is None else optax.MaskedNode()
         for spec, (_, leaf) in zip(specs, leaves, strict=True)

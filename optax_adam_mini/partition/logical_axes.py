@@ -95,14 +95,8 @@ def by_logical_axes(
                 f"parameters have {have or 'none'}"
             )
 
-        def refuse(unmatched: list[Any]) -> ValueError:
-            shown = [f"{path_str(keys)} {named.get(path_of(keys), ())}" for keys, _ in unmatched]
-            return ValueError(
-                f"by_logical_axes: no rule for {some(shown)}: add a rule with these names, or a "
-                "default such as flax_layers() or per_element()"
-            )
-
-        return completed(params, specs, default, refuse)
+        seen = lambda keys, _: named.get(path_of(keys), ())
+        return completed("by_logical_axes", params, specs, default, seen)
 
     return label_fn
 

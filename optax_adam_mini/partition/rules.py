@@ -17,7 +17,6 @@ from optax_adam_mini.blocks import (
     compiled_rules,
     completed,
     path_str,
-    some,
 )
 
 
@@ -59,13 +58,6 @@ def by_path(
             check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
         specs = [next((s for rule, s in compiled if rule.search(path)), None) for path in paths]
 
-        def refuse(unmatched: list[Any]) -> ValueError:
-            shown = [f"{path_str(keys)} {jnp.shape(leaf)}" for keys, leaf in unmatched]
-            return ValueError(
-                f"by_path: no rule matches {some(shown)}: add a rule for it, or a default such as "
-                "flax_layers() or per_element()"
-            )
-
-        return completed(params, specs, default, refuse)
+        return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf))
 
     return label_fn

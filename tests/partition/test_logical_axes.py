@@ -76,7 +76,7 @@ def test_parameters_without_names_have_the_default():
     for default in (flax_layers(), per_element()):
         label = by_logical_axes([(("embed", "mlp"), ("mlp",))], default=default)
         assert grids(label, params) == {"kernel": (1, 16), "bias": (16,)}
-    with pytest.raises(ValueError, match=r"^by_logical_axes: no rule for bias \(\)"):
+    with pytest.raises(ValueError, match=r"^by_logical_axes: no rule matches bias \(\)"):
         by_logical_axes([(("embed", "mlp"), ("mlp",))])(params)
 
 
