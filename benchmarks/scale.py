@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
 from examples.common.cli import ConfigError
+from examples.common.mesh import param_shardings
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
+from examples.llama.train import Config
 from optax_adam_mini import adam_mini, infer_block_specs, opt_state_shardings
-from optax_adam_mini.blocks import path_str
 
 LARGE = {
     # The Llama 3 Herd of Models (arXiv 2407.21783), table 3.
@@ -42,6 +43,13 @@ LARGE = {
 }  # fmt: skip
 MODELS = {
     name: dataclasses.replace(config, scan=True) for name, config in {**CONFIGS, **LARGE}.items()
+}
+RULES = {
+    "width": Config.shardings,
+    "outputs": (
+        ("(query|key|value|gate|up)/kernel", P(None, ("tensor", "fsdp"))),
+        *Config.shardings,
+    ),
 }
 CASES = ("llama2-7b:8x1", "llama2-7b:4x2", "llama2-13b:8x2", "llama3-70b:8x8", "llama3-405b:64x8")
 
@@ -103,19 +111,6 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     return {name: (count[name], size[name]) for name in count}
 
 
-def param_spec(path: str, rank: int, fsdp: str) -> P:
-    """Tensor over outputs, or over inputs where what comes in is over tensor already; the axis of
-    stacked layers is whole."""
-    if rank < 2 or "norm" in path:
-        return P()
-    stacked = [None] * (rank - 2)
-    if any(name in path for name in ("embed", "out", "down")):  # width last
-        return P(*stacked, "tensor", "fsdp")
-    if fsdp == "outputs" and "head" not in path:
-        return P(*stacked, None, ("tensor", "fsdp"))
-    return P(*stacked, "fsdp", "tensor")
-
-
 def abstract_llama(config: LlamaConfig) -> tuple[Any, Any]:
     """The parameters' shapes, and Adam-mini's partition."""
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
@@ -125,9 +120,7 @@ def abstract_llama(config: LlamaConfig) -> tuple[Any, Any]:
 
 def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> Compiled:
     """The update of `tx`, and adding it, with parameters and state donated."""
-    of_params = jax.tree_util.tree_map_with_path(
-        lambda keys, p: NamedSharding(mesh, param_spec(path_str(keys), p.ndim, fsdp)), params
-    )
+    of_params = param_shardings(params, RULES[fsdp], mesh)
     state = jax.eval_shape(tx.init, params)
     of_state = opt_state_shardings(tx, params, of_params)
 

@@ -13,11 +13,14 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from examples.common import mesh as meshes
 from examples.common import optimizers, runs, text
 from examples.common.cli import ConfigError, check_counts
+from examples.common.mesh import MeshConfig
 from examples.common.text import TextConfig
 from examples.common.training import (
     Program,
@@ -27,7 +30,7 @@ from examples.common.training import (
     load_config,
     refuse_others,
 )
-from optax_adam_mini import BlockSpec, block_table, infer_block_specs
+from optax_adam_mini import BlockSpec, block_table, infer_block_specs, opt_state_shardings
 
 Architecture = TypeVar("Architecture")
 
@@ -39,6 +42,9 @@ class LanguageConfig(TrainingConfig, abc.ABC):
 
     title: ClassVar[str]
     """Of the family of architectures, for tables and plots."""
+    shardings: ClassVar[Sequence[tuple[str, PartitionSpec]]] = ()
+    """How parameters lie on a mesh, by their paths (see mesh.param_shardings)."""
+    where: ClassVar[tuple[str, ...]] = ("devices",)
 
     layers: int | None = None
     """Number of layers, instead of the architecture's."""
@@ -75,6 +81,9 @@ class LanguageConfig(TrainingConfig, abc.ABC):
 
     data: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=TextConfig
+    )
+    devices: Annotated[MeshConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=MeshConfig
     )
 
     @property
@@ -125,10 +134,22 @@ class LanguageConfig(TrainingConfig, abc.ABC):
                 f"{model.width}."
             )
         check_accumulate(self.batch_size, self.accumulate)
+        self.devices.check()
+        self.check_batch()
         if self.run is not None:
             raise ConfigError("--run names the run of --sample: give --sample, or --resume RUN.")
         self.data.check()
         super().check()
+
+    def check_batch(self) -> None:
+        """Refuse a batch that the mesh cannot split."""
+        parts = self.devices.batch_parts
+        if self.batch_size // self.accumulate % parts:
+            raise ConfigError(
+                f"--batch-size is {self.batch_size}, in {self.accumulate} micro-batches, which "
+                f"--mesh {self.devices.mesh} would split in {parts}: choose a --batch-size that is "
+                f"a multiple of {self.accumulate * parts}."
+            )
 
 
 def check_accumulate(batch_size: int, accumulate: int) -> None:
@@ -202,7 +223,8 @@ def sum_over_micro_batches(
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro_batch)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    micro_batches = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    # Every count-th example, so that those of a device stay there.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     total, _ = jax.lax.scan(add, zero, micro_batches)
     return total
 
@@ -211,6 +233,7 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     architecture = config.architecture
     logits = make_logits(config)
+    mesh = config.devices.make_mesh()
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
     def init() -> Training:
@@ -218,9 +241,10 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
         return Training(params, tx.init(params))
 
     def losses(params: Any, windows: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits(params, windows[:, :-1]), windows[:, 1:]
-        )
+        with meshes.inside(mesh):
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits(params, windows[:, :-1]), windows[:, 1:]
+            )
 
     def mean_loss(params: Any, windows: jax.Array) -> jax.Array:
         return losses(params, windows).mean()
@@ -235,19 +259,41 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
         """The total loss in nats."""
         return losses(training.params, windows).sum()
 
-    return Program(init, step, evaluate)
+    if mesh is None:
+        return Program(init, step, evaluate)
+    params = jax.eval_shape(init).params
+    of_params = meshes.param_shardings(params, config.shardings, mesh)
+    of_state = opt_state_shardings(tx, params, of_params)
+    return Program(init, step, evaluate, shardings=Training(of_params, of_state))
 
 
 def load_task(config: LanguageConfig, folder: Path) -> Task:
     """What the training loop needs, with the text read; its tokens are kept in `folder`."""
     context, batch_size = config.architecture.context, config.batch_size
-    data = text.load(config.data, folder / "data")
+    config.check_batch()
+    data = meshes.first_then_others(lambda: text.load(config.data, folder / "data"))
     text.check_length(data, context)
     held_out = text.held_out_windows(data.held_out, config.eval_windows, context)
     targets = held_out[:, 1:]
     held_out_bytes = int(data.tokenizer.token_bytes[targets].sum())
     micro_batch_size = batch_size // config.accumulate
-    held_out_batches = np.array_split(held_out, -(-len(held_out) // micro_batch_size))
+    mesh = config.devices.make_mesh()
+
+    def placed(size: int, rows: Callable[[slice], np.ndarray]) -> Any:
+        if mesh is None:
+            return rows(slice(None))
+        return meshes.split_batch(mesh, (size, context + 1), rows)
+
+    def batch(step: int) -> Any:
+        return placed(
+            batch_size,
+            lambda rows: text.batch(data.train, config.seed, step, batch_size, context, rows),
+        )
+
+    held_out_batches = [
+        placed(len(part), part.__getitem__)
+        for part in np.split(held_out, range(micro_batch_size, len(held_out), micro_batch_size))
+    ]
 
     def measure(nats: float) -> dict[str, float]:
         return {"held_out_loss": nats / targets.size, "nats_per_byte": nats / held_out_bytes}
@@ -259,7 +305,7 @@ def load_task(config: LanguageConfig, folder: Path) -> Task:
             "tokens"
         ),
         make_program=lambda optimizer: make_program(config, optimizer),
-        batch=lambda step: text.batch(data.train, config.seed, step, batch_size, context),
+        batch=batch,
         held_out=lambda: held_out_batches,
         measure=measure,
         columns={"held-out nats per byte": lambda row: f"{row['nats_per_byte']:.4f}"},
@@ -331,8 +377,8 @@ def load_trained(config: LanguageConfig, folder: Path, names: Sequence[str]) -> 
         ) as checkpoints:
             step = checkpoints.latest_step()
             if step is not None:
-                init = make_program(config, optimizer).init
-                params = runs.restore_checkpoint(checkpoints, jax.eval_shape(init)).params
+                abstract_state = make_program(config, optimizer).abstract_state()
+                params = runs.restore_checkpoint(checkpoints, abstract_state).params
                 return Trained(optimizer, step, params)
     return None
 
@@ -344,7 +390,7 @@ def write_sample(config: LanguageConfig, console: Console) -> None:
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}, but must be at least 0.")
     folder = runs.find_run(Path(config.runs), config.run)
-    of_run = load_config(type(config), folder)
+    of_run = dataclasses.replace(load_config(type(config), folder), devices=MeshConfig())
     names = of_run.optimizer_names if config.optimizer is None else config.optimizer_names
     trained = load_trained(of_run, folder, names)
     if trained is None:
@@ -370,6 +416,7 @@ def write_sample(config: LanguageConfig, console: Console) -> None:
 def main(config: LanguageConfig) -> None:
     """What the command line asks for."""
     if config.sample is None:
+        config.devices.start()
         compare(config, load_task, blocks)
         return
     own = {"sample", "run", "runs", "optimizer", "seed", "sample_tokens", "temperature"}

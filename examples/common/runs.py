@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from examples.common import mesh
 from examples.common.cli import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -69,9 +71,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """Metrics as JSON lines, each with its "step". What is later than `step` is cut off."""
+    """Metrics as JSON lines, each with its "step". What is later than `step` is cut off. Of several
+    processes only the first writes."""
 
     def __init__(self, path: Path, step: int):
+        self._file = None
+        if not mesh.is_first():
+            return
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -80,6 +86,8 @@ class Metrics:
 
     def write(self, records: Iterable[Mapping]) -> None:
         """Append `records` and bring them to the disk."""
+        if self._file is None:
+            return
         self._file.writelines(json.dumps(record) + "\n" for record in records)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -88,7 +96,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -100,26 +109,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def open_checkpoints(folder: Path, *, to_write: bool) -> ocp.CheckpointManager:
-    """The checkpoints in `folder`, of which the newest two are kept."""
+    """The checkpoints in `folder`, of which the newest two are kept. All processes open them
+    together; they are written beside the steps that follow, and whole when this is closed."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         create=to_write,
         # What a killed run left half written; a reader must not take a living run's for that.
         cleanup_tmp_directories=to_write,
-        # Training steps donate their buffers: a write beside them would read freed memory.
-        enable_async_checkpointing=False,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save_checkpoint(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Write `state` as the checkpoint of `step`; it appears whole or not at all."""
+    """Write `state` as the checkpoint of `step`; it appears whole or not at all. Returns when
+    `state` is copied and may be donated."""
     checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
 def restore_checkpoint(checkpoints: ocp.CheckpointManager, abstract_state: Any) -> Any:
-    """The newest checkpoint, in the structure of `abstract_state`."""
+    """The newest checkpoint, in the structure of `abstract_state` and with its shardings, which
+    need not be those it was saved with; on one device where it has none."""
     step = checkpoints.latest_step()
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device),
+        abstract_state,
+    )
     return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
 

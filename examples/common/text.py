@@ -276,12 +276,19 @@ def check_length(data: TextData, context: int) -> None:
             )
 
 
-def batch(tokens: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
-    """The windows of training step `step`, shape (size, context + 1): each is `context` inputs and,
-    one to the right, their targets. A function of its arguments alone, so a run that goes on from
-    a checkpoint sees the batches it would have seen."""
+def batch(
+    tokens: np.ndarray,
+    seed: int,
+    step: int,
+    size: int,
+    context: int,
+    rows: slice = slice(None),
+) -> np.ndarray:
+    """The windows of training step `step`, shape (size, context + 1), or these `rows` of them: each
+    is `context` inputs and, one to the right, their targets. A function of its arguments alone, so
+    a run that goes on from a checkpoint sees the batches it would have seen."""
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - context, size=size)
-    return _windows(tokens, starts, context)
+    return _windows(tokens, starts[rows], context)
 
 
 def held_out_windows(tokens: np.ndarray, count: int, context: int) -> np.ndarray:

@@ -10,14 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import tyro
 from rich.console import Console, RenderableType
 
-from examples.common import optimizers, runs
+from examples.common import mesh, optimizers, runs
 from examples.common.cli import ConfigError, check_counts, comparison_table, progress_bar
 from examples.common.optimizers import OptimizerConfig
 
@@ -57,6 +57,9 @@ class TrainingConfig:
         default_factory=OptimizerConfig
     )
 
+    where: ClassVar[tuple[str, ...]] = ()
+    """Groups of options that say where to train: a run that goes on takes new ones."""
+
     @property
     def optimizer_names(self) -> tuple[str, ...]:
         """Names of the optimizers to train with, in order."""
@@ -89,6 +92,12 @@ class Program(NamedTuple):
     inputs: tuple[Any, ...] = ()
     """What `init` takes: weights that training starts from. As constants of the compiled program
     they would be in memory twice."""
+    shardings: Any = None
+    """Of the state; None for one device."""
+
+    def abstract_state(self) -> Any:
+        """The state's shapes, dtypes and shardings."""
+        return jax.jit(self.init, out_shardings=self.shardings).eval_shape(*self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +132,7 @@ def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
     """The configuration that a run was started with."""
     stored = json.loads((folder / runs.CONFIG_FILE).read_text())
     for name, default in vars(config_type()).items():
-        if dataclasses.is_dataclass(default):
+        if dataclasses.is_dataclass(default) and name in stored:
             stored[name] = type(default)(**stored[name])
     return config_type(**stored)
 
@@ -164,22 +173,24 @@ def train(
     """Train with one optimizer, from its newest checkpoint if there is one. Losses and checkpoints
     go to `folder`."""
     program = task.make_program(optimizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    mesh.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     with runs.open_checkpoints(folder / "checkpoints", to_write=True) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start == config.steps:
             console.print(f"{optimizer}: has finished its {config.steps} steps already")
             return
         if start:
-            abstract_state = jax.eval_shape(program.init, *program.inputs)
-            state = runs.restore_checkpoint(checkpoints, abstract_state)
+            state = runs.restore_checkpoint(checkpoints, program.abstract_state())
             console.print(f"{optimizer}: goes on after step {start}")
         else:
-            state = jax.jit(program.init)(*program.inputs)
+            state = jax.jit(program.init, out_shardings=program.shardings)(*program.inputs)
 
         evaluate = jax.jit(program.evaluate)
         with console.status(f"{optimizer}: compiling"):
-            step = jax.jit(program.step, donate_argnums=0).lower(state, task.batch(1)).compile()
+            jitted = jax.jit(
+                program.step, donate_argnums=0, out_shardings=(program.shardings, None)
+            )
+            step = jitted.lower(state, task.batch(1)).compile()
 
         metrics = runs.Metrics(folder / METRICS_FILE, start)
         with metrics, progress_bar(console) as progress:
@@ -230,7 +241,7 @@ def train(
 def result(task: Task, optimizer: str, folder: Path) -> dict[str, Any]:
     """One row of the table, from what the finished training left in `folder`."""
     program = task.make_program(optimizer)
-    state = jax.eval_shape(program.init, *program.inputs).opt_state
+    state = program.abstract_state().opt_state
     records = runs.read_metrics(folder / METRICS_FILE)
     held_out = next(record for record in reversed(records) if "held_out_loss" in record)
     return {
@@ -248,6 +259,8 @@ def train_and_compare(config: TrainingConfig, task: Task, folder: Path, console:
     console.print(f"{task.description}; run folder {folder}")
     for optimizer in config.optimizer_names:
         train(config, optimizer, task, folder / optimizer, console)
+    if not mesh.is_first():
+        return
 
     results = [result(task, optimizer, folder / optimizer) for optimizer in config.optimizer_names]
     runs.write_json(folder / "results.json", results)
@@ -276,23 +289,25 @@ def compare(
 ) -> None:
     """A new run, the rest of an old one, or the table of `blocks`, as `config` says. `load_task`
     may keep data in the run's folder; `finish` is called when everything is trained."""
-    console = Console()
+    console = Console(quiet=not mesh.is_first())
     root = Path(config.runs)
     if config.resume is not None:
-        refuse_others(config, "--resume", {"resume", "runs"})
-        folder = runs.find_run(root, config.resume)
-        config = load_config(type(config), folder)
+        where = {name: getattr(config, name) for name in config.where}
+        own = {field.name for group in where.values() for field in dataclasses.fields(group)}
+        refuse_others(config, "--resume", {"resume", "runs"} | own)
+        folder = Path(mesh.from_first(lambda: str(runs.find_run(root, config.resume))))
+        config = dataclasses.replace(load_config(type(config), folder), **where)
         task = load_task(config, folder)
     else:
         config.check()
         if config.show_blocks:
             console.print(blocks(config))
             return
-        folder = runs.new_run(root, config)
+        folder = Path(mesh.from_first(lambda: str(runs.new_run(root, config))))
         try:
             task = load_task(config, folder)
         except ConfigError:
-            shutil.rmtree(folder)  # it never was a run
+            mesh.from_first(lambda: shutil.rmtree(folder))  # it never was a run
             raise
     train_and_compare(config, task, folder, console)
     if finish is not None:

@@ -329,7 +329,7 @@ def write_samples(config: Config, trained: Config, folder: Path, console: Consol
             if step is None:
                 continue
             program = make_program(trained, optimizer)
-            training = runs.restore_checkpoint(checkpoints, jax.eval_shape(program.init))
+            training = runs.restore_checkpoint(checkpoints, program.abstract_state())
         with console.status(f"{optimizer}: drawing samples"):
             key = jax.random.key(config.seed)
             drawn[f"{optimizer}, step {step}"] = np.asarray(draw(training.average, key))

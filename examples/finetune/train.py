@@ -235,7 +235,7 @@ def show_answers(config: Config, folder: Path, console: Console) -> None:
     weights = {"before": model.init(pretrained.params, config.seed)}
     for optimizer in config.optimizer_names:
         program = make_program(config, optimizer, pretrained)
-        abstract_state = jax.eval_shape(program.init, *program.inputs)
+        abstract_state = program.abstract_state()
         with runs.open_checkpoints(
             folder / optimizer / "checkpoints", to_write=False
         ) as checkpoints:

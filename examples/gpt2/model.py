@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.common.language import with_adapter
+from examples.common.mesh import over_batch
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -142,12 +143,12 @@ class GPT2(nnx.Module):
         )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[-1]))  # B T D
+        x = over_batch(self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[-1])))  # B T D
 
         graph, _ = nnx.split(self.h if self.config.scan else self.h[0])
 
         def layer(x: jax.Array, params: Any) -> jax.Array:
-            return nnx.merge(graph, params)(x)
+            return over_batch(nnx.merge(graph, params)(x))
 
         if self.config.remat:
             layer = jax.checkpoint(layer)

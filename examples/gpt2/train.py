@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from examples.common.language import LanguageConfig, blocks, load_task, main, make_program
 from examples.gpt2.model import CONFIGS, GPT2, GPT2Config
@@ -20,6 +21,12 @@ class Config(LanguageConfig):
     library, in a few minutes on two CPU cores."""
 
     title: ClassVar[str] = "GPT-2"
+    shardings: ClassVar[Sequence[tuple[str, P]]] = (
+        ("wpe", P(None, "fsdp")),
+        ("wte|(c_attn|c_fc)/kernel", P("fsdp", "tensor")),
+        ("c_proj/kernel", P("tensor", "fsdp")),
+        ("(c_attn|c_fc)/bias", P("tensor")),
+    )
 
     model: Literal["nano", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "nano"
     """Architecture; the GPT-2 sizes have GPT-2's own parameter counts with

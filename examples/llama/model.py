@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from examples.common.language import with_adapter
+from examples.common.mesh import over_batch
 
 RMS_NORM_EPSILON = 1e-5
 
@@ -174,12 +175,12 @@ class Llama(nnx.Module):
         self.head = linear(config, config.width, config.vocab_size, 0.02, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens)  # B T D
+        x = over_batch(self.embed(tokens))  # B T D
 
         graph, _ = nnx.split(self.layers if self.config.scan else self.layers[0])
 
         def layer(x: jax.Array, params: Any) -> jax.Array:
-            return nnx.merge(graph, params)(x)
+            return over_batch(nnx.merge(graph, params)(x))
 
         if self.config.remat:
             layer = jax.checkpoint(layer)

@@ -1,10 +1,12 @@
 """Train Llama, with AdamW and with Adam-mini on the same batches, and compare."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from examples.common.cli import ConfigError, check_counts
 from examples.common.language import LanguageConfig, blocks, load_task, main, make_program
@@ -21,6 +23,10 @@ class Config(LanguageConfig):
     library, in a few minutes on two CPU cores."""
 
     title: ClassVar[str] = "Llama"
+    shardings: ClassVar[Sequence[tuple[str, P]]] = (
+        ("(out|down)/kernel", P("tensor", "fsdp")),
+        ("kernel|embed", P("fsdp", "tensor")),
+    )
 
     model: Literal["nano", "tinyllama-1b", "llama2-7b", "llama2-13b", "llama3-8b"] = "nano"
     """Architecture; the others than nano have the published parameter counts with

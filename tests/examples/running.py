@@ -56,12 +56,20 @@ def run_killed_at_save(number: int, main: Callable[[], None]) -> None:
             main()
 
 
-def run_through_kills(example: str, options: list[str], root: Path, seed: int, log: Path) -> int:
-    """Kill the program a few times, wherever it is in its training, and let it get through; how
-    many times it was killed."""
+def run_through_kills(
+    example: str,
+    options: list[str],
+    root: Path,
+    seed: int,
+    log: Path,
+    most: int = 4,
+    within: float = 1.0,
+) -> int:
+    """Kill the program up to `most` times, wherever it is in its training, some seconds after it
+    has begun to train, and let it get through; how many times it was killed."""
     source = random.Random(seed)
     resume: list[str] = []
-    for kills in range(5):
+    for kills in range(most + 1):
         arguments = [*(resume or options), f"--runs={root}"]
         before = _written(root)
         with log.open("w") as file:
@@ -69,10 +77,10 @@ def run_through_kills(example: str, options: list[str], root: Path, seed: int, l
                 command(example, *arguments), cwd=REPOSITORY, stdout=file, stderr=file
             )
             # However slow the machine is, some steps are made each time.
-            while process.poll() is None and (kills == 4 or _written(root) == before):
+            while process.poll() is None and (kills == most or _written(root) == before):
                 time.sleep(0.01)
             try:
-                process.wait(timeout=source.uniform(0, 1))
+                process.wait(timeout=source.uniform(0, within))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
