@@ -10,6 +10,7 @@ the compiler put in, AdamW beside Adam-mini.
 import dataclasses
 import math
 import re
+import sys
 import time
 from collections import Counter
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from examples.common.cli import ConfigError
+from examples.common.cli import ConfigError, exit_status
 from examples.common.mesh import param_shardings
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
 from examples.llama.train import Config
@@ -199,4 +200,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.scale", description=Options.__doc__))
+    parsed = tyro.cli(Options, prog="python -m benchmarks.scale", description=Options.__doc__)
+    sys.exit(exit_status(lambda: main(parsed)))

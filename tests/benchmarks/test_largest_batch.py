@@ -1,0 +1,32 @@
+import jax
+import pytest
+
+from benchmarks.largest_batch import Options, largest_batch, main, step_bytes
+from examples.common.cli import ConfigError
+from examples.common.mesh import MeshConfig
+from examples.common.text import TextConfig
+from examples.llama.train import Config, make_program
+
+NANO = Options(model="nano", devices=8)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 13])
+def test_the_most_that_fits_is_found(most):
+    assert largest_batch(lambda batch: batch <= most) == most
+
+
+def test_a_step_without_a_second_moment_is_smaller_by_it():
+    config = Config(model="nano", data=TextConfig(tokenizer="bpe", vocab_size=32000),
+                    devices=MeshConfig(mesh="fsdp=8"))  # fmt: skip
+    params = make_program(config, "adamw").abstract_state().params
+    second_moment = sum(4 * leaf.size / 8 for leaf in jax.tree.leaves(params))
+    saved = step_bytes(NANO, "adamw", 4) - step_bytes(NANO, "adam_mini", 4)
+    assert saved == pytest.approx(second_moment, rel=0.05)
+    # Another sequence costs at least its logits, 64 x 32,000 in float32.
+    more = step_bytes(NANO, "adamw", 5) - step_bytes(NANO, "adamw", 4)
+    assert more >= 64 * 32000 * 4
+
+
+def test_wrong_options_are_one_clear_error():
+    with pytest.raises(ConfigError, match="--devices is 0, but must be at least 1"):
+        main(Options(devices=0))
