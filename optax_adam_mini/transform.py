@@ -243,7 +243,9 @@ def _scale_by_adam_mini(
         def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
             mean = spec.block_mean(g, _abs_sq)
             g = g.astype(widen(g.dtype))
-            mu = b1 * m + (1 - b1) * g
+            kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
+            # Rounded as it is kept: XLA would work the exact one out again, from a copy of m.
+            mu = kept.astype(g.dtype)
             nu = b2 * v + (1 - b2) * mean
             # What is the same for a whole block is computed once for the block, and then spread.
             step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
@@ -252,7 +254,7 @@ def _scale_by_adam_mini(
                 update = (b1 * mu / c1_next + (1 - b1) * g / c1) * spec.spread(step, g.shape)
             else:
                 update = mu * spec.spread(step / c1, g.shape)
-            return update, mu, nu
+            return update, kept, nu
 
         def update_leaf(path: str, spec: BlockSpec, g: Any, m: Any, v: Any, p: Any) -> Any:
             if v.shape != spec.grid(m.shape):
@@ -265,9 +267,9 @@ def _scale_by_adam_mini(
                 return None, m, v
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
-            update, mu, nu = adam_mini(spec, g, m.astype(widen(g.dtype)), v)
+            update, mu, nu = adam_mini(spec, g, m, v)
             dtype = g.dtype if params is None else p.dtype
-            return update.astype(dtype), mu.astype(m.dtype), nu.astype(v.dtype)
+            return update.astype(dtype), mu, nu.astype(v.dtype)
 
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)
