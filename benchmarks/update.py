@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,8 @@ class Options:
     """Names of trees; all of them where none is given."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Of parameters and moments."""
+    optimizers: tuple[str, ...] = ()
+    """Names of optimizers; all of them where none is given."""
     rounds: int = 20
     """Steps of each optimizer that the medians are of."""
     reference: bool = False
@@ -198,8 +200,11 @@ def copy_bandwidth(nbytes: int = 1 << 28) -> float:
     return 2 * nbytes / statistics.median(seconds[1:])
 
 
-def torch_steps(params: Any) -> dict[str, Callable[[], Any]]:
-    """PyTorch's AdamWs, and the reference package, on arrays of these shapes."""
+TORCH = ("PyTorch AdamW, fused", "PyTorch AdamW, foreach", "adam-mini 1.1.1")
+
+
+def torch_step(name: str, params: Any) -> "Others":
+    """The step of PyTorch's AdamW or of the reference package, on arrays of these shapes."""
     try:
         import torch
         from adam_mini import Adam_mini
@@ -208,57 +213,65 @@ def torch_steps(params: Any) -> dict[str, Callable[[], Any]]:
             f"--reference needs {error.name}: pip install torch==2.13.0 adam-mini==1.1.1."
         ) from error
 
-    def tensors() -> list[tuple[str, Any]]:
-        found = []
-        for keys, p in jax.tree_util.tree_leaves_with_path(params):
-            # It knows layers by PyTorch's names, and takes the first axis for the outputs.
-            shape = p.shape[::-1] if p.ndim > 1 else p.shape
-            tensor = torch.nn.Parameter(torch.full(shape, 0.02))
-            tensor.grad = torch.full(shape, 0.01)
-            name = jax.tree_util.keystr(keys, simple=True, separator=".")
-            found.append((f"{name}.weight", tensor))
-        return found
-
-    plain = lambda **options: torch.optim.AdamW([t for _, t in tensors()], lr=1e-4, **options)
-    made = {
-        "PyTorch AdamW, fused": plain(fused=True),
-        "PyTorch AdamW, foreach": plain(foreach=True),
-        "adam-mini 1.1.1": Adam_mini(
-            tensors(), lr=1e-4, dim=64, n_heads=1, n_kv_heads=1, verbose=False
-        ),
-    }
-    return {name: optimizer.step for name, optimizer in made.items()}
+    named = []
+    for keys, p in jax.tree_util.tree_leaves_with_path(params):
+        # The reference takes the first axis for the outputs.
+        shape = p.shape[::-1] if p.ndim > 1 else p.shape
+        tensor = torch.nn.Parameter(torch.full(shape, 0.02))
+        tensor.grad = torch.full(shape, 0.01)
+        named.append((jax.tree_util.keystr(keys, simple=True, separator="."), tensor))
+    if name == "adam-mini 1.1.1":
+        options = {"lr": 1e-4, "dim": 768, "n_heads": 12, "n_kv_heads": 12, "verbose": False}
+        return Others(Adam_mini(named, **options).step)
+    tensors = [tensor for _, tensor in named]
+    kind = {"fused": True} if name.endswith("fused") else {"foreach": True}
+    return Others(torch.optim.AdamW(tensors, lr=1e-4, **kind).step)
 
 
-def measure(tree: Tree, dtype: str, rounds: int, reference: bool) -> list[dict[str, Any]]:
-    """A row for each optimizer. Those that cannot take the tree have none."""
+class Others:
+    """A step of another library."""
+
+    def __init__(self, step: Callable[[], Any]):
+        self._step = step
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        clock = time.perf_counter()
+        self._step()
+        self.seconds.append(time.perf_counter() - clock)
+
+
+def measure(
+    tree: Tree, dtype: str, rounds: int, chosen: Sequence[str], reference: bool
+) -> list[dict[str, Any]]:
+    """A row for each optimizer. Each takes turns with AdamW, so that no more than two states are
+    in memory at a time."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
     grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, p.dtype), shapes)
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(shapes))
-    runners = {n: Runner(tx, shapes, grads) for n, tx in optimizers(tree.specs, dtype).items()}
-    others = torch_steps(shapes) if reference and dtype == "float32" else {}
-    seconds: dict[str, list[float]] = {name: [] for name in others}
-    for _ in range(rounds + 1):
-        for run in runners.values():
-            run()
-        for name, step in others.items():
-            clock = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - clock)
-    seconds = {name: run.seconds for name, run in runners.items()} | seconds
-    median = {name: statistics.median(found[1:]) for name, found in seconds.items()}
+    made = optimizers(tree.specs, dtype)
+    make: dict[str, Callable[[], Any]] = {
+        name: functools.partial(Runner, made[name], shapes, grads) for name in chosen
+    }
+    if reference and dtype == "float32":
+        make |= {name: functools.partial(torch_step, name, shapes) for name in TORCH}
+    adamw = Runner(made["AdamW"], shapes, grads)
     rows = []
-    for name, found in seconds.items():
-        low, _, high = statistics.quantiles(found[1:], n=4)
-        row = {"optimizer": name, "ms": 1e3 * median[name], "quartiles": [1e3 * low, 1e3 * high],
-               "of_adamw": median[name] / median["AdamW"]}  # fmt: skip
-        if name in runners:
-            run = runners[name]
+    for name, build in make.items():
+        adamw.seconds.clear()
+        run = adamw if name == "AdamW" else build()
+        for _ in range(rounds + 1):
+            for turn in {id(adamw): adamw, id(run): run}.values():
+                turn()
+        low, median, high = statistics.quantiles(run.seconds[1:], n=4)
+        row = {"optimizer": name, "ms": 1e3 * median, "quartiles": [1e3 * low, 1e3 * high],
+               "of_adamw": median / statistics.median(adamw.seconds[1:])}  # fmt: skip
+        if isinstance(run, Runner):
             # Parameters and state are read and written, gradients read, at the least.
             moved = 3 * size + 2 * run.state_bytes
             row |= {
                 "bytes_moved": moved,
-                "gb_per_second": moved / median[name] / 1e9,
+                "gb_per_second": moved / median / 1e9,
                 "temporary_bytes": run.temporary_bytes,
                 "temporary_share": run.temporary_bytes / size,
                 "state_bytes": run.state_bytes,
@@ -290,15 +303,21 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return f"# The update\n\n{title}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
+def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """What was asked for; all there are where nothing was."""
+    if unknown := set(given) - set(names):
+        raise ConfigError(
+            f"--{option} got {', '.join(sorted(unknown))}, but must be of {'; '.join(names)}."
+        )
+    return tuple(given or names)
+
+
 def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
     check_counts({"rounds": rounds - 1})  # quartiles are of two at least
     trees = QUICK if options.quick else TREES
-    names = options.trees or tuple(trees)
-    if unknown := set(names) - set(trees):
-        raise ConfigError(
-            f"--trees got {', '.join(sorted(unknown))}, but the trees are {'; '.join(trees)}."
-        )
+    names = known("trees", options.trees, trees)
+    chosen = known("optimizers", options.optimizers, optimizers(None, "float32"))
     console = Console(width=160)
     bandwidth = copy_bandwidth(1 << 24 if options.quick else 1 << 28)
     facts = {**machine(), "platform": jax.default_backend(), "devices": jax.device_count(),
@@ -312,7 +331,7 @@ def main(options: Options) -> None:
     for name in names:
         for dtype in options.dtypes:
             with console.status(f"{name}, {dtype}"):
-                found = measure(trees[name](), dtype, rounds, options.reference)
+                found = measure(trees[name](), dtype, rounds, chosen, options.reference)
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
             runs.write_json(options.output / "update.json", {"machine": facts, "rows": rows})
             (options.output / "update.md").write_text(markdown(title, rows))
