@@ -296,11 +296,16 @@ COLUMNS: dict[str, Callable[[Mapping], str]] = {
 }
 
 
-def markdown(title: str, rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cell(row) for cell in COLUMNS.values()) for row in rows]
-    return f"# The update\n\n{title}\n\n" + "".join(f"| {line} |\n" for line in lines)
+def markdown_table(
+    heading: str,
+    title: str,
+    columns: Mapping[str, Callable[[Mapping], str]],
+    rows: Sequence[Mapping],
+) -> str:
+    """A page with the rows that `comparison_table` prints."""
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
+    return f"# {heading}\n\n{title}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
@@ -334,7 +339,9 @@ def main(options: Options) -> None:
                 found = measure(trees[name](), dtype, rounds, chosen, options.reference)
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
             runs.write_json(options.output / "update.json", {"machine": facts, "rows": rows})
-            (options.output / "update.md").write_text(markdown(title, rows))
+            (options.output / "update.md").write_text(
+                markdown_table("The update", title, COLUMNS, rows)
+            )
     console.print(comparison_table(title, COLUMNS, rows))
 
 
