@@ -225,7 +225,7 @@ def _scale_by_adam_mini(
                 )
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
         blocks = [
-            jax.eval_shape(spec.block_mean, jax.eval_shape(_abs_sq, leaf))
+            jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf)
             for (_, spec), leaf in zip(labels, leaves, strict=True)
         ]
         return ScaleByAdamMiniState(
@@ -241,8 +241,12 @@ def _scale_by_adam_mini(
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
         def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
-            mu = b1 * m + (1 - b1) * g
-            nu = b2 * v + (1 - b2) * spec.block_mean(_abs_sq(g))
+            mean = spec.block_mean(g, _abs_sq)
+            g = g.astype(widen(g.dtype))
+            kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
+            # Rounded as it is kept: XLA would work the exact one out again, from a copy of m.
+            mu = kept.astype(g.dtype)
+            nu = b2 * v + (1 - b2) * mean
             # What is the same for a whole block is computed once for the block, and then spread.
             step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
             if nesterov:
@@ -250,7 +254,7 @@ def _scale_by_adam_mini(
                 update = (b1 * mu / c1_next + (1 - b1) * g / c1) * spec.spread(step, g.shape)
             else:
                 update = mu * spec.spread(step / c1, g.shape)
-            return update, mu, nu
+            return update, kept, nu
 
         def update_leaf(path: str, spec: BlockSpec, g: Any, m: Any, v: Any, p: Any) -> Any:
             if v.shape != spec.grid(m.shape):
@@ -263,10 +267,9 @@ def _scale_by_adam_mini(
                 return None, m, v
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
-            wide = widen(g.dtype)  # before it is squared: float16 overflows at 256^2
-            update, mu, nu = adam_mini(spec, g.astype(wide), m.astype(wide), v)
+            update, mu, nu = adam_mini(spec, g, m, v)
             dtype = g.dtype if params is None else p.dtype
-            return update.astype(dtype), mu.astype(m.dtype), nu.astype(v.dtype)
+            return update.astype(dtype), mu, nu.astype(v.dtype)
 
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)

@@ -1,0 +1,72 @@
+"""The compiled step: it lowers for every platform, and does per block what is the same in one."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optax_adam_mini import adam_mini, fused, per_head, per_neuron, per_token
+
+LAYOUTS = {
+    "wide": ((512, 11008), per_neuron()),
+    "stacked": ((2, 1024, 8192), per_neuron(stacked=0)),
+    "heads": ((4096, 4096), per_head(32)),
+    "head grid": ((768, 12, 64), per_neuron(1)),
+    "tokens": ((5025, 768), per_token()),
+    "fused": ((768, 2304), fused(-1, [(768, per_head(12)), (1536, per_neuron())])),
+    "convolution": ((3, 3, 256, 256), per_neuron()),
+}
+each_layout = pytest.mark.parametrize(("shape", "spec"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+def jitted_step(shape, spec):
+    tx = adam_mini(1e-3, weight_decay=0.1, block_specs={"w": spec})
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)), (params, state, params)
+
+
+@each_layout
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_lowers_without_custom_calls_or_loops(shape, spec, platform):
+    step, args = jitted_step(shape, spec)
+    module = jax.export.export(step, platforms=[platform])(*args).mlir_module()
+    assert "stablehlo.custom_call" not in module
+    assert "stablehlo.while" not in module
+
+
+@each_layout
+def test_temporaries_are_small(shape, spec):
+    step, args = jitted_step(shape, spec)
+    memory = step.lower(*args).compile().memory_analysis()
+    size = 4 * args[0]["w"].size
+    assert memory.temp_size_in_bytes <= 0.01 * size + 4096
+    assert memory.alias_size_in_bytes >= 2 * size
+
+
+@each_layout
+def test_roots_and_quotients_are_of_blocks(shape, spec):
+    step, args = jitted_step(shape, spec)
+    hlo = step.lower(*args).compile().as_text()
+    size = args[0]["w"].size
+    blocks = args[1][0].nu["w"].size
+    found = re.findall(
+        r"= f32\[([\d,]*)\]\S* (?:sqrt|rsqrt|divide|power|exponential-minus-one)\(", hlo
+    )
+    sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in found]
+    assert sizes
+    assert max(sizes) == max(blocks, 1) < size
+
+
+def test_long_rows_are_added_in_a_loop_on_cpu():
+    for name in ("wide", "stacked"):
+        step, args = jitted_step(*LAYOUTS[name])
+        assert " while(" in step.lower(*args).compile().as_text()
