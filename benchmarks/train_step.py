@@ -93,10 +93,19 @@ def peak_after(name: str, optimizer: str, batch_size: int) -> int:
 
 
 def batch_in(name: str, limit: int, batch_size: int) -> int:
-    """The greatest batch whose step with Adam-mini needs no more than `limit` bytes."""
-    while step_bytes(compiled_step(name, "adam_mini", batch_size + 1)[2]) <= limit:
-        batch_size += 1
-    return batch_size
+    """The greatest batch whose step with Adam-mini needs no more than `limit` bytes; no less than
+    `batch_size`."""
+
+    def needs(size: int) -> int:
+        return step_bytes(compiled_step(name, "adam_mini", size)[2])
+
+    # Memory is close to linear in the batch, and every guess is compiled.
+    least = needs(batch_size)
+    each = max(1, (needs(2 * batch_size) - least) // batch_size)
+    larger = batch_size + max(0, limit - least) // each
+    while larger > batch_size and needs(larger) > limit:
+        larger -= 1
+    return larger
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
