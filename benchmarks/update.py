@@ -37,6 +37,7 @@ from examples.resnet.model import ResNet
 from optax_adam_mini import (
     BlockSpec,
     adam_mini,
+    flax_layers,
     fused,
     infer_block_specs,
     per_head,
@@ -58,7 +59,8 @@ class Options:
     rounds: int = 20
     """Steps of each optimizer that the medians are of."""
     reference: bool = False
-    """Time PyTorch's AdamW and the reference package too (torch and adam-mini must be there)."""
+    """Time PyTorch's AdamW and the reference package too on trees of
+    matrices, in float32 (torch and adam-mini must be there)."""
     quick: bool = False
     """Small trees, three rounds: whether it runs, not how fast."""
     output: Path = Path("docs/results")
@@ -214,18 +216,28 @@ def torch_step(name: str, params: Any) -> "Others":
         ) from error
 
     named = []
-    for keys, p in jax.tree_util.tree_leaves_with_path(params):
-        # The reference takes the first axis for the outputs.
+    for index, p in enumerate(jax.tree.leaves(params)):
+        # The reference takes the first axis for the outputs, and goes by names: with those of an
+        # MLP every matrix is cut by neuron, its fastest partition; the rest is one block each.
         shape = p.shape[::-1] if p.ndim > 1 else p.shape
         tensor = torch.nn.Parameter(torch.full(shape, 0.02))
         tensor.grad = torch.full(shape, 0.01)
-        named.append((jax.tree_util.keystr(keys, simple=True, separator="."), tensor))
+        named.append((f"{index}.{'mlp' if p.ndim > 1 else 'bias'}", tensor))
     if name == "adam-mini 1.1.1":
         options = {"lr": 1e-4, "dim": 768, "n_heads": 12, "n_kv_heads": 12, "verbose": False}
         return Others(Adam_mini(named, **options).step)
     tensors = [tensor for _, tensor in named]
     kind = {"fused": True} if name.endswith("fused") else {"foreach": True}
     return Others(torch.optim.AdamW(tensors, lr=1e-4, **kind).step)
+
+
+def takes_default(params: Any) -> bool:
+    """Whether the default partition can tell the blocks; of stacked layers it cannot."""
+    try:
+        flax_layers()(params)
+    except ValueError:
+        return False
+    return True
 
 
 class Others:
@@ -253,8 +265,12 @@ def measure(
     make: dict[str, Callable[[], Any]] = {
         name: functools.partial(Runner, made[name], shapes, grads) for name in chosen
     }
-    if reference and dtype == "float32":
+    # The reference cannot cut what is not a matrix.
+    are_matrices = all(p.ndim <= 2 for p in jax.tree.leaves(shapes))
+    if reference and dtype == "float32" and are_matrices:
         make |= {name: functools.partial(torch_step, name, shapes) for name in TORCH}
+    if not takes_default(tree.params):
+        make.pop("Adam-mini, default", None)
     adamw = Runner(made["AdamW"], shapes, grads)
     rows = []
     for name, build in make.items():
