@@ -629,10 +629,14 @@ def _sum_whole_axes(
 
     axis = max(whole, default=-1)
     row = math.prod(x.shape[axis + 1 :])
-    few = 128  # the running sums are this many times smaller than x: less than 1% of it
+    few = 512 // x.dtype.itemsize  # the running sums are less than 1% of x
     is_short = row < 4096 or x.shape[axis] < few
     if axis < 0 or is_short or jax.typeof(x).sharding.spec[axis]:
-        return plain(x)
+        if widen(x.dtype) == x.dtype:
+            return plain(x)
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: plain(jax.lax.optimization_barrier(x)), default=plain
+        )
     steps = next(n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0)
 
     def looped(x: Array) -> Array:
@@ -640,7 +644,8 @@ def _sum_whole_axes(
         rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
 
         def at(i: Any) -> Array:
-            row = jax.lax.dynamic_index_in_dim(rows, i, axis + 1, keepdims=False)
+            here, i = jax.lax.optimization_barrier((rows, i))
+            row = jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False)
             return of(row.astype(widen(row.dtype)))
 
         add = lambda i, total: total + at(i)
