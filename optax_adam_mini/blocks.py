@@ -617,34 +617,29 @@ def _sum_whole_axes(
 ) -> Inexact[Array, "*grouped"]:
     """Sums `of(x)` over every axis that is not cut.
 
-    XLA's CPU backend sums over an axis before long rows at a fraction of the memory's bandwidth
-    (2 cores, where reading takes 30 GB/s: 28 GB/s for rows of 3072, 4.6 for 11008, 0.7 for 50257;
-    summing in two stages, as a dot, or unrolled is no faster or keeps a copy). There such rows
-    are added in a loop, eight at a time: 22 to 33 GB/s. Elsewhere one reduction is best.
+    One reduction, which two traits of XLA's CPU backend make slow (2 cores, reading at 30 GB/s):
+
+    - Over an axis before long rows it sums at a fraction of the memory's bandwidth: 28 GB/s for
+      rows of 3072, 4.6 for 11008, 0.7 for 50257; in two stages, as a dot or unrolled it is no
+      faster, or keeps a copy. Long rows are added in a loop, eight at a time: 22 to 33 GB/s.
+    - What is read twice, by this sum and by what follows, it widens once for both, into memory:
+      the update in bfloat16 takes 1.1 times AdamW's time with such a copy, and 0.4 to 0.5 without.
+      Barriers keep this sum's reading apart.
     """
     whole = tuple(a for a, runs in enumerate(axes) if _is_whole(runs))
 
     def plain(x: Array) -> Array:
         return jnp.sum(of(x.astype(widen(x.dtype))), axis=whole, keepdims=True)
 
-    axis = max(whole, default=-1)
-    row = math.prod(x.shape[axis + 1 :])
-    few = 512 // x.dtype.itemsize  # the running sums are less than 1% of x
-    is_short = row < 4096 or x.shape[axis] < few
-    if axis < 0 or is_short or jax.typeof(x).sharding.spec[axis]:
-        if widen(x.dtype) == x.dtype:
-            return plain(x)
-        return jax.lax.platform_dependent(
-            x, cpu=lambda x: plain(jax.lax.optimization_barrier(x)), default=plain
-        )
-    steps = next(n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0)
+    def apart(x: Array) -> Array:
+        return plain(jax.lax.optimization_barrier(x))
 
     def looped(x: Array) -> Array:
         # The outer of the two axes that the axis becomes stays whole, so that GSPMD may shard it.
         rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
 
         def at(i: Any) -> Array:
-            here, i = jax.lax.optimization_barrier((rows, i))
+            here, i = jax.lax.optimization_barrier((rows, i))  # or it is widened before the loop
             row = jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False)
             return of(row.astype(widen(row.dtype)))
 
@@ -652,7 +647,15 @@ def _sum_whole_axes(
         total = jax.lax.fori_loop(0, steps, add, jnp.zeros_like(at(0)), unroll=8)
         return jnp.sum(total, axis=whole, keepdims=True)
 
-    return jax.lax.platform_dependent(x, cpu=looped, default=plain)
+    axis = max(whole, default=-1)
+    long = axis >= 0 and math.prod(x.shape[axis + 1 :]) >= 4096
+    few = 512 // x.dtype.itemsize  # that many times smaller than x the running sums are below 1%
+    if long and x.shape[axis] >= few and not jax.typeof(x).sharding.spec[axis]:
+        steps = next(n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0)
+        return jax.lax.platform_dependent(x, cpu=looped, default=plain)
+    if widen(x.dtype) != x.dtype:
+        return jax.lax.platform_dependent(x, cpu=apart, default=plain)
+    return plain(x)
 
 
 def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:

@@ -56,7 +56,7 @@ def scale_by_adam_mini(
         eps: added to the square root of `nu`, at least 0.
         eps_root: added to `nu` under the square root, at least 0; greater than 0 where gradients
             are taken through the update.
-        mu_dtype: dtype of `mu`; None for the parameters'.
+        mu_dtype: dtype of `mu`; None for the parameters'. Updates are made from `mu` as it is kept.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
             function that returns one; None for [`flax_layers`][]`()`.
@@ -126,7 +126,7 @@ def adam_mini(
         eps: $\varepsilon$, at least 0.
         eps_root: $\bar\varepsilon$, at least 0; greater than 0 where gradients are taken through
             the update.
-        mu_dtype: dtype of `mu`; None for the parameters'.
+        mu_dtype: dtype of `mu`; None for the parameters'. Updates are made from `mu` as it is kept.
         weight_decay: $\lambda$, at least 0, multiplied by the learning rate; or a schedule.
         mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
             a function of the parameters that returns one; None for all.
@@ -241,12 +241,11 @@ def _scale_by_adam_mini(
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
         def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
-            mean = spec.block_mean(g, _abs_sq)
+            nu = b2 * v + (1 - b2) * spec.block_mean(g, _abs_sq)
             g = g.astype(widen(g.dtype))
             kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
-            # Rounded as it is kept: XLA would work the exact one out again, from a copy of m.
+            # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
             mu = kept.astype(g.dtype)
-            nu = b2 * v + (1 - b2) * mean
             # What is the same for a whole block is computed once for the block, and then spread.
             step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
             if nesterov:

@@ -28,9 +28,9 @@ FAULTS = {
         "jnp.concatenate([part] * size, axis + 1)",
     ),
     "squares in the gradient's dtype": (
-        "transform.py",
-        "wide = widen(g.dtype)",
-        "wide = g.dtype",
+        "blocks.py",
+        "of(x.astype(widen(x.dtype)))",
+        "of(x).astype(widen(x.dtype))",
     ),
     "mean in bfloat16": (
         "blocks.py",

@@ -93,6 +93,38 @@ def test_sums_of_bfloat16_are_wide():
         chex.assert_trees_all_close(mean, jnp.full_like(mean, float(x[0])), rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((512, 4097), per_neuron()),
+        ((257, 4096), per_neuron()),  # a prime number of rows
+        ((300, 8192), per_head(2)),
+        ((2, 384, 4096), per_neuron(stacked=0)),
+        ((2, 256, 4096), per_neuron()),
+        ((256, 4096), fused(-1, [(2048, per_head(4)), (2048, per_neuron())])),
+    ],
+)
+def test_sums_before_long_rows_against_numpy(shape, spec, dtype):
+    """Which are added in a loop on CPU."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    square = lambda x: x * x  # in the dtype that it is given
+    edges = [numpy_adam_mini.edges_of(runs) for runs in spec.runs(shape)]
+    expected = numpy_adam_mini.block_mean(np.asarray(x, np.float64) ** 2, edges)
+    mean = lambda x: spec.block_mean(x, square)
+    assert " scan[" in str(jax.make_jaxpr(mean)(x))
+    found = jax.jit(mean)(x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    several = jax.vmap(mean)(jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(several, np.stack([expected, 4 * expected]), rtol=1e-5)
+    if dtype == "float32":
+        gradient = jax.grad(lambda x: jnp.sum(mean(x)))(x)
+        sizes = x.size / np.prod(spec.grid(shape))
+        if not any(isinstance(cut, tuple) for _, cut in spec.cuts):  # blocks of one size
+            np.testing.assert_allclose(gradient, 2 * x / sizes, rtol=1e-5)
+
+
 def test_specs_are_hashable_and_comparable():
     assert per_neuron() == BlockSpec(((-1, None),)) != per_neuron(axis=0)
     assert len({per_head(12), per_head(12), per_head(6), fused(-1, QKV), fused(-1, QKV)}) == 3

@@ -22,14 +22,14 @@ LAYOUTS = {
 each_layout = pytest.mark.parametrize(("shape", "spec"), LAYOUTS.values(), ids=LAYOUTS)
 
 
-def jitted_step(shape, spec):
-    tx = adam_mini(1e-3, weight_decay=0.1, block_specs={"w": spec})
+def jitted_step(shape, spec, dtype=jnp.float32):
+    tx = adam_mini(1e-3, weight_decay=0.1, block_specs={"w": spec}, mu_dtype=dtype)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
     state = jax.eval_shape(tx.init, params)
     return jax.jit(step, donate_argnums=(0, 1)), (params, state, params)
 
@@ -44,10 +44,11 @@ def test_lowers_without_custom_calls_or_loops(shape, spec, platform):
 
 
 @each_layout
-def test_temporaries_are_small(shape, spec):
-    step, args = jitted_step(shape, spec)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_temporaries_are_small(shape, spec, dtype):
+    step, args = jitted_step(shape, spec, dtype)
     memory = step.lower(*args).compile().memory_analysis()
-    size = 4 * args[0]["w"].size
+    size = args[0]["w"].dtype.itemsize * args[0]["w"].size
     assert memory.temp_size_in_bytes <= 0.01 * size + 4096
     assert memory.alias_size_in_bytes >= 2 * size
 

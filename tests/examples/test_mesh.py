@@ -155,7 +155,7 @@ def test_activations_are_split_as_the_batch():
     assert "sharding_constraint" not in str(jax.make_jaxpr(over_batch)(x))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_losses_are_those_of_one_device(name, corpus, tmp_path):
     example = {"gpt2": gpt2_train, "llama": llama_train}[name]
     options = {"batch_size": 8, "accumulate": 2, "eval_windows": 7, "heads": 4, "kv_heads": 2}
