@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.train_step import step_bytes
 from examples.common.cli import ConfigError, exit_status
 from examples.common.mesh import BATCH_AXES, MeshConfig
 from examples.common.text import TextConfig
@@ -46,7 +47,7 @@ class Options:
     """Type of the computation; parameters, gradients and state are float32."""
 
 
-def step_bytes(options: Options, optimizer: str, batch: int) -> int:
+def bytes_with(options: Options, optimizer: str, batch: int) -> int:
     """The bytes on each device of a step of `batch` sequences for each."""
     config = Config(
         model=options.model,
@@ -65,13 +66,7 @@ def step_bytes(options: Options, optimizer: str, batch: int) -> int:
         sharding=NamedSharding(config.devices.make_mesh(), P(BATCH_AXES)),
     )
     step = jax.jit(program.step, donate_argnums=0, out_shardings=(program.shardings, None))
-    found = step.lower(program.abstract_state(), windows).compile().memory_analysis()
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
+    return step_bytes(step.lower(program.abstract_state(), windows).compile())
 
 
 def largest_batch(fits: Any) -> int:
@@ -101,7 +96,7 @@ def main(options: Options) -> None:
         size: dict[int, int] = {}
 
         def fits(batch: int, optimizer: str = optimizer, size: dict[int, int] = size) -> bool:
-            size[batch] = step_bytes(options, optimizer, batch)
+            size[batch] = bytes_with(options, optimizer, batch)
             return size[batch] <= options.memory_gb * 1e9
 
         most = largest_batch(fits)

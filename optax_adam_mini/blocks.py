@@ -635,7 +635,7 @@ def _sum_whole_axes(
         return plain(jax.lax.optimization_barrier(x))
 
     def looped(x: Array) -> Array:
-        # The outer of the two axes that the axis becomes stays whole, so that GSPMD may shard it.
+        # Over the inner of the two axes that the axis becomes: GSPMD may have sharded the outer.
         rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
 
         def at(i: Any) -> Array:
@@ -648,11 +648,15 @@ def _sum_whole_axes(
         return jnp.sum(total, axis=whole, keepdims=True)
 
     axis = max(whole, default=-1)
-    long = axis >= 0 and math.prod(x.shape[axis + 1 :]) >= 4096
     few = 512 // x.dtype.itemsize  # that many times smaller than x the running sums are below 1%
-    if long and x.shape[axis] >= few and not jax.typeof(x).sharding.spec[axis]:
-        steps = next(n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0)
-        return jax.lax.platform_dependent(x, cpu=looped, default=plain)
+    if (
+        axis >= 0
+        and math.prod(x.shape[axis + 1 :]) >= 4096
+        and not jax.typeof(x).sharding.spec[axis]
+    ):
+        steps = next((n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0), 0)
+        if steps and x.shape[axis] // steps % jax.device_count() == 0:
+            return jax.lax.platform_dependent(x, cpu=looped, default=plain)
     if widen(x.dtype) != x.dtype:
         return jax.lax.platform_dependent(x, cpu=apart, default=plain)
     return plain(x)

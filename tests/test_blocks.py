@@ -97,12 +97,12 @@ def test_sums_of_bfloat16_are_wide():
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((512, 4097), per_neuron()),
-        ((257, 4096), per_neuron()),  # a prime number of rows
-        ((300, 8192), per_head(2)),
-        ((2, 384, 4096), per_neuron(stacked=0)),
-        ((2, 256, 4096), per_neuron()),
-        ((256, 4096), fused(-1, [(2048, per_head(4)), (2048, per_neuron())])),
+        ((2048, 4097), per_neuron()),
+        ((2056, 4096), per_neuron()),  # 8 times a prime number of rows
+        ((2400, 4096), per_head(2)),
+        ((2, 2048, 4096), per_neuron(stacked=0)),
+        ((2, 2048, 4096), per_neuron()),
+        ((2048, 4096), fused(-1, [(2048, per_head(4)), (2048, per_neuron())])),
     ],
 )
 def test_sums_before_long_rows_against_numpy(shape, spec, dtype):

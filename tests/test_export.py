@@ -11,8 +11,8 @@ import pytest
 from optax_adam_mini import adam_mini, fused, per_head, per_neuron, per_token
 
 LAYOUTS = {
-    "wide": ((512, 11008), per_neuron()),
-    "stacked": ((2, 1024, 8192), per_neuron(stacked=0)),
+    "wide": ((2048, 11008), per_neuron()),
+    "stacked": ((2, 2048, 8192), per_neuron(stacked=0)),
     "heads": ((4096, 4096), per_head(32)),
     "head grid": ((768, 12, 64), per_neuron(1)),
     "tokens": ((5025, 768), per_token()),

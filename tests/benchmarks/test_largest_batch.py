@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from benchmarks.largest_batch import Options, largest_batch, main, step_bytes
+from benchmarks.largest_batch import Options, bytes_with, largest_batch, main
 from examples.common.cli import ConfigError
 from examples.common.mesh import MeshConfig
 from examples.common.text import TextConfig
@@ -20,10 +20,10 @@ def test_a_step_without_a_second_moment_is_smaller_by_it():
                     devices=MeshConfig(mesh="fsdp=8"))  # fmt: skip
     params = make_program(config, "adamw").abstract_state().params
     second_moment = sum(4 * leaf.size / 8 for leaf in jax.tree.leaves(params))
-    saved = step_bytes(NANO, "adamw", 4) - step_bytes(NANO, "adam_mini", 4)
+    saved = bytes_with(NANO, "adamw", 4) - bytes_with(NANO, "adam_mini", 4)
     assert saved == pytest.approx(second_moment, rel=0.05)
     # Another sequence costs at least its logits, 64 x 32,000 in float32.
-    more = step_bytes(NANO, "adamw", 5) - step_bytes(NANO, "adamw", 4)
+    more = bytes_with(NANO, "adamw", 5) - bytes_with(NANO, "adamw", 4)
     assert more >= 64 * 32000 * 4
 
 
