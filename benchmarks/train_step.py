@@ -9,7 +9,7 @@ batch that needs no more memory than AdamW's. Writes docs/results/train_step.jso
 
 import dataclasses
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -89,7 +89,9 @@ def peak_after(name: str, optimizer: str, batch_size: int) -> int:
     for _ in range(2):
         training, loss = step(training, batch)
     jax.block_until_ready(loss)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage's, which is the greatest of the processes that this one was started from, too.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1])
 
 
 def batch_in(name: str, limit: int, batch_size: int) -> int:

@@ -77,9 +77,9 @@ class Tree(NamedTuple):
     specs: Any
 
 
-def gpt2(name: str, scan: bool) -> Tree:
+def gpt2(name: str, scan: bool, layers: int | None = None) -> Tree:
     data = TextConfig(tokenizer="bpe", vocab_size=50257 if name == "gpt2" else 256)
-    config = GPT2Training(model=name, data=data, scan=scan)
+    config = GPT2Training(model=name, data=data, scan=scan, layers=layers)
     return Tree(abstract_model(config)[1], block_specs(config))
 
 
@@ -196,7 +196,8 @@ class Runner:
 def copy_bandwidth(nbytes: int = 1 << 28) -> float:
     """Bytes a second that are read and written where an array is copied, changed, over another."""
     x, y = jnp.ones(nbytes // 4), jnp.ones(nbytes // 4)
-    copy = jax.jit(lambda x, y: -x, donate_argnums=1)
+    # Without keep_unused y would be dropped, and every copy go to new memory.
+    copy = jax.jit(lambda x, y: -x, donate_argnums=1, keep_unused=True)
     seconds = []
     for _ in range(21):
         clock = time.perf_counter()

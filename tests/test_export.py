@@ -67,6 +67,37 @@ def test_roots_and_quotients_are_of_blocks(shape, spec):
     assert max(sizes) == max(blocks, 1) < size
 
 
+@each_layout
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_over_memory(shape, spec, dtype):
+    """Over arrays of the parameters' size: the sum over blocks, mu, and the parameters; AdamW's
+    step has three too, one for each moment."""
+    step, args = jitted_step(shape, spec, dtype)
+    assert passes(step.lower(*args).compile().as_text(), args[0]["w"].size) == 3
+
+
+def passes(hlo, size):
+    """The instructions that run, and read or write an array of so many numbers."""
+    found = []
+    large = set()
+    for line in hlo[hlo.index("\nENTRY ") :].splitlines():
+        parts = re.match(r" +(?:ROOT )?%?(\S+) = (.*?) ([\w-]+)\((.*?)\)", line)
+        if not parts:
+            continue
+        name, result, opcode, operands = parts.groups()
+        dims = re.findall(r"\w+\[([\d,]*)\]", result)
+        is_large = any(math.prod(int(n) for n in d.split(",") if n) == size for d in dims)
+        if is_large:
+            large.add(name)
+        reads = large & set(re.findall(r"%([\w.-]+)", operands))
+        if opcode not in NO_WORK and (is_large or reads):
+            found.append(name)
+    return len(found)
+
+
+NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant"}
+
+
 def test_long_rows_are_added_in_a_loop_on_cpu():
     for name in ("wide", "stacked"):
         step, args = jitted_step(*LAYOUTS[name])

@@ -26,7 +26,13 @@ def nbytes(tree):
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        *(pytest.param(f"gpt2-{size}", marks=pytest.mark.slow) for size in ("medium", "large", "xl")),
+    ],
+)
 def test_state_is_half_of_adamws(name):
     params, specs = gpt2(name)
     state = jax.eval_shape(adam_mini(1e-3, block_specs=specs).init, params)

@@ -15,6 +15,7 @@ def test_the_most_that_fits_is_found(most):
     assert largest_batch(lambda batch: batch <= most) == most
 
 
+@pytest.mark.slow
 def test_a_step_without_a_second_moment_is_smaller_by_it():
     config = Config(model="nano", data=TextConfig(tokenizer="bpe", vocab_size=32000),
                     devices=MeshConfig(mesh="fsdp=8"))  # fmt: skip

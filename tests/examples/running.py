@@ -65,22 +65,28 @@ def run_through_kills(
     most: int = 4,
     within: float = 1.0,
 ) -> int:
-    """Kill the program up to `most` times, wherever it is in its training, some seconds after it
-    has begun to train, and let it get through; how many times it was killed."""
+    """Kill the program up to `most` times, by turns some seconds after it has begun to train and
+    anywhere before that, and let it get through; how many times it was killed."""
     source = random.Random(seed)
     resume: list[str] = []
+    until_it_trains = 0.0
     for kills in range(most + 1):
         arguments = [*(resume or options), f"--runs={root}"]
         before = _written(root)
+        start = time.monotonic()
         with log.open("w") as file:
             process = subprocess.Popen(
                 command(example, *arguments), cwd=REPOSITORY, stdout=file, stderr=file
             )
-            # However slow the machine is, some steps are made each time.
-            while process.poll() is None and (kills == most or _written(root) == before):
-                time.sleep(0.01)
+            if kills % 2 and kills < most:
+                within_this = until_it_trains
+            else:
+                # However slow the machine is, some steps are made each other time.
+                while process.poll() is None and (kills == most or _written(root) == before):
+                    time.sleep(0.01)
+                until_it_trains, within_this = time.monotonic() - start, within
             try:
-                process.wait(timeout=source.uniform(0, within))
+                process.wait(timeout=source.uniform(0, within_this))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

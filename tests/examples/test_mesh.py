@@ -155,21 +155,24 @@ def test_activations_are_split_as_the_batch():
     assert "sharding_constraint" not in str(jax.make_jaxpr(over_batch)(x))
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_losses_are_those_of_one_device(name, corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "mesh", "scan"),
+    [
+        ("gpt2", ALL.mesh, False),
+        pytest.param("gpt2", "fsdp=4,tensor=2", True, marks=pytest.mark.slow),
+        pytest.param("llama", ALL.mesh, False, marks=pytest.mark.slow),
+        pytest.param("llama", "fsdp=4,tensor=2", True, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_those_of_one_device(name, mesh, scan, corpus, tmp_path):
     example = {"gpt2": gpt2_train, "llama": llama_train}[name]
-    options = {"batch_size": 8, "accumulate": 2, "eval_windows": 7, "heads": 4, "kv_heads": 2}
-    if name == "gpt2":
-        del options["kv_heads"]
-    example.main(tiny_config(example, corpus, tmp_path / "one", **options))
-    example.main(tiny_config(example, corpus, tmp_path / "mesh", devices=ALL, **options))
+    options = {"batch_size": 8, "accumulate": 2, "eval_windows": 7, "heads": 4}
+    options |= {"scan": scan, "remat": scan}
+    if name == "llama":
+        options["kv_heads"] = 2
+    for root, devices in (("one", MeshConfig()), ("mesh", MeshConfig(mesh=mesh))):
+        example.main(tiny_config(example, corpus, tmp_path / root, devices=devices, **options))
     assert_same_losses(only_run(tmp_path / "mesh"), only_run(tmp_path / "one"))
-
-    scanned = {**options, "scan": True, "remat": True}
-    example.main(tiny_config(example, corpus, tmp_path / "scan", **scanned))
-    devices = MeshConfig(mesh="fsdp=4,tensor=2")
-    example.main(tiny_config(example, corpus, tmp_path / "scan_mesh", devices=devices, **scanned))
-    assert_same_losses(only_run(tmp_path / "scan_mesh"), only_run(tmp_path / "scan"))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -247,6 +250,7 @@ def finish(processes: list, log: Path) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_one_process_to_two_and_survives_kills(corpus, tmp_path, quick_execution):
     gpt2_train.main(tiny_config(gpt2_train, corpus, tmp_path / "whole"))
     moving = tiny_config(gpt2_train, corpus, tmp_path / "moving")
