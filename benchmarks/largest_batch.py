@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import step_bytes
-from examples.common.cli import ConfigError, exit_status
+from examples.common.cli import ConfigError, check_counts, exit_status
 from examples.common.mesh import BATCH_AXES, MeshConfig
 from examples.common.text import TextConfig
+from examples.llama.model import CONFIGS
 from examples.llama.train import Config, make_program
 
 NAMES = {"adamw": "AdamW", "adam_mini": "Adam-mini"}
@@ -83,8 +84,9 @@ def largest_batch(fits: Any) -> int:
 
 def main(options: Options) -> None:
     """Prints a row for each optimizer."""
-    if options.devices < 1:
-        raise ConfigError(f"--devices is {options.devices}, but must be at least 1.")
+    if options.model not in CONFIGS:
+        raise ConfigError(f"--model is {options.model}, but must be of {', '.join(CONFIGS)}.")
+    check_counts({"devices": options.devices})
     jax.config.update("jax_num_cpu_devices", options.devices)
     table = Table(
         title=f"{options.model} on {options.devices} devices of {options.memory_gb:g} GB, "

@@ -28,7 +28,7 @@ from rich.console import Console
 from benchmarks.results import machine
 from benchmarks.update import Tree, gpt2, markdown_table
 from examples.common import runs
-from examples.common.cli import check_counts, comparison_table
+from examples.common.cli import check_counts, comparison_table, exit_status
 from optax_adam_mini import adam_mini
 
 Row = dict[str, Any]
@@ -152,4 +152,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.overhead", description=Options.__doc__))
+    parsed = tyro.cli(Options, prog="python -m benchmarks.overhead", description=Options.__doc__)
+    sys.exit(exit_status(lambda: main(parsed)))

@@ -46,11 +46,8 @@ MODELS = {
     name: dataclasses.replace(config, scan=True) for name, config in {**CONFIGS, **LARGE}.items()
 }
 RULES = {
-    "width": Config.shardings,
-    "outputs": (
-        ("(query|key|value|gate|up)/kernel", P(None, ("tensor", "fsdp"))),
-        *Config.shardings,
-    ),
+    "outputs": Config.shardings,
+    "width": (("(query|key|value|gate|up)/kernel", P("fsdp", "tensor")), *Config.shardings),
 }
 CASES = ("llama2-7b:8x1", "llama2-7b:4x2", "llama2-13b:8x2", "llama3-70b:8x8", "llama3-405b:64x8")
 
@@ -61,9 +58,9 @@ class Options:
 
     cases: tuple[str, ...] = CASES
     """MODEL:FSDPxTENSOR, such as llama2-7b:4x2 for 8 devices."""
-    fsdp: Literal["width", "outputs"] = "width"
-    """Which axis of the layers' matrices fsdp shards: the model's width, as is usual, or the
-    outputs, which separate blocks, so that there is less to sum over devices."""
+    fsdp: Literal["outputs", "width"] = "outputs"
+    """Which axis of the layers' first matrices fsdp shards: their outputs, as the example does,
+    which separate blocks, or the model's width, so that there is more to sum over devices."""
 
 
 class Case(NamedTuple):

@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.console import Console
 from benchmarks.results import machine
 from benchmarks.update import known, markdown_table
 from examples.common import runs
-from examples.common.cli import check_counts, comparison_table
+from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.images import Batch
 from examples.common.text import TextConfig
 from examples.gpt2 import train as gpt2
@@ -163,7 +164,8 @@ COLUMNS: dict[str, Callable[[Mapping], str]] = {
 
 def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
-    check_counts({"rounds": rounds - 1})  # quartiles are of two at least
+    if rounds < 2:
+        raise ConfigError(f"--rounds is {rounds}, but quartiles need at least 2.")
     nano = tuple(name for name in MODELS if "nano" in name)
     names = known("models", options.models, MODELS)
     if options.quick and not options.models:
@@ -186,4 +188,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.train_step", description=Options.__doc__))
+    parsed = tyro.cli(Options, prog="python -m benchmarks.train_step", description=Options.__doc__)
+    sys.exit(exit_status(lambda: main(parsed)))

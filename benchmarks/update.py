@@ -10,10 +10,11 @@ and update.md. Every tree of one matrix is a layout that a naive reduction is sl
 import dataclasses
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from rich.console import Console
 
 from benchmarks.results import machine
 from examples.common import runs
-from examples.common.cli import ConfigError, check_counts, comparison_table
+from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.language import abstract_model, block_specs
 from examples.common.optimizers import state_bytes
 from examples.common.text import TextConfig
@@ -52,7 +53,7 @@ class Options:
 
     trees: tuple[str, ...] = ()
     """Names of trees; all of them where none is given."""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of parameters and moments."""
     optimizers: tuple[str, ...] = ()
     """Names of optimizers; where none is given, all of them on the models (Muon, a thousand times
@@ -321,6 +322,7 @@ COLUMNS: dict[str, Callable[[Mapping], str]] = {
     "tree": lambda r: r["tree"],
     "dtype": lambda r: r["dtype"],
     "optimizer": lambda r: r["optimizer"],
+    "rounds": lambda r: str(r["rounds"]),
     "ms": lambda r: f"{r['ms']:.1f}",
     "quartiles": lambda r: "{:.1f} to {:.1f}".format(*r["quartiles"]),
     "of AdamW's": lambda r: f"{r['of_adamw']:.3f}",
@@ -355,7 +357,8 @@ def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str,
 
 def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
-    check_counts({"rounds": rounds - 1})  # quartiles are of two at least
+    if rounds < 2:
+        raise ConfigError(f"--rounds is {rounds}, but quartiles need at least 2.")
     trees = QUICK if options.quick else TREES
     names = known("trees", options.trees, trees)
     known("optimizers", options.optimizers, optimizers(None, "float32"))
@@ -384,4 +387,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m benchmarks.update", description=Options.__doc__))
+    parsed = tyro.cli(Options, prog="python -m benchmarks.update", description=Options.__doc__)
+    sys.exit(exit_status(lambda: main(parsed)))

@@ -37,6 +37,7 @@ FAULTS = {
         "x.astype(widen(x.dtype))",
         "x.astype(jnp.bfloat16)",
     ),
+    "a long row left out": ("blocks.py", "fori_loop(0, steps, add", "fori_loop(1, steps, add"),
     "no bias correction of nu": ("transform.py", "jnp.sqrt(nu / c2 ", "jnp.sqrt(nu "),
     "no bias correction of mu": ("transform.py", "spread(step / c1,", "spread(step,"),
     "b1 for b2": ("transform.py", "nu = b2 * v + (1 - b2)", "nu = b1 * v + (1 - b1)"),

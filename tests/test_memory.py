@@ -30,7 +30,10 @@ def nbytes(tree):
     "name",
     [
         "gpt2",
-        *(pytest.param(f"gpt2-{size}", marks=pytest.mark.slow) for size in ("medium", "large", "xl")),
+        *(
+            pytest.param(f"gpt2-{size}", marks=pytest.mark.slow)
+            for size in ("medium", "large", "xl")
+        ),
     ],
 )
 def test_state_is_half_of_adamws(name):

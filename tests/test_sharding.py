@@ -244,6 +244,28 @@ def test_explicit_shardings_need_nothing(spec, jitted):
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
+# Long rows, which are added in a loop on CPU, along an axis that is sharded and one that is not.
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize("spec", [P("fsdp", "tensor"), P(None, ("tensor", "fsdp"))])
+def test_sums_before_long_rows_on_a_mesh(kind, spec):
+    g = jax.random.normal(jax.random.key(0), (2048, 8192))
+    mean = lambda g: per_neuron().block_mean(g, jnp.square)
+    if kind == "shard_map":
+        mesh, given, spec = EXPLICIT, P(), P()
+        mean = jax.shard_map(mean, mesh=mesh, in_specs=P(), out_specs=P())
+    else:
+        mesh, given = (MESH if kind == "auto" else EXPLICIT), spec
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(g, NamedSharding(mesh, given))
+        compiled = jax.jit(mean).lower(placed).compile()
+    is_looped = kind != "explicit" or spec[0] is None
+    assert (" while(" in compiled.as_text()) == is_looped
+    expected = np.mean(np.square(np.asarray(g, np.float64)), 0, keepdims=True)
+    np.testing.assert_allclose(compiled(placed), expected, rtol=1e-5)
+
+
 # Training on meshes.
 
 

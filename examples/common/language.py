@@ -368,8 +368,9 @@ class Trained(NamedTuple):
 
 
 def load_trained(config: LanguageConfig, folder: Path, names: Sequence[str]) -> Trained | None:
-    """The newest checkpoint of one of the optimizers `names` in `folder`, the run of `config`;
-    None where there is none yet."""
+    """The newest checkpoint of one of the optimizers `names` in `folder`, the run of `config`, on
+    one device wherever it was trained; None where there is none yet."""
+    config = dataclasses.replace(config, devices=MeshConfig())
     trained = [name for name in names if (folder / name / "checkpoints").exists()]
     for optimizer in reversed(trained):  # the last one trained is the newest
         with runs.open_checkpoints(
@@ -390,7 +391,7 @@ def write_sample(config: LanguageConfig, console: Console) -> None:
     if not config.temperature >= 0:
         raise ConfigError(f"--temperature is {config.temperature}, but must be at least 0.")
     folder = runs.find_run(Path(config.runs), config.run)
-    of_run = dataclasses.replace(load_config(type(config), folder), devices=MeshConfig())
+    of_run = load_config(type(config), folder)
     names = of_run.optimizer_names if config.optimizer is None else config.optimizer_names
     trained = load_trained(of_run, folder, names)
     if trained is None:

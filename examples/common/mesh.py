@@ -160,10 +160,23 @@ def from_first(make: Callable[[], T]) -> T:
 
 def first_then_others(make: Callable[[], T]) -> T:
     """What `make` gives, called in the first process before the others, which find on the disk what
-    it left there."""
+    it left there. A ConfigError of one of them is raised in all."""
     made: list[T] = []
     from_first(lambda: made.append(make()))
-    return made[0] if made else make()
+    if jax.process_count() == 1:
+        return made[0]
+    refusal = None
+    if not made:
+        try:
+            made.append(make())
+        except ConfigError as error:
+            refusal = error
+    refused = np.flatnonzero(multihost_utils.process_allgather(np.array(refusal is not None)))
+    if refusal is not None:
+        raise refusal
+    if len(refused):
+        raise ConfigError(f"process {', '.join(map(str, refused))} cannot go on: it says why.")
+    return made[0]
 
 
 def axes_size(mesh: Mesh | AbstractMesh, names: str | tuple[str, ...] | None) -> int:
@@ -175,17 +188,20 @@ def axes_size(mesh: Mesh | AbstractMesh, names: str | tuple[str, ...] | None) ->
 
 def param_shardings(params: Any, rules: Sequence[tuple[str, P]], mesh: Mesh) -> Any:
     """The sharding of every parameter: of the first rule (a regular expression over its path) that
-    matches, else whole. The specs are of the last axes, after those of stacked layers."""
+    matches, else whole. The specs are of the last axes, after those of stacked layers; of several
+    axes of the mesh, the last ones are left out that do not divide the parameter's."""
 
     def of_param(keys: Any, param: Any) -> NamedSharding:
         path = path_str(keys)
         spec = next((spec for pattern, spec in rules if re.search(pattern, path)), P())
         spec = [None] * (param.ndim - len(spec)) + list(spec)
-        kept = [
-            names if size % axes_size(mesh, names) == 0 else None
-            for size, names in zip(param.shape, spec, strict=True)
-        ]
-        return NamedSharding(mesh, P(*kept))
+        return NamedSharding(mesh, P(*map(dividing, param.shape, spec)))
+
+    def dividing(size: int, names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = (names,) if isinstance(names, str) else names or ()
+        while size % axes_size(mesh, names):
+            names = names[:-1]
+        return names or None
 
     return jax.tree_util.tree_map_with_path(of_param, params)
 

@@ -42,6 +42,15 @@ def new_run(root: Path, config: Any) -> Path:
     return folder
 
 
+def check_visible(folder: Path) -> None:
+    """Refuse a run of several processes whose folder one of them does not see."""
+    if not (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"process {jax.process_index()} does not see {folder}, the run that the first one "
+            "writes: give a --runs on a file system that all processes see."
+        )
+
+
 def find_run(root: Path, run: str | None) -> Path:
     """The folder of `run`, a path or a name in `root`; the newest one where `run` is None."""
     runs = sorted(path.parent for path in root.glob(f"*/{CONFIG_FILE}"))

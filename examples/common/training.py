@@ -296,6 +296,7 @@ def compare(
         own = {field.name for group in where.values() for field in dataclasses.fields(group)}
         refuse_others(config, "--resume", {"resume", "runs"} | own)
         folder = Path(mesh.from_first(lambda: str(runs.find_run(root, config.resume))))
+        mesh.first_then_others(lambda: runs.check_visible(folder))
         config = dataclasses.replace(load_config(type(config), folder), **where)
         task = load_task(config, folder)
     else:
@@ -304,6 +305,7 @@ def compare(
             console.print(blocks(config))
             return
         folder = Path(mesh.from_first(lambda: str(runs.new_run(root, config))))
+        mesh.first_then_others(lambda: runs.check_visible(folder))
         try:
             task = load_task(config, folder)
         except ConfigError:

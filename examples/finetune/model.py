@@ -51,10 +51,12 @@ def find_pretrained(run: str | None) -> Path:
 
 
 def load_pretrained_config(folder: Path) -> LanguageConfig:
-    """The configuration of a run, which tells the family by the options that it has."""
+    """The configuration of a run, which tells the family by the options that it has, those left out
+    that say where it is trained."""
     stored = json.loads((folder / runs.CONFIG_FILE).read_text())
     for family in FAMILIES:
-        if stored.keys() == {field.name for field in dataclasses.fields(family)}:
+        fields = {field.name for field in dataclasses.fields(family)}
+        if stored.keys() - set(family.where) == fields - set(family.where):
             return load_config(family, folder)
     raise ConfigError(
         f"{folder} is no run of a language model: give one of `python -m examples.llama` or "

@@ -23,7 +23,9 @@ class Config(LanguageConfig):
     title: ClassVar[str] = "GPT-2"
     shardings: ClassVar[Sequence[tuple[str, P]]] = (
         ("wpe", P(None, "fsdp")),
-        ("wte|(c_attn|c_fc)/kernel", P("fsdp", "tensor")),
+        ("wte", P("fsdp", "tensor")),
+        # Over outputs, which separate blocks: less to sum over devices than over the width.
+        ("(c_attn|c_fc)/kernel", P(None, ("tensor", "fsdp"))),
         ("c_proj/kernel", P("tensor", "fsdp")),
         ("(c_attn|c_fc)/bias", P("tensor")),
     )

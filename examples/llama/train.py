@@ -24,7 +24,9 @@ class Config(LanguageConfig):
 
     title: ClassVar[str] = "Llama"
     shardings: ClassVar[Sequence[tuple[str, P]]] = (
+        # Over outputs, which separate blocks: less to sum over devices than over the width.
         ("(out|down)/kernel", P("tensor", "fsdp")),
+        ("(query|key|value|gate|up)/kernel", P(None, ("tensor", "fsdp"))),
         ("kernel|embed", P("fsdp", "tensor")),
     )
 

@@ -6,6 +6,7 @@ from benchmarks.overhead import Options, main
 from examples.common.cli import ConfigError
 
 
+@pytest.mark.slow
 def test_both_files_have_a_row_for_each_thing(tmp_path):
     main(Options(quick=True, output=tmp_path))
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]

@@ -1,6 +1,7 @@
 """What the tests of the examples share: run folders, command lines, kills."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -66,36 +67,66 @@ def run_through_kills(
     within: float = 1.0,
 ) -> int:
     """Kill the program up to `most` times, by turns some seconds after it has begun to train and
-    anywhere before that, and let it get through; how many times it was killed."""
+    anywhere before that, and let it get through; how many times it was killed. Every time it must
+    go on from the last complete checkpoint."""
     source = random.Random(seed)
     resume: list[str] = []
+    newest: dict[str, int] = {}
     until_it_trains = 0.0
     for kills in range(most + 1):
         arguments = [*(resume or options), f"--runs={root}"]
-        before = _written(root)
+        before = last_steps(root)
         start = time.monotonic()
         with log.open("w") as file:
             process = subprocess.Popen(
                 command(example, *arguments), cwd=REPOSITORY, stdout=file, stderr=file
             )
-            if kills % 2 and kills < most:
-                within_this = until_it_trains
-            else:
+            trains = not kills % 2 or kills == most
+            if trains:
                 # However slow the machine is, some steps are made each other time.
-                while process.poll() is None and (kills == most or _written(root) == before):
+                while process.poll() is None and (kills == most or not advanced(root, before)):
                     time.sleep(0.01)
-                until_it_trains, within_this = time.monotonic() - start, within
+                until_it_trains = time.monotonic() - start
             try:
-                process.wait(timeout=source.uniform(0, within_this))
+                process.wait(timeout=source.uniform(0, within if trains else until_it_trains))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            else:
-                assert process.returncode == 0, log.read_text()
-                return kills
+        assert_goes_on(log.read_text(), newest, must=trains)
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, log.read_text()
+            return kills
+        newest = complete_checkpoints(root)
         resume = ["--resume", str(only_run(root))]
     raise AssertionError("the last round is not killed")
 
 
-def _written(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_size for path in root.glob("*/*/metrics.jsonl")}
+def last_steps(root: Path) -> dict[Path, int]:
+    """The last step that is logged for each optimizer."""
+    found = {path: runs.read_metrics(path) for path in root.glob("*/*/metrics.jsonl")}
+    return {path: records[-1]["step"] for path, records in found.items() if records}
+
+
+def advanced(root: Path, before: dict[Path, int]) -> bool:
+    """Whether steps were made that were not logged before."""
+    return any(step > before.get(path, 0) for path, step in last_steps(root).items())
+
+
+def complete_checkpoints(root: Path) -> dict[str, int]:
+    """The newest checkpoint of each optimizer that has its final name."""
+    found: dict[str, int] = {}
+    for path in root.glob("*/*/checkpoints/*"):
+        if path.name.isdigit():
+            optimizer = path.parents[1].name
+            found[optimizer] = max(int(path.name), found.get(optimizer, 0))
+    return found
+
+
+def assert_goes_on(printed: str, newest: dict[str, int], *, must: bool) -> None:
+    """Every optimizer goes on from its newest checkpoint; where it `must` have come so far, it
+    did."""
+    told = re.findall(r"(\w+): (?:goes on after step|has finished its) (\d+)", printed)
+    for optimizer, step in told:
+        assert int(step) == newest[optimizer], printed
+    if must:
+        assert newest.keys() <= {optimizer for optimizer, _ in told}, printed

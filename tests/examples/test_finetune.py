@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,7 +19,13 @@ from examples.common.language import make_program as make_language_program
 from examples.common.optimizers import OptimizerConfig
 from examples.common.text import ByteTokenizer, Document, TextConfig
 from examples.finetune import pairs
-from examples.finetune.model import Model, Pretrained, Weights, find_pretrained
+from examples.finetune.model import (
+    Model,
+    Pretrained,
+    Weights,
+    find_pretrained,
+    load_pretrained,
+)
 from examples.finetune.pairs import Batch, Pair
 from examples.finetune.train import Config, main, make_program
 from examples.gpt2 import train as gpt2
@@ -94,6 +101,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(run: Path, sums_file: Path, root: Path, /, **options) -> Config:
     options = {"run": str(run), "pairs": str(sums_file), "runs": str(root), **options}
     return Config(**{**TINY_TUNING, **options})
+
+
+@pytest.mark.parametrize("devices", [None, {"mesh": "fsdp=64"}])
+def test_runs_from_anywhere_are_taken(run, tmp_path, devices):
+    """From before there were meshes, and from more devices than there are here."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = json.loads((folder / runs.CONFIG_FILE).read_text())
+    del config["devices"]
+    runs.write_json(folder / runs.CONFIG_FILE, config | ({"devices": devices} if devices else {}))
+    found = load_pretrained(folder, None)
+    assert (found.optimizer, found.step) == ("adam_mini", 8)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(found.params))
 
 
 # The pairs

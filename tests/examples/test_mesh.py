@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,7 +25,11 @@ from examples.llama import train as llama_train
 from tests.examples.language import TINY_RUN, write_corpus
 from tests.examples.running import (
     REPOSITORY,
+    advanced,
+    assert_goes_on,
     command,
+    complete_checkpoints,
+    last_steps,
     losses,
     only_run,
     run_command,
@@ -50,9 +55,9 @@ def tiny_config(example, corpus, root, **options):
     return example.Config(data=TextConfig(text=str(corpus)), runs=str(root), **options)
 
 
-def assert_same_losses(found: Path, expected: Path, rtol=1e-5) -> None:
+def assert_same_losses(found: Path, expected: Path, records=10, rtol=1e-5) -> None:
     found, expected = losses(found / "adam_mini"), losses(expected / "adam_mini")
-    assert len(expected) == 10
+    assert len(expected) == records
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=rtol)
@@ -221,22 +226,30 @@ def test_runs_of_before_there_were_meshes_go_on(corpus, tmp_path):
 # Several processes.
 
 
-def start_processes(count: int, devices: int, arguments: list[str], log: Path) -> list:
-    """As many processes of the gpt2 example, of one mesh."""
+def start_processes(
+    count: int, devices: int, arguments: list[str], log: Path, folders: list[Path] | None = None
+) -> list:
+    """As many processes of the gpt2 example, of one mesh; in `folders`, if there are any."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     several = [f"--coordinator={coordinator}", f"--num-processes={count}"]
     processes = []
     for index in range(count):
+        if folders:
+            folders[index].mkdir()
         with log.with_suffix(f".{index}").open("w") as file:
             processes.append(
                 subprocess.Popen(
                     command("gpt2", *arguments, *several, f"--process-id={index}"),
-                    cwd=REPOSITORY,
+                    cwd=folders[index] if folders else REPOSITORY,
                     stdout=file,
                     stderr=file,
-                    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+                    env={
+                        **os.environ,
+                        "JAX_NUM_CPU_DEVICES": str(devices),
+                        "PYTHONPATH": str(REPOSITORY),
+                    },
                 )
             )
     return processes
@@ -252,30 +265,38 @@ def finish(processes: list, log: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_goes_from_one_process_to_two_and_survives_kills(corpus, tmp_path, quick_execution):
-    gpt2_train.main(tiny_config(gpt2_train, corpus, tmp_path / "whole"))
-    moving = tiny_config(gpt2_train, corpus, tmp_path / "moving")
+    options = {"steps": 40, "checkpoint_every": 1, "eval_every": 20}
+    gpt2_train.main(tiny_config(gpt2_train, corpus, tmp_path / "whole", **options))
+    moving = tiny_config(gpt2_train, corpus, tmp_path / "moving", **options)
     run_killed_at_save(2, lambda: gpt2_train.main(moving))
     folder = only_run(tmp_path / "moving")
     arguments = [f"--resume={folder}", "--mesh=data=2,fsdp=2,tensor=2"]
 
-    before = (folder / "adam_mini" / "metrics.jsonl").stat().st_size
-    processes = start_processes(2, 4, arguments, tmp_path / "killed")
-    while all(process.poll() is None for process in processes):
-        if (folder / "adam_mini" / "metrics.jsonl").stat().st_size != before:
-            break
-        time.sleep(0.01)
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-    for process in processes:
-        process.wait()
+    source, newest = random.Random(0), complete_checkpoints(tmp_path / "moving")
+    assert newest == {"adam_mini": 1}
+    for kill in range(2):
+        log, before = tmp_path / f"killed_{kill}", last_steps(tmp_path / "moving")
+        processes = start_processes(2, 4, arguments, log)
+        while all(process.poll() is None for process in processes):
+            if advanced(tmp_path / "moving", before):
+                break
+            time.sleep(0.01)
+        time.sleep(source.uniform(0, 0.3))
+        # One after the other: what the first leaves half done the second must not make whole.
+        for process in source.sample(processes, 2):
+            process.send_signal(signal.SIGKILL)
+            time.sleep(source.uniform(0, 0.1))
+        assert [process.wait() for process in processes] == 2 * [-signal.SIGKILL]
+        assert_goes_on(log.with_suffix(".0").read_text(), newest, must=True)
+        newest = complete_checkpoints(tmp_path / "moving")
+        assert newest["adam_mini"] > kill + 1
 
-    first, second = finish(
-        start_processes(2, 4, arguments, tmp_path / "resumed"), tmp_path / "resumed"
-    )
-    assert "goes on after step" in first
+    log = tmp_path / "resumed"
+    first, second = finish(start_processes(2, 4, arguments, log), log)
+    assert_goes_on(first, newest, must=True)
     assert "held-out" in first
     assert "held-out" not in second  # one process speaks for all
-    assert_same_losses(folder, only_run(tmp_path / "whole"))
+    assert_same_losses(folder, only_run(tmp_path / "whole"), records=42)
 
 
 @pytest.mark.slow
@@ -297,6 +318,17 @@ def test_what_the_first_process_refuses_all_refuse(tmp_path):
     for index in range(2):
         assert "error: the training text has 19 tokens" in (tmp_path / f"log.{index}").read_text()
     assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+def test_all_processes_must_see_the_run(corpus, tmp_path):
+    """Each is started in a folder of its own, with --runs relative to it."""
+    text = [*TINY, f"--text={corpus}", "--mesh=data=2", "--runs=runs"]
+    folders = [tmp_path / str(index) for index in range(2)]
+    processes = start_processes(2, 1, text, tmp_path / "log", folders)
+    assert [process.wait(timeout=120) for process in processes] == [2, 2]
+    assert "process 1 cannot go on: it says why" in (tmp_path / "log.0").read_text()
+    assert "error: process 1 does not see runs/" in (tmp_path / "log.1").read_text()
 
 
 def test_command_line_takes_a_mesh():
