@@ -120,13 +120,15 @@ def test_rules_are_of_the_last_axes_and_leave_whole_what_is_not_divided():
     params = {
         "kernel": jnp.zeros((4, 6)), "h": {"kernel": jnp.zeros((3, 8, 8)), "bias": jnp.zeros((3, 8))},
         "wte": jnp.zeros((5, 4)), "fused": jnp.zeros((2, 8)), "scale": jnp.zeros(8),
+        "few": jnp.zeros((2, 6)),
     }  # fmt: skip
-    rules = [("fused", P(None, ("data", "tensor"))), ("kernel|wte", P("fsdp", "tensor")), ("bias", P("tensor"))]  # fmt: skip
+    rules = [("fused", P(None, ("data", "tensor"))), ("kernel|wte", P("fsdp", "tensor")), ("bias", P("tensor")), ("few", P(None, ("fsdp", "tensor")))]  # fmt: skip
     mesh = MeshConfig(mesh="data=1,fsdp=2,tensor=4").make_mesh()
     found = param_shardings(params, rules, mesh)
     assert jax.tree.map(lambda sharding: sharding.spec, found) == {
         "kernel": P("fsdp", None), "h": {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")},
         "wte": P(None, "tensor"), "fused": P(None, ("data", "tensor")), "scale": P(None),
+        "few": P(None, "fsdp"),
     }  # fmt: skip
 
 
