@@ -25,13 +25,10 @@ import optax
 import tyro
 from rich.console import Console
 
-from benchmarks.results import machine
-from benchmarks.update import Tree, gpt2, markdown_table
-from examples.common import runs
+from benchmarks.results import Columns, Row, machine, write_rows
+from benchmarks.update import Tree, gpt2
 from examples.common.cli import check_counts, comparison_table, exit_status
 from optax_adam_mini import adam_mini
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +107,7 @@ def import_seconds() -> float:
     return statistics.median(found[1:])
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: Columns = {
     "what": lambda r: r["what"],
     "AdamW ms": lambda r: f"{1e3 * r['AdamW']:.2f}" if "AdamW" in r else "",
     "Adam-mini ms": lambda r: f"{1e3 * r['Adam-mini']:.2f}",
@@ -144,10 +141,8 @@ def main(options: Options) -> None:
         f"{options.rounds} compilations in turns, and of {100 * options.rounds} calls"
     )
     rows = measure(options.layers, options.rounds)
-    options.output.mkdir(parents=True, exist_ok=True)
-    runs.write_json(options.output / "overhead.json", {"machine": facts, "rows": rows})
-    text = markdown_table("Beside the arithmetic", title + ".", COLUMNS, rows)
-    (options.output / "overhead.md").write_text(text)
+    content = {"machine": facts, "rows": rows}
+    write_rows(options.output, "overhead", "Beside the arithmetic", f"{title}.", COLUMNS, content)
     Console(width=120).print(comparison_table(title, COLUMNS, rows))
 
 

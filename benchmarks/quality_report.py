@@ -12,14 +12,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks.results import Columns, Row, markdown
 from benchmarks.workloads import WORKLOADS, Workload
 
 COMMAND = "python -m benchmarks.quality --studies"
 UNTUNED = "Adam-mini, AdamW's rate"
 MARKERS = "osD^vPX"
-
-Row = Mapping[str, Any]
-Columns = dict[str, Callable[[Row], str]]
 
 
 class Report(NamedTuple):
@@ -32,13 +30,6 @@ class Report(NamedTuple):
     rows: Sequence[Row]
     figures: dict[str, Figure]
     """By what they show."""
-
-
-def markdown(columns: Columns, rows: Sequence[Row]) -> str:
-    """The rows as a table of Markdown, its first column to the left and the others to the right."""
-    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
-    lines += [[cell(row) for cell in columns.values()] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def result_columns(workload: Workload, rows: Sequence[Row]) -> Columns:

@@ -1,5 +1,5 @@
-"""Results of a benchmark that takes long: kept in a JSON file, run by run, so that it can be
-interrupted and goes on where it stopped."""
+"""Results of benchmarks: as JSON with a page of Markdown, or, where they take long, in a JSON file
+run by run, so that a benchmark can be interrupted and goes on where it stopped."""
 
 import json
 import math
@@ -13,6 +13,10 @@ import jax
 from examples.common import runs
 from examples.common.cli import ConfigError
 
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+"""Heading -> text of its cell."""
+
 
 def machine() -> dict[str, str]:
     """What the numbers depend on beside the settings."""
@@ -21,6 +25,23 @@ def machine() -> dict[str, str]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
+
+
+def markdown(columns: Columns, rows: Sequence[Row]) -> str:
+    """The rows as a table of Markdown, its first column to the left and the others to the right."""
+    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [[cell(row) for cell in columns.values()] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_rows(
+    folder: Path, name: str, heading: str, facts: str, columns: Columns, content: Mapping[str, Any]
+) -> None:
+    """`content`, which has `rows`, as name.json, and its rows as the page name.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.write_json(folder / f"{name}.json", content)
+    text = f"# {heading}\n\n{facts}\n\n{markdown(columns, content['rows'])}"
+    (folder / f"{name}.md").write_text(text)
 
 
 class Results:

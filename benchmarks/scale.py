@@ -4,8 +4,8 @@ python -m benchmarks.scale
 
 The optimizer's update, and adding it to the parameters, of Llama models sharded over a mesh of
 fsdp x tensor, compiled for as many (CPU) devices: bytes on each device, and the collectives that
-the compiler put in, AdamW beside Adam-mini. With the 512 devices of the default cases every sum is a
-plain reduction, as it is on accelerators.
+the compiler put in, AdamW beside Adam-mini. With the 512 devices of the default cases every sum is
+a plain reduction, as it is on accelerators.
 """
 
 import dataclasses

@@ -13,7 +13,6 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from benchmarks.results import machine
-from benchmarks.update import known, markdown_table
-from examples.common import runs
+from benchmarks.results import Columns, machine, write_rows
+from benchmarks.update import known
 from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.images import Batch
 from examples.common.text import TextConfig
@@ -150,7 +148,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-COLUMNS: dict[str, Callable[[Mapping], str]] = {
+COLUMNS: Columns = {
     "model": lambda r: r["model"],
     "optimizer": lambda r: r["optimizer"],
     "batch": lambda r: str(r["batch"]),
@@ -177,13 +175,11 @@ def main(options: Options) -> None:
         f"of {rounds} interleaved rounds"
     )
     rows: list[dict[str, Any]] = []
-    options.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         with console.status(name):
             rows += measure(name, rounds)
-        runs.write_json(options.output / "train_step.json", {"machine": facts, "rows": rows})
-        text = markdown_table("Training steps", title, COLUMNS, rows)
-        (options.output / "train_step.md").write_text(text)
+        content = {"machine": facts, "rows": rows}
+        write_rows(options.output, "train_step", "Training steps", f"{title}.", COLUMNS, content)
     console.print(comparison_table(title, COLUMNS, rows))
 
 

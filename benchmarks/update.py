@@ -12,7 +12,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,8 +25,7 @@ from flax import linen as nn
 from flax import nnx
 from rich.console import Console
 
-from benchmarks.results import machine
-from examples.common import runs
+from benchmarks.results import Columns, machine, write_rows
 from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.language import abstract_model, block_specs
 from examples.common.optimizers import state_bytes
@@ -318,7 +317,7 @@ def measure(
     return rows
 
 
-COLUMNS: dict[str, Callable[[Mapping], str]] = {
+COLUMNS: Columns = {
     "tree": lambda r: r["tree"],
     "dtype": lambda r: r["dtype"],
     "optimizer": lambda r: r["optimizer"],
@@ -332,18 +331,6 @@ COLUMNS: dict[str, Callable[[Mapping], str]] = {
     "state MB": lambda r: f"{r['state_bytes'] / 1e6:.1f}" if "bytes_moved" in r else "",
     "trace + compile s": lambda r: f"{r['compile_seconds']:.2f}" if "bytes_moved" in r else "",
 }
-
-
-def markdown_table(
-    heading: str,
-    title: str,
-    columns: Mapping[str, Callable[[Mapping], str]],
-    rows: Sequence[Mapping],
-) -> str:
-    """A page with the rows that `comparison_table` prints."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
-    return f"# {heading}\n\n{title}\n\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
@@ -371,7 +358,6 @@ def main(options: Options) -> None:
         f"interleaved rounds (fewer of what takes long); a copy moves {bandwidth / 1e9:.0f} GB/s."
     )
     rows: list[dict[str, Any]] = []
-    options.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         tree = trees[name]()
         for dtype in options.dtypes:
@@ -379,10 +365,8 @@ def main(options: Options) -> None:
             with console.status(f"{name}, {dtype}"):
                 found = measure(tree, dtype, rounds, options.seconds, chosen, options.reference)
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
-            runs.write_json(options.output / "update.json", {"machine": facts, "rows": rows})
-            (options.output / "update.md").write_text(
-                markdown_table("The update", title, COLUMNS, rows)
-            )
+            content = {"machine": facts, "rows": rows}
+            write_rows(options.output, "update", "The update", title, COLUMNS, content)
     console.print(comparison_table(title, COLUMNS, rows))
 
 
