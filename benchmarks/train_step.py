@@ -82,7 +82,7 @@ def step_bytes(step: Any) -> int:
 
 
 def peak_after(name: str, optimizer: str, batch_size: int) -> int:
-    """The high-water mark of a process that has only made two steps."""
+    """The high-water mark of a process that has compiled the step and made two."""
     program, batch, step = compiled_step(name, optimizer, batch_size)
     training = jax.jit(program.init)()
     for _ in range(2):
@@ -94,8 +94,8 @@ def peak_after(name: str, optimizer: str, batch_size: int) -> int:
 
 
 def batch_in(name: str, limit: int, batch_size: int) -> int:
-    """The greatest batch whose step with Adam-mini needs no more than `limit` bytes; no less than
-    `batch_size`."""
+    """A batch whose step with Adam-mini needs no more than `limit` bytes, the greatest where memory
+    is linear in the batch; no less than `batch_size`."""
 
     def needs(size: int) -> int:
         return step_bytes(compiled_step(name, "adam_mini", size)[2])
@@ -130,8 +130,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for (optimizer, batch_size), found in seconds.items():
         low, median, high = statistics.quantiles(found[1:], n=4)
-        with spawn.Pool(1) as pool:
-            peak = pool.apply(peak_after, (name, optimizer, batch_size))
+        peak = None  # of an accelerator, which this process holds, another would find none
+        if jax.default_backend() == "cpu":
+            with spawn.Pool(1) as pool:
+                peak = pool.apply(peak_after, (name, optimizer, batch_size))
         rows.append(
             {
                 "model": name,
@@ -156,7 +158,7 @@ COLUMNS: Columns = {
     "quartiles": lambda r: "{:.1f} to {:.1f}".format(*r["quartiles"]),
     "rate": lambda r: f"{r['rate']:,.0f} {r['unit']}/s",
     "step MB": lambda r: f"{r['step_bytes'] / 1e6:,.0f}",
-    "process MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}",
+    "process MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}" if r["peak_bytes"] else "",
 }
 
 

@@ -9,6 +9,7 @@ and update.md. Every tree of one matrix is a layout that a naive reduction is sl
 
 import dataclasses
 import functools
+import os
 import statistics
 import sys
 import time
@@ -219,6 +220,7 @@ def torch_step(name: str, params: Any) -> "Others":
             f"--reference needs {error.name}: pip install torch==2.13.0 adam-mini==1.1.1."
         ) from error
 
+    torch.set_num_threads(os.cpu_count() or 1)  # as many as XLA's
     named = []
     for index, p in enumerate(jax.tree.leaves(params)):
         # The reference takes the first axis for the outputs, and goes by names: with those of an
@@ -236,7 +238,8 @@ def torch_step(name: str, params: Any) -> "Others":
 
 
 def takes_default(params: Any) -> bool:
-    """Whether the default partition can tell the blocks; of stacked layers it cannot."""
+    """Whether the default partition can tell the blocks: not of stacked layers, nor of parameters
+    that are not as Flax names them. Where it cannot, it has no row."""
     try:
         flax_layers()(params)
     except ValueError:
