@@ -9,11 +9,12 @@ and update.md. Every tree of one matrix is a layout that a naive reduction is sl
 
 import dataclasses
 import functools
+import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -345,6 +346,16 @@ def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str,
     return tuple(given or names)
 
 
+def rows_of_before(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier call on such a machine: those of trees that are not measured again
+    stay as they are."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    varies = {"copy_gb_per_second": 0.0}
+    return found["rows"] if {**found["machine"], **varies} == {**facts, **varies} else []
+
+
 def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
     if rounds < 2:
@@ -360,14 +371,16 @@ def main(options: Options) -> None:
         f"On {facts['platform']} ({facts['device']}), JAX {facts['jax']}; medians of {rounds} "
         f"interleaved rounds (fewer of what takes long); a copy moves {bandwidth / 1e9:.0f} GB/s."
     )
-    rows: list[dict[str, Any]] = []
+    rows = rows_of_before(options.output / "update.json", facts)
     for name in names:
         tree = trees[name]()
         for dtype in options.dtypes:
             chosen = options.optimizers or ordinary(tree, dtype, name == "GPT-2 124M")
             with console.status(f"{name}, {dtype}"):
                 found = measure(tree, dtype, rounds, options.seconds, chosen, options.reference)
+            rows = [row for row in rows if (row["tree"], row["dtype"]) != (name, dtype)]
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
+            rows.sort(key=lambda row: list(trees).index(row["tree"]))  # of a tree as they are
             content = {"machine": facts, "rows": rows}
             write_rows(options.output, "update", "The update", title, COLUMNS, content)
     console.print(comparison_table(title, COLUMNS, rows))

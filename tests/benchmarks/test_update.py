@@ -30,6 +30,13 @@ def test_both_files_have_a_row_for_each_optimizer(quick):
     assert markdown.count("| Adam-mini, default |") == 2
 
 
+def test_trees_that_are_not_measured_again_keep_their_rows(quick):
+    first, _ = quick(optimizers=("AdamW",))
+    again, _ = quick(optimizers=("SGD, momentum",), trees=("GPT-2 nano",))
+    assert [row["optimizer"] for row in again["rows"]] == ["SGD, momentum", "AdamW"]
+    assert again["rows"][1] == first["rows"][1]
+
+
 @pytest.mark.parametrize("option", ["trees", "optimizers"])
 def test_unknown_names_are_refused(quick, option):
     with pytest.raises(ConfigError, match=f"--{option} got nothing like it, but must be of"):
