@@ -10,6 +10,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
+from optax_adam_mini.partition.by_path import by_path
 from optax_adam_mini.partition.dataflow import (
     explain,
     infer_block_specs,
@@ -17,7 +18,6 @@ from optax_adam_mini.partition.dataflow import (
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.logical_axes import by_logical_axes
-from optax_adam_mini.partition.rules import by_path
 from optax_adam_mini.report import block_table
 from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini

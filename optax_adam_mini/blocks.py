@@ -1,27 +1,21 @@
-"""Block specs: how a parameter is cut into blocks, and sums over and broadcasts back from them.
+"""Block specs: where a parameter is cut into blocks.
 
 A [`BlockSpec`][] cuts an array into a rectilinear grid: along every axis it says where the cuts
 are. `nu` (the `v` of the paper) of that parameter has the parameter's rank, and its shape is the
-number of blocks along each axis. This is the only module that knows about grids.
+number of blocks along each axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Inexact, Real
+    from jaxtyping import Array, Inexact
 
 Cut = Any  # int | None | tuple[tuple[int, BlockSpec], ...]; a recursive alias pyright cannot see
 """How one axis is cut: `n` equal blocks (1: not cut), `None` (a block at each index), or parts
@@ -31,9 +25,6 @@ Runs = tuple[tuple[int, int], ...]
 """The cuts of one axis of a known size, in order: `(number of blocks, indices in each)`."""
 
 T = TypeVar("T")
-
-LabelFn = Callable[[Any], Any]
-"""A label function: params (arrays or `jax.ShapeDtypeStruct`s) -> pytree of `BlockSpec`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +151,9 @@ class BlockSpec:
             >>> per_neuron().block_mean(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
             Array([[2., 4.]], dtype=float32)
         """
-        axes = self.runs(x.shape)
-        total = _sum_whole_axes(x, of or (lambda x: x), axes)
-        for axis, runs in enumerate(axes):
-            if not (_is_whole(runs) or _is_each(runs)):
-                total = _sum_runs(total, axis, runs)
-        return total / _block_sizes(axes)
+        from optax_adam_mini.sums import block_mean  # built on this module
+
+        return block_mean(x, self.runs(x.shape), of)
 
     def spread(self, nu: Inexact[Array, "*grid"], shape: Sequence[int]) -> Inexact[Array, "*shape"]:
         """The array of `shape` that holds, at every coordinate, its block's entry of `nu`.
@@ -190,13 +178,9 @@ class BlockSpec:
                 f"{self} cuts the shape {tuple(shape)} into the grid {self.grid(shape)}, but got "
                 f"an array of shape {nu.shape}"
             )
-        for axis, runs in enumerate(self.runs(shape)):
-            if not (_is_whole(runs) or _is_each(runs)):
-                nu = _repeat_runs(nu, axis, runs)
-        # Otherwise XLA would move what made `nu` (a square root and a division for each block) past
-        # the broadcast, and compute it once per coordinate.
-        nu = jax.lax.optimization_barrier(nu)
-        return jnp.broadcast_to(nu, tuple(shape))
+        from optax_adam_mini.sums import spread  # built on this module
+
+        return spread(nu, self.runs(shape), shape)
 
     def __str__(self) -> str:
         def word(cut: Cut) -> str:
@@ -329,238 +313,6 @@ def fused(
     return BlockSpec(((axis, parts), *cuts, *_each((), stacked)), rest=rest, unit="block")
 
 
-def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockSpec]]:
-    """The path and the spec of every leaf of `params`, checked against the leaf's shape.
-
-    Args:
-        block_specs: a pytree of specs with the structure of `params` or a prefix of it (so one spec
-            may stand for all), or a label function that returns one.
-        params: pytree of arrays or `jax.ShapeDtypeStruct`s. Where it is empty (`None`,
-            `optax.MaskedNode`), specs are not needed and not looked at.
-
-    Returns:
-        `(path, spec)` in the order of `jax.tree.leaves(params)`; a path reads `"a/b/c"`.
-
-    Raises:
-        TypeError: if a label is not a `BlockSpec`.
-        ValueError: if a parameter has no spec, a spec no parameter, or a spec does not fit its
-            parameter's shape. The message names every parameter concerned.
-
-    Examples:
-        >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
-        [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
-    """
-    specs = spec_leaves(block_specs(params) if callable(block_specs) else block_specs)
-
-    leaves: dict[tuple[str, ...], Any] = {}
-    empty: list[tuple[str, ...]] = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty):
-        if is_empty(leaf):
-            empty.append(path_of(keys))
-        else:
-            leaves[path_of(keys)] = leaf
-
-    found: list[tuple[str, BlockSpec]] = []
-    used: set[tuple[str, ...]] = set()
-    missing: list[str] = []
-    wrong: list[str] = []
-    for path, leaf in leaves.items():
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
-        if prefix is None:
-            missing.append("/".join(path))
-            continue
-        used.add(prefix)
-        try:
-            specs[prefix].grid(jnp.shape(leaf))
-        except ValueError as error:
-            wrong.append(f"{'/'.join(path) or 'params'}: {error}")
-        found.append(("/".join(path), specs[prefix]))
-    unused = [
-        "/".join(path)
-        for path in specs
-        if path not in used and not any(_overlap(path, other) for other in empty)
-    ]
-    if missing or unused:
-        lacking = [f"no spec for {some(missing)}"] if missing else []
-        surplus = [f"no parameter for the spec at {some(unused)}"] if unused else []
-        raise ValueError(
-            "block_specs must have the structure of the parameters, or be a prefix of it: "
-            + "; ".join(lacking + surplus)
-        )
-    if wrong:
-        raise ValueError(
-            "\n".join(
-                wrong[:_SHOWN] + [f"... and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
-            )
-        )
-    return found
-
-
-def spec_leaves(labels: Any) -> dict[tuple[str, ...], BlockSpec]:
-    """The specs of a pytree of specs by their paths.
-
-    Raises:
-        TypeError: if a leaf is not a `BlockSpec`.
-    """
-    is_spec = lambda x: isinstance(x, BlockSpec)
-    specs: dict[tuple[str, ...], BlockSpec] = {}
-    for keys, spec in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_spec):
-        if not is_spec(spec):
-            raise TypeError(
-                f"{path_str(keys) or 'block_specs'}: expected a BlockSpec such as per_neuron(), "
-                f"got {spec!r} of type {type(spec).__name__}"
-            )
-        specs[path_of(keys)] = spec
-    return specs
-
-
-def is_empty(tree: Any) -> bool:
-    """Whether a subtree holds no leaves: `None`, `optax.MaskedNode`, an empty container."""
-    return not jax.tree.leaves(tree)
-
-
-def path_of(keys: Sequence[Any]) -> tuple[str, ...]:
-    """The names along a key path, without the `.value` of the box a Flax parameter may sit in."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-    boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
-    return names[:-1] if boxed else names
-
-
-def path_str(keys: Sequence[Any]) -> str:
-    """A key path as `"a/b/c"`."""
-    return "/".join(path_of(keys))
-
-
-def check_is_params(what: str, params: Any) -> None:
-    """Refuses to label the count that `optax.inject_hyperparams` calls functions with.
-
-    Raises:
-        TypeError: if `params` is one integer.
-    """
-    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(jnp.result_type(params), jnp.integer):
-        raise TypeError(
-            f"{what}: expected a pytree of parameters, got one integer. optax.inject_hyperparams "
-            "takes a label function for a schedule: tell it not to, "
-            'optax.inject_hyperparams(adam_mini, static_args=("block_specs",))'
-        )
-
-
-def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any) -> None:
-    """Refuses what the user named if it names no parameter.
-
-    A part of a tree (`optax.masked` and `optax.multi_transform` give such) need not hold it.
-
-    Args:
-        what: what was given, to begin the message with.
-        matches: whether a path `"a/b/c"` is meant.
-        given: what paths are compared with, to list the closest.
-        params: pytree of parameters.
-
-    Raises:
-        ValueError: if no path matches.
-    """
-    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if not paths or has_masked(params) or any(map(matches, paths)):
-        return
-    closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
-    raise ValueError(f"{what} matches no parameter; the closest paths are {', '.join(closest)}")
-
-
-def has_masked(params: Any) -> bool:
-    """Whether it is a part of a tree that `optax.masked` or `optax.multi_transform` took."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    return any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked)))
-
-
-def check_default(what: str, default: Any) -> None:
-    """Refuses a default of a label function that is neither a spec nor a label function.
-
-    Raises:
-        TypeError: if it is not, nor None.
-    """
-    if default is not None and not isinstance(default, BlockSpec) and not callable(default):
-        raise TypeError(f"{what}: default must be a BlockSpec or a label function, got {default!r}")
-
-
-def completed(
-    what: str,
-    params: Any,
-    specs: Sequence[BlockSpec | None],
-    default: BlockSpec | LabelFn | None,
-    seen: Callable[[Any, Any], Any],
-) -> Any:
-    """A pytree of the specs of `params`, with the default's where they are None.
-
-    Raises:
-        ValueError: if there is no default where one is needed; the message has `seen(keys, leaf)`,
-            what the rules of the label function `what` look at.
-    """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
-    if unmatched and default is None:
-        shown = some([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
-        raise ValueError(
-            f"{what}: no rule matches {shown}: add a rule for it, or a default such as "
-            "flax_layers() or per_element()"
-        )
-    rest = [
-        leaf if spec is None else optax.MaskedNode()
-        for spec, (_, leaf) in zip(specs, leaves, strict=True)
-    ]
-    defaults = iter(
-        resolve_block_specs(default, jax.tree.unflatten(treedef, rest)) if unmatched else ()
-    )
-    return jax.tree.unflatten(
-        treedef, [next(defaults)[1] if spec is None else spec for spec in specs]
-    )
-
-
-def compiled_rules(
-    what: str, rules: Sequence[tuple[str, T]], types: tuple[type, ...] = (BlockSpec,)
-) -> list[tuple[re.Pattern[str], T]]:
-    """Rules over paths, their regular expressions compiled; they give a value of one of `types`.
-
-    Raises:
-        TypeError, ValueError: if a rule is not a valid regular expression and such a value.
-    """
-    compiled: list[tuple[re.Pattern[str], T]] = []
-    for rule in rules:
-        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
-            raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
-        pattern, spec = rule
-        if not isinstance(spec, types):
-            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-            example = " such as per_neuron()" if BlockSpec in types else ""
-            raise TypeError(
-                f"{what}: the rule {pattern!r} must give a {wanted}{example}, got "
-                f"{spec!r} of type {type(spec).__name__}"
-            )
-        try:
-            compiled.append((re.compile(pattern), spec))
-        except re.error as error:
-            raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}") from error
-    return compiled
-
-
-def widen(dtype: Any) -> np.dtype:
-    """The dtype to compute in: float32, or `dtype` itself where it is wider or complex."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-_SHOWN = 8  # paths named in one error
-
-
-def some(paths: Sequence[str]) -> str:
-    """The first few of `paths`, for an error message."""
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more
-
-
-def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    n = min(len(a), len(b))
-    return a[:n] == b[:n]
-
-
 def _each(axis: int | Sequence[int], stacked: int | Sequence[int]) -> tuple[tuple[int, None], ...]:
     axes = [(a,) if isinstance(a, int) else tuple(a) for a in (axis, stacked)]
     return tuple((a, None) for a in itertools.chain(*axes))
@@ -604,64 +356,6 @@ def _axis_runs(cut: Cut, size: int, axis: int, shape: tuple[int, ...]) -> Runs:
     return ((blocks, size // blocks),)
 
 
-def _is_whole(runs: Runs) -> bool:
-    return len(runs) == 1 and runs[0][0] == 1
-
-
-def _is_each(runs: Runs) -> bool:
-    return all(block == 1 for _, block in runs)
-
-
-def _sum_whole_axes(
-    x: Inexact[Array, "*shape"], of: Callable[[Array], Array], axes: Sequence[Runs]
-) -> Inexact[Array, "*grouped"]:
-    """Sums `of(x)` over every axis that is not cut.
-
-    One reduction, which two traits of XLA's CPU backend make slow (2 cores, reading at 30 GB/s):
-
-    - Over an axis before long rows it sums at a fraction of the memory's bandwidth: 28 GB/s for
-      rows of 3072, 4.6 for 11008, 0.7 for 50257; in two stages, as a dot or unrolled it is no
-      faster, or keeps a copy. Long rows are added in a loop, eight at a time: 22 to 33 GB/s.
-    - What is read twice, by this sum and by what follows, it widens once for both, into memory:
-      the update in bfloat16 takes 1.1 times AdamW's time with such a copy, and 0.4 to 0.5 without.
-      Barriers keep this sum's reading apart.
-    """
-    whole = tuple(a for a, runs in enumerate(axes) if _is_whole(runs))
-
-    def plain(x: Array) -> Array:
-        return jnp.sum(of(x.astype(widen(x.dtype))), axis=whole, keepdims=True)
-
-    def apart(x: Array) -> Array:
-        return plain(jax.lax.optimization_barrier(x))
-
-    def looped(x: Array) -> Array:
-        # Over the inner of the two axes that the axis becomes: GSPMD may have sharded the outer.
-        rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
-
-        def at(i: Any) -> Array:
-            here, i = jax.lax.optimization_barrier((rows, i))  # or it is widened before the loop
-            row = jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False)
-            return of(row.astype(widen(row.dtype)))
-
-        add = lambda i, total: total + at(i)
-        total = jax.lax.fori_loop(0, steps, add, jnp.zeros_like(at(0)), unroll=8)
-        return jnp.sum(total, axis=whole, keepdims=True)
-
-    axis = max(whole, default=-1)
-    few = 512 // x.dtype.itemsize  # that many times smaller than x the running sums are below 1%
-    if (
-        axis >= 0
-        and math.prod(x.shape[axis + 1 :]) >= 4096
-        and not jax.typeof(x).sharding.spec[axis]
-    ):
-        steps = next((n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0), 0)
-        if steps and x.shape[axis] // steps % jax.device_count() == 0:
-            return jax.lax.platform_dependent(x, cpu=looped, default=plain)
-    if widen(x.dtype) != x.dtype:
-        return jax.lax.platform_dependent(x, cpu=apart, default=plain)
-    return plain(x)
-
-
 def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
     """How often the shortest unit of a sequence stands side by side in it, and that unit.
 
@@ -673,57 +367,3 @@ def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
         if len(items) % length == 0 and items[length:] == items[:-length]:
             return len(items) // length, items[:length]
     return 1, items
-
-
-def _not_sharded_along(x: Array, axis: int) -> Array:
-    """Under explicit sharding an axis that is sharded cannot be split by a reshape.
-
-    What comes here is small: sums of whole axes, or one number for each block.
-    """
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[axis] is None:
-        return x
-    spec = [None if a == axis else name for a, name in enumerate(sharding.spec)]
-    return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
-
-
-def _sum_runs(x: Real[Array, "*shape"], axis: int, runs: Runs) -> Real[Array, "*grouped"]:
-    """Sums each block along one axis."""
-    x = _not_sharded_along(x, axis)
-    repeats, unit = period(runs)
-    lead, trail = x.shape[:axis], x.shape[axis + 1 :]
-    x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)
-    sums: list[Array] = []
-    start = 0
-    for n, size in unit:
-        part = jax.lax.slice_in_dim(x, start, start + n * size, axis=axis + 1)
-        sums.append(part.reshape(*lead, repeats, n, size, *trail).sum(axis + 2))
-        start += n * size
-    return jnp.concatenate(sums, axis + 1).reshape(*lead, sum(n for n, _ in runs), *trail)
-
-
-def _repeat_runs(x: Real[Array, "*grid"], axis: int, runs: Runs) -> Real[Array, "*shape"]:
-    """Repeats each block's entry along one axis as often as the block is long."""
-    x = _not_sharded_along(x, axis)
-    repeats, unit = period(runs)
-    lead, trail = x.shape[:axis], x.shape[axis + 1 :]
-    x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)
-    parts: list[Array] = []
-    start = 0
-    for n, size in unit:
-        part = jax.lax.slice_in_dim(x, start, start + n, axis=axis + 1)
-        parts.append(jnp.repeat(part, size, axis=axis + 1))
-        start += n
-    length = sum(n * size for n, size in runs)
-    return jnp.concatenate(parts, axis + 1).reshape(*lead, length, *trail)
-
-
-def _block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
-    """The coordinates in each block: one number, or an array that broadcasts to the grid."""
-    if all(len(runs) == 1 for runs in axes):
-        return float(math.prod(runs[0][1] for runs in axes))
-    sizes = np.ones([1] * len(axes), np.float32)
-    for axis, runs in enumerate(axes):
-        along = np.repeat([s for _, s in runs], [n for n, _ in runs]).astype(np.float32)
-        sizes = sizes * along.reshape([-1 if a == axis else 1 for a in range(len(axes))])
-    return sizes

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_adam_mini.blocks import BlockSpec, LabelFn, path_of, resolve_block_specs, widen
+from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs
+from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 
 if TYPE_CHECKING:

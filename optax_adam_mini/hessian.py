@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs
+from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.labels import LabelFn, resolve_block_specs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, LabelFn, period, resolve_block_specs, widen
+from optax_adam_mini.blocks import BlockSpec, period
+from optax_adam_mini.labels import LabelFn, resolve_block_specs
+from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from optax_adam_mini.blocks import path_of, some
+from optax_adam_mini.labels import path_of, some
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

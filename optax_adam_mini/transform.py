@@ -2,18 +2,20 @@
 
 import functools
 import math
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from optax_adam_mini.blocks import BlockSpec, LabelFn, resolve_block_specs, spec_leaves, widen
+from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.compiled import compiled
+from optax_adam_mini.hyperparams import check_hyperparams, check_mu_dtype, check_scalar_or_schedule
+from optax_adam_mini.labels import LabelFn, is_label_function, resolve_block_specs, spec_leaves
 from optax_adam_mini.partition.flax_layers import flax_layers
+from optax_adam_mini.sums import widen
 
 # Annotations are objects here, not strings: Optax's tests look learning_rate's up.
 if TYPE_CHECKING:
@@ -76,14 +78,14 @@ def scale_by_adam_mini(
         >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
         ['0.463', '0.926', '1.389'] (1,)
     """
-    _check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    return _compiled(
+    check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    return compiled(
         _scale_by_adam_mini,
         b1=b1,
         b2=b2,
         eps=eps,
         eps_root=eps_root,
-        mu_dtype=_check_mu_dtype(mu_dtype),
+        mu_dtype=check_mu_dtype(mu_dtype),
         nesterov=nesterov,
         block_specs=_check_block_specs(block_specs),
     )
@@ -160,19 +162,19 @@ def adam_mini(
         More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov and Hutter,
         [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101).
     """
-    _check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    _check_scalar_or_schedule("learning_rate", learning_rate, minimum=None)
-    _check_scalar_or_schedule("weight_decay", weight_decay, minimum=0.0)
+    check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    check_scalar_or_schedule("learning_rate", learning_rate, minimum=None)
+    check_scalar_or_schedule("weight_decay", weight_decay, minimum=0.0)
     if mask is not None and not callable(mask):
         mask = jax.tree.map(bool, mask)
-    return _compiled(
+    return compiled(
         _adam_mini,
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
         eps=eps,
         eps_root=eps_root,
-        mu_dtype=_check_mu_dtype(mu_dtype),
+        mu_dtype=check_mu_dtype(mu_dtype),
         weight_decay=weight_decay,
         mask=mask,
         nesterov=nesterov,
@@ -213,7 +215,6 @@ def _scale_by_adam_mini(
     *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
 ) -> optax.GradientTransformation:
     def init_fn(params: Any) -> ScaleByAdamMiniState:
-        _check_not_flattened()
         leaves, treedef = jax.tree.flatten(params)
         labels = resolve_block_specs(block_specs, params)
         for (path, _), leaf in zip(labels, leaves, strict=True):
@@ -312,111 +313,10 @@ def _abs_sq(x: "Array") -> "Array":
     return jnp.real(x * jnp.conj(x))
 
 
-class _Static:
-    """The hyper-parameters of a transformation that are not arrays: a key of the jit cache."""
-
-    def __init__(self, factory: Callable[..., Any], leaves: tuple[Any, ...], treedef: Any):
-        self.factory, self.leaves, self.treedef = factory, leaves, treedef
-        self._hash = hash((factory, leaves, treedef))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and (self.factory, self.leaves, self.treedef) == (
-            other.factory,
-            other.leaves,
-            other.treedef,
-        )
-
-    def build(self, arrays: Any) -> optax.GradientTransformationExtraArgs:
-        leaves = [s if a is None else a for s, a in zip(self.leaves, arrays, strict=True)]
-        return self.factory(**jax.tree.unflatten(self.treedef, leaves))
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _update(static: _Static, arrays: Any, updates: Any, state: Any, params: Any) -> Any:
-    return static.build(arrays).update(updates, state, params)
-
-
-def _compiled(
-    factory: Callable[..., Any], **hyperparams: Any
-) -> optax.GradientTransformationExtraArgs:
-    """`factory(**hyperparams)`, its update compiled as one program.
-
-    Hyper-parameters that are arrays (`optax.inject_hyperparams` passes such) are arguments of the
-    program, so that new values do not compile it again.
-    """
-    leaves, treedef = jax.tree.flatten(hyperparams)
-    is_array = lambda x: isinstance(x, (jax.Array, np.ndarray, np.generic))
-    arrays = tuple(x if is_array(x) else None for x in leaves)
-    static = _Static(factory, tuple(None if is_array(x) else x for x in leaves), treedef)
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        del extra_args
-        return _update(static, arrays, updates, state, params)
-
-    return optax.GradientTransformationExtraArgs(static.build(arrays).init, update_fn)
-
-
 def _check_block_specs(block_specs: Any) -> Any:
     """Refuses labels that are no specs; the rest can only be checked against parameters."""
     if block_specs is None:
         return flax_layers()
-    if not callable(block_specs):
+    if not is_label_function(block_specs):
         spec_leaves(block_specs)
     return block_specs
-
-
-def _check_not_flattened() -> None:
-    # The vector that optax.flatten makes cannot be told from a parameter by looking at it.
-    file = optax.flatten.__code__.co_filename
-    if any(frame.f_code.co_filename == file for frame, _ in traceback.walk_stack(None)):
-        raise ValueError(
-            "optax.flatten joins all parameters into one vector, which destroys Adam-mini's blocks:"
-            " use adam_mini without it (its update is one compiled program as it is)"
-        )
-
-
-def _check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
-    if mu_dtype is None:
-        return None
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"mu_dtype must be a floating-point dtype, got {mu_dtype!r}")
-    return dtype
-
-
-def _check_hyperparams(**hyperparams: Any) -> None:
-    for name, value in hyperparams.items():
-        upper = 1.0 if name in ("b1", "b2") else None
-        _check_scalar(name, value, 0.0, upper)
-
-
-def _check_scalar_or_schedule(name: str, value: Any, minimum: float | None) -> None:
-    if not callable(value):
-        _check_scalar(name, value, minimum, None, "a number or a schedule")
-
-
-def _check_scalar(
-    name: str, value: Any, minimum: float | None, below: float | None, kind: str = "a number"
-) -> None:
-    if isinstance(value, (jax.Array, np.ndarray)):  # may be traced: only its shape can be checked
-        if value.shape != ():
-            raise ValueError(f"{name} must be {kind}, got an array of shape {value.shape}")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
-        if callable(value):
-            raise TypeError(
-                f"{name} must be {kind}, got the function {value!r}: for a schedule, wrap the "
-                "optimizer in optax.inject_hyperparams"
-            )
-        raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
-    value = float(value)
-    allowed = (minimum is None or value >= minimum) and (below is None or value < below)
-    if not allowed or value != value:
-        expected = f"in [{minimum:g}, {below:g})" if below is not None else f"at least {minimum:g}"
-        raise ValueError(f"{name} must be {expected}, got {value}")

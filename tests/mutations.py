@@ -10,34 +10,34 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-TESTS = ["tests/test_transform.py", "tests/test_blocks.py", "tests/test_golden.py",
+TESTS = ["tests/test_transform.py", "tests/test_sums.py", "tests/test_golden.py",
          "tests/test_optax_wrappers.py", "tests/test_convert.py"]  # fmt: skip
 
 # (file, what stands there, the fault)
 FAULTS = {
-    "sum for mean": ("blocks.py", "return total / _block_sizes(axes)", "return total"),
+    "sum for mean": ("sums.py", "return total / _block_sizes(axes)", "return total"),
     "mean of the first block's size": (
-        "blocks.py",
+        "sums.py",
         "return total / _block_sizes(axes)",
         "return total / np.ravel(_block_sizes(axes))[:1].sum()",
     ),
-    "wrong axis": ("blocks.py", "sum(axis + 2))", "sum(axis + 1))"),
+    "wrong axis": ("sums.py", "sum(axis + 2))", "sum(axis + 1))"),
     "blocks repeated in turn": (
-        "blocks.py",
+        "sums.py",
         "jnp.repeat(part, size, axis=axis + 1)",
         "jnp.concatenate([part] * size, axis + 1)",
     ),
     "squares in the gradient's dtype": (
-        "blocks.py",
+        "sums.py",
         "of(x.astype(widen(x.dtype)))",
         "of(x).astype(widen(x.dtype))",
     ),
     "mean in bfloat16": (
-        "blocks.py",
+        "sums.py",
         "x.astype(widen(x.dtype))",
         "x.astype(jnp.bfloat16)",
     ),
-    "a long row left out": ("blocks.py", "fori_loop(0, steps, add", "fori_loop(1, steps, add"),
+    "a long row left out": ("sums.py", "fori_loop(0, steps, add", "fori_loop(1, steps, add"),
     "no bias correction of nu": ("transform.py", "jnp.sqrt(nu / c2 ", "jnp.sqrt(nu "),
     "no bias correction of mu": ("transform.py", "spread(step / c1,", "spread(step,"),
     "b1 for b2": ("transform.py", "nu = b2 * v + (1 - b2)", "nu = b1 * v + (1 - b1)"),

@@ -26,7 +26,7 @@ from optax_adam_mini import (
     per_neuron,
     per_tensor,
 )
-from optax_adam_mini.blocks import path_str
+from optax_adam_mini.labels import path_str
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "frameworks.md"
 

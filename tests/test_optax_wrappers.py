@@ -151,13 +151,17 @@ def test_microbatching_gives_the_gradients_of_the_whole_batch():
     chex.assert_trees_all_close(whole, parts, rtol=1e-5, atol=1e-7)
 
 
-def test_flatten_is_refused():
-    for tx in (adam_mini(0.1), OURS(0.1), optax.chain(optax.clip(1.0), adam_mini(0.1))):
-        with pytest.raises(
-            ValueError, match=r"optax\.flatten joins all parameters into one vector"
-        ):
-            optax.flatten(tx).init(params())
-    adam_mini(0.1).init(jnp.ones(3))  # a vector that is a parameter is none of its making
+def test_flattened_parameters_are_one_nameless_vector():
+    """Which flax_layers cuts per coordinate: Adam, and no memory saved."""
+    adam = optax.flatten(optax.adamw(0.1, weight_decay=1e-4))
+    flat = optax.flatten(adam_mini(0.1))
+    p, states = params(), [adam.init(params()), flat.init(params())]
+    assert states[1][0].nu.shape == states[1][0].mu.shape
+    for step in range(3):
+        grads = gradients(p, step)
+        expected, states[0] = adam.update(grads, states[0], p)
+        updates, states[1] = flat.update(grads, states[1], p)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-4)
 
 
 def test_injected_hyperparameters():

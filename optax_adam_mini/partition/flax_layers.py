@@ -12,17 +12,13 @@ from jax.tree_util import GetAttrKey
 
 from optax_adam_mini.blocks import (
     BlockSpec,
-    LabelFn,
-    check_is_params,
-    check_used,
-    path_of,
     per_element,
     per_head,
     per_neuron,
     per_tensor,
     per_token,
-    some,
 )
+from optax_adam_mini.labels import LabelFn, check_is_params, check_used, path_of, some
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
 _BIASES = {"bias", "b", "offset", "bias_n"}
@@ -51,8 +47,9 @@ def flax_layers(
     output neuron or channel; in an attention layer (modules `query`, `key`, `value`, `out`) query
     and key by head, value and output by neuron; embeddings by token; gains of norms are one block;
     biases are cut per coordinate. Parameters that have no name (a bare array, an item of a list)
-    are read as kernels `(inputs, outputs)`, or as biases if they have one axis. Haiku's and
-    Equinox's names are known too.
+    are read as kernels `(inputs, outputs)`, or as biases if they have one axis: so the one vector
+    that `optax.flatten` makes of all parameters is cut per coordinate, which is Adam and saves
+    nothing. Haiku's and Equinox's names are known too.
 
     Args:
         num_heads: attention heads, for models whose query and key are plain Dense kernels.

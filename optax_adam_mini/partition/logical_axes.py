@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_adam_mini.blocks import (
-    BlockSpec,
+from optax_adam_mini.blocks import BlockSpec, per_neuron
+from optax_adam_mini.labels import (
     LabelFn,
     check_default,
     check_is_params,
@@ -17,7 +17,6 @@ from optax_adam_mini.blocks import (
     has_masked,
     path_of,
     path_str,
-    per_neuron,
     some,
 )
 

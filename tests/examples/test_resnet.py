@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.resnet_blocks import accuracies
+from benchmarks.quality.resnet_blocks import accuracies
 from examples.common import images
 from examples.common.cli import ConfigError
 from examples.common.images import ArrayImages, Batch, ImageConfig

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers, per_head
-from optax_adam_mini.blocks import path_str
+from optax_adam_mini.labels import path_str
 
 B, T, D, H, N, V = 2, 6, 32, 4, 8, 11  # batch, time, width, heads, head_dim, tokens
 

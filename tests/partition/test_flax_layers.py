@@ -18,7 +18,7 @@ from optax_adam_mini import (
     per_tensor,
     per_token,
 )
-from optax_adam_mini.blocks import resolve_block_specs
+from optax_adam_mini.labels import resolve_block_specs
 
 X = jnp.ones((2, 8, 8, 6))
 SEQUENCE = jnp.ones((2, 5, 6))

@@ -13,7 +13,7 @@ from optax_adam_mini import (
     per_element,
     per_neuron,
 )
-from optax_adam_mini.blocks import resolve_block_specs
+from optax_adam_mini.labels import resolve_block_specs
 
 RULES = [
     (("embed", "heads", "head_dim"), ("heads",)),

@@ -12,19 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_adam_mini.blocks import (
-    BlockSpec,
-    Cut,
-    check_used,
-    compiled_rules,
-    path_str,
-    per_head,
-    per_neuron,
-    some,
-)
+from optax_adam_mini.blocks import BlockSpec, Cut, per_head, per_neuron
+from optax_adam_mini.labels import check_used, compiled_rules, path_str, some
+from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.groups import ALONE, Label
-from optax_adam_mini.partition.dataflow.interpreter import Interpreter, Result, Role
-from optax_adam_mini.partition.dataflow.program import Step, flatten
+from optax_adam_mini.partition.dataflow.interpret import Result, interpret
+from optax_adam_mini.partition.dataflow.program import Step
 
 # Where the code of libraries is, in which no user looks for a layer.
 _LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
@@ -224,23 +217,6 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
         f"  not read in {step.name} at {place(step)}" for step in result.unread.get(index, [])
     ]
     return "\n".join(lines)
-
-
-def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
-    """What the computation says of the leaves of `params`."""
-    leaves, treedef = jax.tree.flatten(params)
-    rest, rest_def = jax.tree.flatten((args, kwargs))
-    traced = [i for i, leaf in enumerate(rest) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def flat(leaves: list[Any], arrays: list[Any]) -> Any:
-        filled = list(rest)
-        for i, array in zip(traced, arrays, strict=True):
-            filled[i] = array
-        args, kwargs = jax.tree.unflatten(rest_def, filled)
-        return fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
-
-    closed = jax.make_jaxpr(flat)(leaves, [rest[i] for i in traced])
-    return Interpreter(flatten(closed), len(leaves)).run()
 
 
 def place(step: Step) -> str:

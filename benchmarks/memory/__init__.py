@@ -1,0 +1,1 @@
+"""How much memory Adam-mini saves, computed or compiled and not run."""

@@ -1,0 +1,71 @@
+"""The optimizer memory of the models in the paper's memory table, computed from shapes.
+
+python -m benchmarks.memory.state
+
+Nothing is allocated: the states' shapes are those that `init` would make.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from examples.common.language import LanguageConfig, abstract_model, block_specs
+from examples.common.optimizers import state_bytes
+from examples.common.text import TextConfig
+from examples.gpt2.train import Config as GPT2Training
+from examples.llama.train import Config as LlamaTraining
+from optax_adam_mini import adam_mini
+
+
+class Model(NamedTuple):
+    """A model, and AdamW's memory for it in the paper's memory table, in GB."""
+
+    name: str
+    config: LanguageConfig
+    paper_adamw: float
+
+
+def _bpe(vocab_size: int) -> TextConfig:
+    return TextConfig(tokenizer="bpe", vocab_size=vocab_size)
+
+
+MODELS = (
+    Model("GPT-2-1.5B", GPT2Training(model="gpt2-xl", data=_bpe(50257), scan=True), 12.48),
+    Model("Llama 2-1B", LlamaTraining(model="tinyllama-1b", data=_bpe(32000), scan=True), 8.80),
+    Model("Llama 2-7B", LlamaTraining(model="llama2-7b", data=_bpe(32000), scan=True), 53.92),
+    Model("Llama 2-13B", LlamaTraining(model="llama2-13b", data=_bpe(32000), scan=True), 104.16),
+    Model("Llama 3-8B", LlamaTraining(model="llama3-8b", data=_bpe(128256), scan=True), 64.24),
+)
+
+
+def memory(config: LanguageConfig) -> tuple[int, int, int]:
+    """The number of parameters, and the bytes of AdamW's and of Adam-mini's state."""
+    _, params = abstract_model(config)
+
+    def of(tx: Any) -> int:
+        return state_bytes(jax.eval_shape(tx.init, params))
+
+    mini = adam_mini(1e-3, block_specs=block_specs(config))
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), of(optax.adamw(1e-3)), of(mini)
+
+
+def main() -> None:
+    """Prints a row for each model."""
+    table = Table(title="Optimizer state in float32, computed")
+    table.add_column("model")
+    for heading in ("parameters", "AdamW GB", "in the paper", "Adam-mini GB", "of AdamW's"):
+        table.add_column(heading, justify="right")
+    for name, config, paper in MODELS:
+        count, adamw, mini = memory(config)
+        table.add_row(
+            name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}",
+            f"{mini / 1e9:.2f}", f"{mini / adamw:.2%}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How well Adam-mini trains, beside AdamW and others: `python -m benchmarks.quality`."""

@@ -1,0 +1,79 @@
+"""Does a block for each output channel of a convolution serve better than one for the convolution?
+
+python -m benchmarks.quality.resnet_blocks
+
+Trains the nano ResNet on scikit-learn's digits with AdamW and with Adam-mini's two partitions, all
+with the hyper-parameters of examples/resnet, and prints the test accuracy of each.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from examples.common.cli import check_counts
+from examples.common.training import result, train
+from examples.resnet.train import Config, load_task
+
+# Title of a row: optimizer, and the option --conv.
+ROWS = {
+    "AdamW": ("adamw", "channel"),
+    "Adam-mini, channel": ("adam_mini", "channel"),
+    "Adam-mini, tensor": ("adam_mini", "tensor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare the blocks of convolutions on scikit-learn's digits."""
+
+    seeds: int = 3
+    """How many seeds, from 0 on; the table has their mean."""
+
+
+def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
+    """The test accuracy of one row with each seed, and how many numbers are in v."""
+    optimizer, conv = ROWS[title]
+    found = []
+    for seed in seeds:
+        config = Config(seed=seed, conv=conv)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            task = load_task(config, folder)
+            train(config, optimizer, task, folder, Console(quiet=True))
+            row = result(task, optimizer, folder)
+        found.append(row["accuracy"])
+    return found, row["numbers_in_v"]
+
+
+def main(options: Options) -> None:
+    check_counts({"seeds": options.seeds})
+    console = Console()
+    seeds = range(options.seeds)
+    table = Table(title=f"Test accuracy on digits, seeds 0 to {options.seeds - 1}")
+    table.add_column("optimizer")
+    for heading in ("mean", "each seed", "numbers in v"):
+        table.add_column(heading, justify="right")
+    for title in ROWS:
+        with console.status(title):
+            found, numbers = accuracies(title, seeds)
+        table.add_row(
+            title,
+            f"{np.mean(found):.2%}",
+            " ".join(f"{accuracy:.2%}" for accuracy in found),
+            f"{numbers:,}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(
+        tyro.cli(
+            Options, prog="python -m benchmarks.quality.resnet_blocks", description=Options.__doc__
+        )
+    )

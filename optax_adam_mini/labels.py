@@ -1,0 +1,253 @@
+"""Trees of specs held against trees of parameters: paths, prefixes, defaults, messages."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.blocks import BlockSpec
+
+T = TypeVar("T")
+
+
+LabelFn = Callable[[Any], Any]
+"""A label function: params (arrays or `jax.ShapeDtypeStruct`s) -> pytree of `BlockSpec`."""
+
+
+def is_label_function(block_specs: Any) -> bool:
+    """Whether specs are given as a function of the parameters, and not as a pytree."""
+    return callable(block_specs)
+
+
+def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockSpec]]:
+    """The path and the spec of every leaf of `params`, checked against the leaf's shape.
+
+    Args:
+        block_specs: a pytree of specs with the structure of `params` or a prefix of it (so one spec
+            may stand for all), or a label function that returns one.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s. Where it is empty (`None`,
+            `optax.MaskedNode`), specs are not needed and not looked at.
+
+    Returns:
+        `(path, spec)` in the order of `jax.tree.leaves(params)`; a path reads `"a/b/c"`.
+
+    Raises:
+        TypeError: if a label is not a `BlockSpec`.
+        ValueError: if a parameter has no spec, a spec no parameter, or a spec does not fit its
+            parameter's shape. The message names every parameter concerned.
+
+    Examples:
+        >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
+        [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
+    """
+    specs = spec_leaves(block_specs(params) if is_label_function(block_specs) else block_specs)
+
+    leaves: dict[tuple[str, ...], Any] = {}
+    empty: list[tuple[str, ...]] = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty):
+        if is_empty(leaf):
+            empty.append(path_of(keys))
+        else:
+            leaves[path_of(keys)] = leaf
+
+    found: list[tuple[str, BlockSpec]] = []
+    used: set[tuple[str, ...]] = set()
+    missing: list[str] = []
+    wrong: list[str] = []
+    for path, leaf in leaves.items():
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
+        if prefix is None:
+            missing.append("/".join(path))
+            continue
+        used.add(prefix)
+        try:
+            specs[prefix].grid(jnp.shape(leaf))
+        except ValueError as error:
+            wrong.append(f"{'/'.join(path) or 'params'}: {error}")
+        found.append(("/".join(path), specs[prefix]))
+    unused = [
+        "/".join(path)
+        for path in specs
+        if path not in used and not any(_overlap(path, other) for other in empty)
+    ]
+    if missing or unused:
+        lacking = [f"no spec for {some(missing)}"] if missing else []
+        surplus = [f"no parameter for the spec at {some(unused)}"] if unused else []
+        raise ValueError(
+            "block_specs must have the structure of the parameters, or be a prefix of it: "
+            + "; ".join(lacking + surplus)
+        )
+    if wrong:
+        raise ValueError(
+            "\n".join(
+                wrong[:_SHOWN] + [f"... and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
+            )
+        )
+    return found
+
+
+def spec_leaves(labels: Any) -> dict[tuple[str, ...], BlockSpec]:
+    """The specs of a pytree of specs by their paths.
+
+    Raises:
+        TypeError: if a leaf is not a `BlockSpec`.
+    """
+    is_spec = lambda x: isinstance(x, BlockSpec)
+    specs: dict[tuple[str, ...], BlockSpec] = {}
+    for keys, spec in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_spec):
+        if not is_spec(spec):
+            raise TypeError(
+                f"{path_str(keys) or 'block_specs'}: expected a BlockSpec such as per_neuron(), "
+                f"got {spec!r} of type {type(spec).__name__}"
+            )
+        specs[path_of(keys)] = spec
+    return specs
+
+
+def is_empty(tree: Any) -> bool:
+    """Whether a subtree holds no leaves: `None`, `optax.MaskedNode`, an empty container."""
+    return not jax.tree.leaves(tree)
+
+
+def path_of(keys: Sequence[Any]) -> tuple[str, ...]:
+    """The names along a key path, without the `.value` of the box a Flax parameter may sit in."""
+    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
+    return names[:-1] if boxed else names
+
+
+def path_str(keys: Sequence[Any]) -> str:
+    """A key path as `"a/b/c"`."""
+    return "/".join(path_of(keys))
+
+
+def check_is_params(what: str, params: Any) -> None:
+    """Refuses to label the count that `optax.inject_hyperparams` calls functions with.
+
+    Raises:
+        TypeError: if `params` is one integer.
+    """
+    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(jnp.result_type(params), jnp.integer):
+        raise TypeError(
+            f"{what}: expected a pytree of parameters, got one integer. optax.inject_hyperparams "
+            "takes a label function for a schedule: tell it not to, "
+            'optax.inject_hyperparams(adam_mini, static_args=("block_specs",))'
+        )
+
+
+def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any) -> None:
+    """Refuses what the user named if it names no parameter.
+
+    A part of a tree (`optax.masked` and `optax.multi_transform` give such) need not hold it.
+
+    Args:
+        what: what was given, to begin the message with.
+        matches: whether a path `"a/b/c"` is meant.
+        given: what paths are compared with, to list the closest.
+        params: pytree of parameters.
+
+    Raises:
+        ValueError: if no path matches.
+    """
+    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if not paths or has_masked(params) or any(map(matches, paths)):
+        return
+    closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
+    raise ValueError(f"{what} matches no parameter; the closest paths are {', '.join(closest)}")
+
+
+def has_masked(params: Any) -> bool:
+    """Whether it is a part of a tree that `optax.masked` or `optax.multi_transform` took."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    return any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked)))
+
+
+def check_default(what: str, default: Any) -> None:
+    """Refuses a default of a label function that is neither a spec nor a label function.
+
+    Raises:
+        TypeError: if it is not, nor None.
+    """
+    is_one = isinstance(default, BlockSpec) or is_label_function(default)
+    if default is not None and not is_one:
+        raise TypeError(f"{what}: default must be a BlockSpec or a label function, got {default!r}")
+
+
+def completed(
+    what: str,
+    params: Any,
+    specs: Sequence[BlockSpec | None],
+    default: BlockSpec | LabelFn | None,
+    seen: Callable[[Any, Any], Any],
+) -> Any:
+    """A pytree of the specs of `params`, with the default's where they are None.
+
+    Raises:
+        ValueError: if there is no default where one is needed; the message has `seen(keys, leaf)`,
+            what the rules of the label function `what` look at.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
+    if unmatched and default is None:
+        shown = some([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
+        raise ValueError(
+            f"{what}: no rule matches {shown}: add a rule for it, or a default such as "
+            "flax_layers() or per_element()"
+        )
+    rest = [
+        leaf if spec is None else optax.MaskedNode()
+        for spec, (_, leaf) in zip(specs, leaves, strict=True)
+    ]
+    defaults = iter(
+        resolve_block_specs(default, jax.tree.unflatten(treedef, rest)) if unmatched else ()
+    )
+    return jax.tree.unflatten(
+        treedef, [next(defaults)[1] if spec is None else spec for spec in specs]
+    )
+
+
+def compiled_rules(
+    what: str, rules: Sequence[tuple[str, T]], types: tuple[type, ...] = (BlockSpec,)
+) -> list[tuple[re.Pattern[str], T]]:
+    """Rules over paths, their regular expressions compiled; they give a value of one of `types`.
+
+    Raises:
+        TypeError, ValueError: if a rule is not a valid regular expression and such a value.
+    """
+    compiled: list[tuple[re.Pattern[str], T]] = []
+    for rule in rules:
+        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
+        pattern, spec = rule
+        if not isinstance(spec, types):
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+            example = " such as per_neuron()" if BlockSpec in types else ""
+            raise TypeError(
+                f"{what}: the rule {pattern!r} must give a {wanted}{example}, got "
+                f"{spec!r} of type {type(spec).__name__}"
+            )
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as error:
+            raise ValueError(f"{what}: {pattern!r} is no regular expression: {error}") from error
+    return compiled
+
+
+_SHOWN = 8  # paths named in one error
+
+
+def some(paths: Sequence[str]) -> str:
+    """The first few of `paths`, for an error message."""
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more
+
+
+def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    n = min(len(a), len(b))
+    return a[:n] == b[:n]

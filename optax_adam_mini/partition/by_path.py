@@ -1,0 +1,63 @@
+"""Block specs by rules over the parameters' paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.labels import (
+    LabelFn,
+    check_default,
+    check_is_params,
+    check_used,
+    compiled_rules,
+    completed,
+    path_str,
+)
+
+
+def by_path(
+    rules: Sequence[tuple[str, BlockSpec]],
+    default: BlockSpec | LabelFn | None = None,
+) -> LabelFn:
+    """A label function from ordered rules over the parameters' paths.
+
+    Args:
+        rules: `(pattern, spec)`: the first rule whose regular expression is found
+            (`re.search`) in a parameter's path `"a/b/c"` gives its spec.
+        default: spec, or label function, for the parameters that no rule matches; None to make such
+            a parameter an error.
+
+    Returns:
+        A label function `params -> pytree of BlockSpec`, for params that are arrays or
+        `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        TypeError, ValueError: here if a rule is not a valid regular expression and a spec; from
+            the label function if a rule matches no parameter or, without default, a parameter is
+            matched by no rule.
+
+    Examples:
+        >>> label = by_path([("embed", per_token()), ("mlp", per_neuron())], default=per_tensor())
+        >>> params = {"embed": jnp.ones((9, 2)), "mlp": {"kernel": jnp.ones((2, 4))}}
+        >>> specs = label(params)
+        >>> specs["embed"] == per_token(), specs["mlp"]["kernel"] == per_neuron()
+        (True, True)
+    """
+    compiled = compiled_rules("by_path", rules)
+    check_default("by_path", default)
+
+    def label_fn(params: Any) -> Any:
+        check_is_params("by_path", params)
+        paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for rule, _ in compiled:
+            check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
+        specs = [next((s for rule, s in compiled if rule.search(path)), None) for path in paths]
+
+        return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf))
+
+    return label_fn

@@ -1,0 +1,81 @@
+"""Runs the passes over a program, and gathers what they found of each parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from optax_adam_mini.partition.dataflow.backward import find_groups
+from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Use
+from optax_adam_mini.partition.dataflow.forward import follow
+from optax_adam_mini.partition.dataflow.groups import Label
+from optax_adam_mini.partition.dataflow.program import Step, flatten
+from optax_adam_mini.partition.dataflow.roles import find_roles
+
+
+@dataclasses.dataclass
+class Result:
+    """What was found of the parameters, each an index into the program's inputs."""
+
+    labels: list[list[Label]]
+    """For each parameter the groups of each axis."""
+    roles: list[list[set[Role]]]
+    """For each parameter the roles of each axis, one for all uses unless these differ."""
+    uses: dict[int, list[Use]]
+    unread: dict[int, list[Step]]
+    """The steps of unknown primitives that a parameter, or what it makes, goes into."""
+    coupled: dict[int, list[Step]]
+    """The inner products that couple a parameter's outputs."""
+
+
+def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
+    """What the computation says of the leaves of `params`."""
+    leaves, treedef = jax.tree.flatten(params)
+    rest, rest_def = jax.tree.flatten((args, kwargs))
+    traced = [i for i, leaf in enumerate(rest) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def flat(leaves: list[Any], arrays: list[Any]) -> Any:
+        filled = list(rest)
+        for i, array in zip(traced, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(rest_def, filled)
+        return fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+
+    closed = jax.make_jaxpr(flat)(leaves, [rest[i] for i in traced])
+    return _gathered(follow(flatten(closed), len(leaves)))
+
+
+def _gathered(facts: Facts) -> Result:
+    labels, roles = find_groups(facts), find_roles(facts)
+    for step, relation in zip(facts.program.steps, facts.relations, strict=True):
+        for link in relation.links:
+            # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
+            place = step.outputs[link.result]
+            if link.parts > 1 and facts.values[place].shape[link.result_axes[0]] == 1:
+                relation.unread |= not roles[place][link.result_axes[0]]
+    inputs = facts.program.inputs[: facts.n_params]
+    unread: dict[int, list[Step]] = {}
+    coupled: dict[int, list[Step]] = {}
+    for step, relation in zip(facts.program.steps, facts.relations, strict=True):
+        if relation.unread:
+            for param in sorted(facts.makers(facts.inputs(step))):
+                unread.setdefault(param, []).append(step)
+        for part in (relation, facts.later.get(id(step), Relation())):
+            for operand, axes in part.couplings:
+                value = facts.values[step.inputs[operand]]
+                for param in facts.made(value.features[axis] for axis in axes):
+                    coupled.setdefault(param, []).append(step)
+    uses: dict[int, list[Use]] = {}
+    for use in facts.uses.values():
+        for param in use.params:
+            uses.setdefault(param, []).append(use)
+    return Result(
+        [labels[place] for place in inputs],
+        [roles[place] for place in inputs],
+        uses,
+        unread,
+        coupled,
+    )

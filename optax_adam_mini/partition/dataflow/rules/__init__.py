@@ -1,0 +1,24 @@
+"""The rules of all primitives, one file for each kind."""
+
+from optax_adam_mini.partition.dataflow.rules import (
+    contractions,
+    devices,
+    elementwise,
+    indexing,
+    layout,
+    loops,
+    reductions,
+)
+from optax_adam_mini.partition.dataflow.rules.registry import RULES, unknown
+
+__all__ = [
+    "RULES",
+    "contractions",
+    "devices",
+    "elementwise",
+    "indexing",
+    "layout",
+    "loops",
+    "reductions",
+    "unknown",
+]

@@ -1,0 +1,171 @@
+"""Layout: axes are moved about, split, merged and put together; nothing is used.
+
+A link says which axes of an operand are which of the result's, and, where only some indices
+are taken or the result is put together, which index is where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation
+from optax_adam_mini.partition.dataflow.program import Step
+from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
+
+
+@rule("transpose")
+def _transpose(facts: Facts, step: Step) -> Relation:
+    order = step.params["permutation"]
+    return layout(facts, step, [Link(0, (a,), (i,)) for i, a in enumerate(order)])
+
+
+@rule("broadcast_in_dim")
+def _broadcast(facts: Facts, step: Step) -> Relation:
+    (value, *_), out = facts.inputs(step), facts.outputs(step)[0]
+    where = step.params["broadcast_dimensions"]
+    links = [
+        Link(0, (axis,), (to,))
+        for axis, to in enumerate(where)
+        if value.shape[axis] == out.shape[to] > 1
+    ]
+    iota = None if value.iota is None else where[value.iota]
+    one_hot = None if value.one_hot is None else where[value.one_hot]
+    return layout(facts, step, links, iota=iota, one_hot=one_hot)
+
+
+@rule("reshape", "squeeze", "expand_dims")
+def _reshape(facts: Facts, step: Step) -> Relation:
+    value, out = facts.inputs(step)[0], facts.outputs(step)[0]
+    links = [Link(0, *pair) for pair in reshaped(value.shape, out.shape)]
+    flags = {}
+    for name in ("iota", "one_hot"):
+        axis = getattr(value, name)
+        to = [link.result_axes for link in links if link.axes == (axis,)]
+        flags[name] = to[0][0] if to and len(to[0]) == 1 else None
+    return layout(facts, step, links, **flags)
+
+
+def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
+    """The smallest groups of axes that a reshape turns into one another, size 1 left out."""
+    a = [i for i, size in enumerate(old) if size != 1]
+    b = [i for i, size in enumerate(new) if size != 1]
+    groups: list[tuple[Axes, Axes]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        left, right = [a[i]], [b[j]]
+        i, j = i + 1, j + 1
+        m, n = old[left[0]], new[right[0]]
+        while m != n:
+            if m < n and i < len(a):
+                left.append(a[i])
+                m, i = m * old[a[i]], i + 1
+            elif j < len(b):
+                right.append(b[j])
+                n, j = n * new[b[j]], j + 1
+            else:
+                break
+        groups.append((tuple(left), tuple(right)))
+    return groups
+
+
+@rule("slice")
+def _slice(facts: Facts, step: Step) -> Relation:
+    shape = facts.inputs(step)[0].shape
+    strides = step.params["strides"] or (1,) * len(shape)
+    bounds = zip(step.params["start_indices"], step.params["limit_indices"], strides, strict=True)
+    links = [
+        Link(0, (axis,), (axis,), positions=None if (start, stop, by) == (0, shape[axis], 1)
+             else np.arange(start, stop, by))
+        for axis, (start, stop, by) in enumerate(bounds)
+    ]  # fmt: skip
+    return layout(facts, step, links)
+
+
+@rule("rev")
+def _rev(facts: Facts, step: Step) -> Relation:
+    shape = facts.inputs(step)[0].shape
+    turned = step.params["dimensions"]
+    links = [
+        Link(0, (a,), (a,), positions=np.arange(size)[::-1] if a in turned else None)
+        for a, size in enumerate(shape)
+    ]
+    return layout(facts, step, links)
+
+
+@rule("pad")
+def _pad(facts: Facts, step: Step) -> Relation:
+    shape, out = facts.inputs(step)[0].shape, facts.outputs(step)[0].shape
+    links = []
+    for axis, (low, high, interior) in enumerate(step.params["padding_config"]):
+        if (low, high, interior) == (0, 0, 0):
+            links.append(Link(0, (axis,), (axis,)))
+            continue
+        positions = np.full(out[axis], -1)
+        places = low + np.arange(shape[axis]) * (1 + interior)
+        inside = (places >= 0) & (places < out[axis])
+        positions[places[inside]] = np.arange(shape[axis])[inside]
+        links.append(Link(0, (axis,), (axis,), positions=positions))
+    return layout(facts, step, links)
+
+
+@rule("concatenate")
+def _concatenate(facts: Facts, step: Step) -> Relation:
+    ins, out = facts.inputs(step), facts.outputs(step)[0]
+    along, start = step.params["dimension"], 0
+    found = as_concatenated(facts, step)
+    for operand, value in enumerate(ins):
+        size = value.shape[along]
+        if operand not in found.uses:
+            positions = np.full(out.shape[along], -1)
+            positions[start : start + size] = np.arange(size)
+            found.links += [
+                Link(operand, (a,), (a,), positions=positions if a == along else None)
+                for a in range(len(out.shape))
+            ]
+        start += size
+    return found
+
+
+@rule("stack")
+def _stack(facts: Facts, step: Step) -> Relation:
+    found = as_concatenated(facts, step)
+    along, count = step.params["axis"], len(step.inputs)
+    for operand in range(count):
+        if operand not in found.uses:
+            rank = len(facts.inputs(step)[operand].shape)
+            found.links += [Link(operand, (a,), (a + (a >= along),)) for a in range(rank)]
+            positions = np.where(np.arange(count) == operand, 0, -1)
+            found.links.append(Link(operand, (), (along,), positions=positions))
+    return found
+
+
+def as_concatenated(facts: Facts, step: Step) -> Relation:
+    """Arrays become parts of one. A parameter among data is used coordinate by coordinate."""
+    ins = facts.inputs(step)
+    found = Relation(kind=max(value.kind for value in ins))
+    for operand, value in enumerate(ins):
+        if value.kind == Kind.WEIGHT and found.kind == Kind.DATA:
+            found.cuts += [(operand, axis) for axis in range(len(value.shape))]
+            found.uses[operand] = ()
+    return found
+
+
+@rule("split")
+def _split(facts: Facts, step: Step) -> Relation:
+    value = facts.inputs(step)[0]
+    along, start = step.params["axis"], 0
+    links = []
+    for result, size in enumerate(step.params["sizes"]):
+        links += [
+            Link(0, (a,), (a,), result, np.arange(start, start + size) if a == along else None)
+            for a in range(len(value.shape))
+        ]
+        start += size
+    return layout(facts, step, links)
+
+
+@rule("iota")
+def _iota(facts: Facts, step: Step) -> Relation:
+    return Relation(kind=Kind.CONSTANT, iota=step.params["dimension"])

@@ -1,0 +1,185 @@
+"""Sums over the blocks of a grid and broadcasts back: the fast formulations, and why they are so.
+
+An array is summed first over the axes that are not cut, in one reduction; what is grouped into
+blocks after that is small. On the way back only the small array is repeated, and the rest is a
+broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_adam_mini.blocks import Runs, period
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Inexact, Real
+
+
+def block_mean(
+    x: Inexact[Array, "*shape"],
+    axes: Sequence[Runs],
+    of: Callable[[Array], Array] | None = None,
+) -> Inexact[Array, "*grid"]:
+    """The mean of `x`, or of a function of each number, over each block, in float32 or wider.
+
+    Args:
+        x: an array of any inexact dtype.
+        axes: for each of its axes, the runs of equal blocks along it, as
+            [`BlockSpec.runs`][optax_adam_mini.BlockSpec.runs] gives them.
+        of: an elementwise function whose values are averaged; they are not kept.
+
+    Examples:
+        >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
+        Array([2., 5.], dtype=float32)
+    """
+    total = _sum_whole_axes(x, of or (lambda x: x), axes)
+    for axis, runs in enumerate(axes):
+        if not (_is_whole(runs) or _is_each(runs)):
+            total = _sum_runs(total, axis, runs)
+    return total / _block_sizes(axes)
+
+
+def spread(
+    nu: Inexact[Array, "*grid"], axes: Sequence[Runs], shape: Sequence[int]
+) -> Inexact[Array, "*shape"]:
+    """The array of `shape` that holds, at every coordinate, its block's entry of `nu`.
+
+    Args:
+        nu: one number per block.
+        axes: for each axis, the runs of equal blocks along it.
+        shape: the shape that these cut.
+
+    Examples:
+        >>> spread(jnp.array([2.0, 5.0]), [((1, 2), (1, 1))], (3,))
+        Array([2., 2., 5.], dtype=float32)
+    """
+    for axis, runs in enumerate(axes):
+        if not (_is_whole(runs) or _is_each(runs)):
+            nu = _repeat_runs(nu, axis, runs)
+    # Otherwise XLA would move what made `nu` (a square root and a division for each block) past
+    # the broadcast, and compute it once per coordinate.
+    nu = jax.lax.optimization_barrier(nu)
+    return jnp.broadcast_to(nu, tuple(shape))
+
+
+def widen(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype to compute in: float32, or `dtype` itself where it is wider or complex."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _is_whole(runs: Runs) -> bool:
+    return len(runs) == 1 and runs[0][0] == 1
+
+
+def _is_each(runs: Runs) -> bool:
+    return all(block == 1 for _, block in runs)
+
+
+def _sum_whole_axes(
+    x: Inexact[Array, "*shape"], of: Callable[[Array], Array], axes: Sequence[Runs]
+) -> Inexact[Array, "*grouped"]:
+    """Sums `of(x)` over every axis that is not cut.
+
+    One reduction, which two traits of XLA's CPU backend make slow (2 cores, reading at 30 GB/s):
+
+    - Over an axis before long rows it sums at a fraction of the memory's bandwidth: 28 GB/s for
+      rows of 3072, 4.6 for 11008, 0.7 for 50257; in two stages, as a dot or unrolled it is no
+      faster, or keeps a copy. Long rows are added in a loop, eight at a time: 22 to 33 GB/s.
+    - What is read twice, by this sum and by what follows, it widens once for both, into memory:
+      the update in bfloat16 takes 1.1 times AdamW's time with such a copy, and 0.4 to 0.5 without.
+      Barriers keep this sum's reading apart.
+    """
+    whole = tuple(a for a, runs in enumerate(axes) if _is_whole(runs))
+
+    def plain(x: Array) -> Array:
+        return jnp.sum(of(x.astype(widen(x.dtype))), axis=whole, keepdims=True)
+
+    def apart(x: Array) -> Array:
+        return plain(jax.lax.optimization_barrier(x))
+
+    def looped(x: Array) -> Array:
+        # Over the inner of the two axes that the axis becomes: GSPMD may have sharded the outer.
+        rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
+
+        def at(i: Any) -> Array:
+            here, i = jax.lax.optimization_barrier((rows, i))  # or it is widened before the loop
+            row = jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False)
+            return of(row.astype(widen(row.dtype)))
+
+        add = lambda i, total: total + at(i)
+        total = jax.lax.fori_loop(0, steps, add, jnp.zeros_like(at(0)), unroll=8)
+        return jnp.sum(total, axis=whole, keepdims=True)
+
+    axis = max(whole, default=-1)
+    few = 512 // x.dtype.itemsize  # that many times smaller than x the running sums are below 1%
+    if (
+        axis >= 0
+        and math.prod(x.shape[axis + 1 :]) >= 4096
+        and not jax.typeof(x).sharding.spec[axis]
+    ):
+        steps = next((n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0), 0)
+        if steps and x.shape[axis] // steps % jax.device_count() == 0:
+            return jax.lax.platform_dependent(x, cpu=looped, default=plain)
+    if widen(x.dtype) != x.dtype:
+        return jax.lax.platform_dependent(x, cpu=apart, default=plain)
+    return plain(x)
+
+
+def _not_sharded_along(x: Array, axis: int) -> Array:
+    """Under explicit sharding an axis that is sharded cannot be split by a reshape.
+
+    What comes here is small: sums of whole axes, or one number for each block.
+    """
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = [None if a == axis else name for a, name in enumerate(sharding.spec)]
+    return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
+def _sum_runs(x: Real[Array, "*shape"], axis: int, runs: Runs) -> Real[Array, "*grouped"]:
+    """Sums each block along one axis."""
+    x = _not_sharded_along(x, axis)
+    repeats, unit = period(runs)
+    lead, trail = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)
+    sums: list[Array] = []
+    start = 0
+    for n, size in unit:
+        part = jax.lax.slice_in_dim(x, start, start + n * size, axis=axis + 1)
+        sums.append(part.reshape(*lead, repeats, n, size, *trail).sum(axis + 2))
+        start += n * size
+    return jnp.concatenate(sums, axis + 1).reshape(*lead, sum(n for n, _ in runs), *trail)
+
+
+def _repeat_runs(x: Real[Array, "*grid"], axis: int, runs: Runs) -> Real[Array, "*shape"]:
+    """Repeats each block's entry along one axis as often as the block is long."""
+    x = _not_sharded_along(x, axis)
+    repeats, unit = period(runs)
+    lead, trail = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*lead, repeats, x.shape[axis] // repeats, *trail)
+    parts: list[Array] = []
+    start = 0
+    for n, size in unit:
+        part = jax.lax.slice_in_dim(x, start, start + n, axis=axis + 1)
+        parts.append(jnp.repeat(part, size, axis=axis + 1))
+        start += n
+    length = sum(n * size for n, size in runs)
+    return jnp.concatenate(parts, axis + 1).reshape(*lead, length, *trail)
+
+
+def _block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
+    """The coordinates in each block: one number, or an array that broadcasts to the grid."""
+    if all(len(runs) == 1 for runs in axes):
+        return float(math.prod(runs[0][1] for runs in axes))
+    sizes = np.ones([1] * len(axes), np.float32)
+    for axis, runs in enumerate(axes):
+        along = np.repeat([s for _, s in runs], [n for n, _ in runs]).astype(np.float32)
+        sizes = sizes * along.reshape([-1 if a == axis else 1 for a in range(len(axes))])
+    return sizes

@@ -1,0 +1,57 @@
+import jax.numpy as jnp
+import optax
+import pytest
+
+from optax_adam_mini import per_element, per_head, per_neuron, per_tensor
+from optax_adam_mini.labels import resolve_block_specs
+
+
+def test_resolve_block_specs():
+    params = {"a": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}, "b": jnp.ones(3)}
+    specs = {"a": {"kernel": per_neuron(), "bias": per_element()}, "b": per_tensor()}
+    expected = [("a/bias", per_element()), ("a/kernel", per_neuron()), ("b", per_tensor())]
+    assert resolve_block_specs(specs, params) == expected
+    assert resolve_block_specs(lambda p: specs, params) == expected
+    assert resolve_block_specs(per_tensor(), params) == [
+        (path, per_tensor()) for path in ("a/bias", "a/kernel", "b")
+    ]
+    # A prefix, and nothing asked for where the parameters are empty.
+    assert resolve_block_specs({"a": per_element(), "b": per_tensor()}, params)[1] == (
+        "a/kernel",
+        per_element(),
+    )
+    for empty in (None, optax.MaskedNode(), {}):
+        partial = {"a": empty, "b": jnp.ones(3)}
+        assert resolve_block_specs(specs, partial) == [("b", per_tensor())]
+    assert resolve_block_specs(specs, optax.MaskedNode()) == []
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "text"),
+    [
+        ({"a": per_tensor()}, ValueError, "prefix of it: no spec for c"),
+        (
+            {"a": per_tensor(), "b": per_tensor()},
+            ValueError,
+            "no spec for c; no parameter for the spec at b",
+        ),
+        (
+            {"a": per_tensor(), "c": per_tensor(), "d": {"e": per_tensor()}},
+            ValueError,
+            "no parameter for the spec at d/e",
+        ),
+        (
+            {"a": "neuron", "c": per_tensor()},
+            TypeError,
+            "a: expected a BlockSpec such as per_neuron(), got 'neuron' of type str",
+        ),
+        ({"a": None, "c": per_tensor()}, ValueError, "no spec for a"),
+        ({"a": per_head(3), "c": per_tensor()}, ValueError, "a: 3 blocks do not divide axis -1"),
+        (lambda params: {"a": 1, "c": 2}, TypeError, "a: expected a BlockSpec"),
+        (3, TypeError, "block_specs: expected a BlockSpec such as per_neuron(), got 3 of type int"),
+    ],
+)
+def test_resolve_block_specs_errors(specs, error, text):
+    with pytest.raises(error) as raised:
+        resolve_block_specs(specs, {"a": jnp.ones((2, 4)), "c": jnp.ones(2)})
+    assert text in str(raised.value)
