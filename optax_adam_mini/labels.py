@@ -21,8 +21,13 @@ LabelFn = Callable[[Any], Any]
 
 
 def is_label_function(block_specs: Any) -> bool:
-    """Whether specs are given as a function of the parameters, and not as a pytree."""
-    return callable(block_specs)
+    """Whether specs are given as a function of the parameters, and not as a pytree.
+
+    A tree that is callable itself, such as an Equinox module with specs for its arrays, is a tree:
+    its leaves are looked at, as Optax does for masks.
+    """
+    leaves = jax.tree.leaves(block_specs)
+    return bool(leaves) and all(map(callable, leaves))
 
 
 def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockSpec]]:

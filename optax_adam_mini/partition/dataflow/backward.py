@@ -1,4 +1,8 @@
-"""The backward pass: what is coupled, from where it is coupled back to the parameters."""
+"""The backward pass: what is coupled, from where it is coupled back to the parameters.
+
+Coupling goes back along the links of every step, to what outputs of parameters are in, and to
+nothing else: a table or a mask that heads share joins no heads.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ from typing import Any
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Value
-from optax_adam_mini.partition.dataflow.groups import ALONE, WHOLE, Groups, Label, moved
+from optax_adam_mini.partition.dataflow.groups import (
+    ALONE,
+    UNSEEN,
+    WHOLE,
+    Groups,
+    Label,
+    moved,
+)
 from optax_adam_mini.partition.dataflow.program import Step
 
 
-def find_groups(facts: Facts) -> list[Any]:
-    """What is coupled in every value.
-
-    Of weights the groups of each axis; of data the groups of all coordinates together, an array
-    with an axis of size 1 for each that need not be told apart, or None where nothing is coupled.
-    """
+def find_groups(facts: Facts) -> list[list[Label]]:
+    """For every value that is a parameter still, the groups of each axis."""
     return _Backward(facts).run()
 
 
@@ -27,64 +34,75 @@ class _Backward:
     def __init__(self, facts: Facts):
         self.facts, self.values = facts, facts.values
         self.groups = Groups()
+        self.coupled: list[np.ndarray | None] = [None] * len(self.values)
+        """The groups of all coordinates of activations together, with an axis of size 1 for each
+        that need not be told apart; None where nothing is coupled."""
+        self.labels: list[list[Label]] = []
+        self.spent = [False] * len(self.values)
+        """What parameters are combined in as data."""
+        for place in facts.program.outputs:
+            self.spent[place] = facts.acts(self.values[place])
         self._couplings: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
 
-    def run(self) -> list[Any]:
+    def run(self) -> list[list[Label]]:
         """What `find_groups` gives."""
-        coupled: list[Any] = [self._fresh(value) for value in self.values]
         while True:
-            before = [self._resolved(found) for found in coupled]
-            for place, value in enumerate(self.values):
-                if value.is_weight:  # refined, from what is known of the others by now
-                    coupled[place] = self._fresh(value)
-            for step, relation in zip(
-                reversed(self.facts.program.steps), reversed(self.facts.relations), strict=True
-            ):
-                for part in (relation, self.facts.later.get(id(step))):
-                    if part is not None:
-                        self._give_back(step, part, coupled)
-            after = [self._resolved(found) for found in coupled]
-            if all(map(_equal, before, after)):
-                return after
+            before = self.labels, [*self.coupled], [*self.spent]
+            # Refined anew, from what is known of the others by now.
+            self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
+            for step, relation in reversed(self.facts.trail):
+                self._give_back(step, relation)
+            if _equal(before, (self.labels, self.coupled, self.spent)):
+                return self.labels
 
-    def _fresh(self, value: Value) -> Any:
-        """Before any use: a parameter is one block, and in data nothing is coupled."""
-        return [WHOLE] * len(value.shape) if value.is_weight else None
-
-    def _resolved(self, found: Any) -> Any:
-        if isinstance(found, list):
-            return [self.groups.resolved(label) for label in found]
-        return self.groups.resolved(found)
-
-    def _give_back(self, step: Step, relation: Relation, coupled: list[Any]) -> None:
+    def _give_back(self, step: Step, relation: Relation) -> None:
         """Brings what is coupled in the results of a step to its operands."""
-        for result, result_place in enumerate(step.outputs):
-            for operand, place in enumerate(step.inputs):
-                links = [k for k in relation.links if (k.operand, k.result) == (operand, result)]
-                value = self.values[place]
-                if not links:
-                    continue
-                shape = self.values[result_place].shape
-                if not value.is_weight:
-                    if coupled[result_place] is not None:
-                        found = self._data_from_data(links, value, coupled[result_place], shape)
-                        coupled[place] = self._join(coupled[place], found)
-                elif self.values[result_place].is_weight:
-                    labels = self._weight_from_weight(links, value, coupled[result_place], shape)
-                    self._refine(coupled[place], labels)
-                elif operand in relation.uses:
-                    labels = self._weight_from_data(links, value, coupled[result_place], shape)
-                    self._refine(coupled[place], labels)
+        links: dict[tuple[int, int], list[Link]] = {}
+        for link in relation.links:
+            links.setdefault((link.operand, link.result), []).append(link)
+        for (operand, result), found in links.items():
+            place, result_place = step.inputs[operand], step.outputs[result]
+            value, coupled = self.values[place], self.coupled[result_place]
+            shape = self.values[result_place].shape
+            if operand not in relation.uses and coupled is not None and value.has_features:
+                groups = self._of_data(found, value, coupled, shape)
+                if groups is not None:
+                    old = self.coupled[place]
+                    self.coupled[place] = groups if old is None else self.groups.join(old, groups)
+            if operand in relation.keeps:
+                labels = self._of_weight(found, value, self.labels[result_place], shape)
+                self._refine(place, labels)
+            elif operand in relation.uses:
+                self._refine(
+                    place, self._of_outputs(found, relation, operand, value, coupled, shape)
+                )
+        for operand in relation.keeps:
+            if any(self.spent[place] for place in step.outputs):
+                self._spend(step, relation, operand)
+        for operand in relation.spent:
+            self._spend(step, relation, operand)
+        for operand in relation.uses:
+            place = step.inputs[operand]
+            self._refine(place, dict.fromkeys(range(len(self.values[place].shape)), WHOLE))
         for operand, contracted, free in relation.chain:
             # Of two weights that are multiplied, the one that meets the data first has outputs.
-            if all(isinstance(coupled[step.outputs[0]][axis], int) for axis in free):
-                self._refine(coupled[step.inputs[operand]], dict.fromkeys(contracted))
+            labels = [self.labels[step.outputs[0]][axis] for axis in free]
+            if labels and all(isinstance(label, int) and label != UNSEEN for label in labels):
+                self._refine(step.inputs[operand], dict.fromkeys(contracted))
         for operand, axis in relation.cuts:
-            self._refine(coupled[step.inputs[operand]], {axis: None})
+            self._refine(step.inputs[operand], {axis: None})
         for operand, axes in relation.couplings:
             place = step.inputs[operand]
-            found = self._coupling(step, operand, axes)
-            coupled[place] = self._join(coupled[place], found)
+            groups, old = self._coupling(step, operand, axes), self.coupled[place]
+            self.coupled[place] = groups if old is None else self.groups.join(old, groups)
+
+    def _spend(self, step: Step, relation: Relation, operand: int) -> None:
+        """A combined value was data: what is no factor in it is a bias."""
+        place = step.inputs[operand]
+        self.spent[place] = True
+        if operand in relation.shifts:
+            own = [a for a in range(len(self.values[place].shape)) if self.values[place].is_own(a)]
+            self._refine(place, dict.fromkeys(own))
 
     def _coupling(self, step: Step, operand: int, axes: tuple[int, ...]) -> np.ndarray:
         """Groups of an operand that is coupled along `axes`, at each index of the others apart."""
@@ -97,34 +115,41 @@ class _Backward:
             self._couplings[key] = np.broadcast_to(numbers, shape).copy()
         return self._couplings[key]
 
-    def _join(self, a: Any, b: Any) -> Any:
-        if a is None or b is None:
-            return b if a is None else a
-        return self.groups.join(a, b)
-
-    def _refine(self, labels: list[Label], others: dict[int, Label]) -> None:
+    def _refine(self, place: int, others: dict[int, Label]) -> None:
+        labels = self.labels[place]
         for axis, label in others.items():
             labels[axis] = self.groups.meet(labels[axis], label)
 
-    def _data_from_data(
+    def _of_data(
         self, links: list[Link], value: Value, found: np.ndarray, shape: tuple[int, ...]
     ) -> np.ndarray | None:
-        """The groups of an operand from those of a result of `shape`."""
-        has = value.apart
-        active = [k for k in links if k.positions is not None or any(has[a] for a in k.axes)]
+        """The groups of activations from those of a result of `shape`."""
+        apart = [size > 1 for size in value.shape_apart]
+        active = [k for k in links if k.positions is not None or any(apart[a] for a in k.axes)]
         linked = {axis for link in active for axis in link.axes}
-        if not active or any(has[axis] and axis not in linked for axis in range(len(has))):
+        if not active or any(apart[axis] and axis not in linked for axis in range(len(apart))):
             return None
         grid, axes = self._pulled(active, value, found, shape)
         for index, axis in enumerate(axes):
-            if not has[axis]:
+            if not apart[axis]:
                 grid = self.groups.united(grid, index)
         return grid.reshape(value.shape_apart)
 
-    def _weight_from_data(
-        self, links: list[Link], value: Value, found: np.ndarray | None, shape: tuple[int, ...]
+    def _of_outputs(
+        self,
+        links: list[Link],
+        relation: Relation,
+        operand: int,
+        value: Value,
+        found: np.ndarray | None,
+        shape: tuple[int, ...],
     ) -> dict[int, Label]:
         """The groups of a parameter's axes, where it meets data, from those of the result."""
+        outputs = set(relation.uses[operand])
+        batch = {axis for cut, axis in relation.cuts if cut == operand}
+        links = [
+            link for link in links if set(link.result_axes) <= outputs or batch & set(link.axes)
+        ]
         if found is None:
             return dict.fromkeys(axis for link in links for axis in link.axes)
         grid, axes = self._pulled(links, value, found, shape)
@@ -145,11 +170,13 @@ class _Backward:
         found = np.broadcast_to(
             found.reshape(found.shape[: len(order)]), [shape[axis] for axis in order]
         )
-        found = found.reshape([np.prod([shape[a] for a in link.result_axes]) for link in links])
+        found = found.reshape([math.prod(shape[a] for a in link.result_axes) for link in links])
         for index, link in enumerate(links):
-            if link.positions is not None:
+            size = math.prod(value.shape[axis] for axis in link.axes)
+            if link.is_mixed:
+                found = np.repeat(self.groups.united(found, index), size, index)
+            elif link.positions is not None:
                 taken = link.positions >= 0
-                size = math.prod(value.shape[axis] for axis in link.axes)
                 whole = np.full((*found.shape[:index], size, *found.shape[index + 1 :]), ALONE)
                 at = (slice(None),) * index
                 whole[(*at, link.positions[taken])] = found[(*at, taken)]
@@ -158,7 +185,7 @@ class _Backward:
         found = found.reshape([value.shape[axis] for axis in axes])
         return found.transpose(np.argsort(axes)), sorted(axes)
 
-    def _weight_from_weight(
+    def _of_weight(
         self, links: list[Link], value: Value, found: list[Label], shape: tuple[int, ...]
     ) -> dict[int, Label]:
         """The groups of a parameter's axes before its axes are moved about."""
@@ -167,6 +194,10 @@ class _Backward:
             if not link.axes:
                 continue
             given = [found[axis] for axis in link.result_axes]
+            if link.is_mixed:
+                given = [self.groups.mixed(given)] * len(link.axes)
+                labels.update(zip(link.axes, given, strict=True))
+                continue
             if link.positions is not None:
                 size = value.shape[link.axes[0]]
                 # One index of several is one of a stack.
@@ -183,6 +214,6 @@ class _Backward:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list):
-        return all(map(_equal, a, b))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
     return a is b or (a is not None and b is not None and np.array_equal(a, b))

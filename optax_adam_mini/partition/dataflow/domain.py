@@ -2,13 +2,19 @@
 
 - A *feature* of an axis: the axis comes from the free axes of a parameter where that was used. In
   `h = x @ w` the last axis of `h` has the feature of that use of `w`.
-- An axis is *apart* where its indices are to be told apart: it has features, or is put together
-  from several arrays. In `concatenate([a, b])` the joined axis is apart.
+- An axis is a parameter's *own* where it is an axis of the parameter still: both axes of `w`, of
+  `w.T`, of `w * mask`. An axis that a parameter was repeated along is not.
+- An axis *moves* where data vary along it. In `w * mask` both axes are own, and move with the mask.
+- A value is *combined* where data and a parameter met, and it is open whether as activations or as
+  a kernel: a masked kernel, a scaled input, rows chosen by an index. Where an own axis of it is
+  contracted with data it was a kernel; where a kernel takes it in it was data, *spent* there.
 - A *group* is a set of indices, or of coordinates, that are coupled: a block, where a grid can hold
-  it.
+  it. An axis of activations is *apart* where its indices may be in different groups.
 - A *use*: a parameter meets data in a step. `x @ w` is a use of `w`.
 - A *coupling*: coordinates of activations that act through one number, as the features of one head
   of `q` do in the score `q . k`.
+- A layer *ran over* an axis of data if it was applied at each of its indices: a dense layer runs
+  over batch and positions. Of that layer's features, the axis is one of positions.
 - A *role* of a parameter's axis: what it is where the parameter is used. In `x @ w` the first axis
   of `w` is contracted, a `REDUCTION`, the second an `OUTPUT`.
 """
@@ -17,8 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,47 +42,184 @@ class Kind(enum.IntEnum):
     DATA = 2
 
 
+class Factor(NamedTuple):
+    """What is known of an axis, or of one of several axes that were merged into it."""
+
+    size: int
+    features: Mapping[int, int] = {}
+    """The uses of parameters whose free axes it comes from, with the distance between neighbours
+    when those free axes are counted through, the last one fastest."""
+    own: frozenset[tuple[int, int]] = frozenset()
+    """The axes of parameters, `(parameter, axis)`, that it still is."""
+    moves: bool = False
+    is_joined: bool = False
+    """Parts of one parameter's outputs were put side by side along it."""
+    over: int = 0
+    """The uses that ran over it, each a bit."""
+    one_hot: bool = False
+    """Vectors along it are one-hot."""
+    counts: bool = False
+    """It counts 0, 1, 2, ..."""
+    products: frozenset[tuple[int, int]] = frozenset()
+    """The element-wise products, `(step, axis)`, of which this is an axis."""
+    is_spectrum: bool = False
+    """Its indices are frequencies."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its indices may be in different groups."""
+        return bool(self.features) or self.is_joined
+
+
+def union(a: Factor, b: Factor) -> Factor:
+    """What is known of an axis from two sides."""
+    if a is b:
+        return a
+    features = a.features
+    if b.features and b.features is not features:
+        features = {**a.features}
+        for use, distance in b.features.items():
+            features[use] = min(features.get(use, distance), distance)
+        features = a.features if features == a.features else features
+    return Factor(
+        a.size,
+        features,
+        a.own | b.own,
+        a.moves or b.moves,
+        a.is_joined or b.is_joined,
+        a.over | b.over,
+        a.one_hot or b.one_hot,
+        a.counts or b.counts,
+        a.products | b.products,
+        a.is_spectrum or b.is_spectrum,
+    )
+
+
+Factors = tuple[Factor, ...]
+
+
+def blank(size: int) -> Factors:
+    """An axis of which nothing is known."""
+    return (Factor(size),)
+
+
+def whole(factors: Factors, size: int | None = None) -> Factor:
+    """What is known of an axis as one, or of another axis of this size that comes from it."""
+    found = factors[0]
+    for factor in factors[1:]:
+        found = union(found, factor)
+    size = size if size is not None else int(np.prod([factor.size for factor in factors]))
+    return found if found.size == size else found._replace(size=size)
+
+
+def merged(a: Factors, b: Factors) -> Factors:
+    """What is known of an axis from two arrays, element by element."""
+    if a is b or b == a:
+        return a
+    if len(a) == len(b) and all(x.size == y.size for x, y in zip(a, b, strict=True)):
+        return tuple(map(union, a, b))
+    for one, other in ((a, b), (b, a)):
+        if len(one) == 1 and one[0]._replace(moves=False) == Factor(one[0].size):
+            # Nothing but that it moves: what was merged can still be told apart.
+            return tuple(f._replace(moves=f.moves or one[0].moves) for f in other)
+    return (union(whole(a), whole(b)),)
+
+
+def regrouped(factors: Sequence[Factor], sizes: Sequence[int]) -> list[Factors]:
+    """Axes that are merged and split again: the factors of each of the new axes.
+
+    A factor that is split is in all its parts. Where the borders do not fit, all is in all.
+    """
+    rest = [factor for factor in factors if factor.size != 1][::-1]
+    found: list[Factors] = []
+    for size in sizes:
+        own: list[Factor] = []
+        left = size
+        while left > 1 and rest:
+            factor = rest.pop()
+            if left % factor.size == 0:
+                own.append(factor)
+                left //= factor.size
+            elif factor.size % left == 0:
+                inner = factor.size // left
+                slow = {use: distance * inner for use, distance in factor.features.items()}
+                own.append(factor._replace(size=left, features=slow))
+                rest.append(factor._replace(size=inner))
+                left = 1
+            else:
+                every = whole(tuple(factors))
+                return [(every._replace(size=size),) for size in sizes]
+        found.append(tuple(own) or blank(size))
+    return found
+
+
 @dataclasses.dataclass(eq=False)
 class Value:
     """What is known of an array."""
 
     shape: tuple[int, ...]
     kind: Kind = Kind.CONSTANT
-    is_rows: bool = False
-    """Data that are rows of a parameter, chosen by an index: still the parameter where another
-    axis of it is contracted."""
     params: frozenset[int] = frozenset()
-    """The parameters that a weight is made of."""
-    features: list[dict[int, int]] = dataclasses.field(default_factory=list)
-    """For each axis, the uses of parameters whose free axes it comes from, with the distance
-    between neighbours when those free axes are counted through, the last one fastest."""
-    apart: list[bool] = dataclasses.field(default_factory=list)
-    """For each axis, whether its indices are to be told apart: it has features, or is put together
-    from several arrays."""
-    iota: int | None = None
-    """The axis along which it counts 0, 1, 2, ..."""
-    one_hot: int | None = None
-    """The axis along which it is a one-hot vector."""
-    product: tuple[Step, int, int] | None = None
-    """The step and the two operands, if it is their element-wise product."""
+    """The parameters that it still is, alone or combined with data."""
+    axes: list[Factors] = dataclasses.field(default_factory=list)
+    made: int = 0
+    """1 if it is a product of parameters, 2 if a function of one that is no product."""
+    is_summary: bool = False
+    """Parameters were summed over axes of their own to make it: a norm, a penalty."""
+    is_plain: bool = False
+    """A loop carries something else than parameters in it, sooner or later."""
+    is_fixed: bool = False
+    """It is made of constants and of arrays that the function closes over."""
+    mixtures: int = 0
+    """The contractions of activations with activations that are behind it, each a bit."""
 
     def __post_init__(self) -> None:
-        self.features = [{} for _ in self.shape]
-        self.apart = [False for _ in self.shape]
+        self.axes = self.axes or [blank(size) for size in self.shape]
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter still, alone or combined: its groups are those of blocks."""
+        return bool(self.params)
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether data were combined with a parameter in it."""
+        return self.kind == Kind.DATA and bool(self.params)
+
+    def whole(self, axis: int) -> Factor:
+        """What is known of an axis as one."""
+        factors = self.axes[axis]
+        return factors[0] if len(factors) == 1 else whole(factors, self.shape[axis])
+
+    def features(self, axis: int) -> Mapping[int, int]:
+        """The features of an axis."""
+        return self.whole(axis).features
+
+    def is_own(self, axis: int) -> bool:
+        """Whether an axis is a parameter's own."""
+        return any(factor.own for factor in self.axes[axis])
+
+    def is_copied(self, axis: int) -> bool:
+        """Whether a parameter was repeated along an axis."""
+        found = self.whole(axis)
+        return found.size > 1 and not found.own and not found.moves
+
+    def moves(self, axis: int) -> bool:
+        """Whether data vary along an axis."""
+        return any(factor.moves for factor in self.axes[axis])
+
+    @property
+    def has_features(self) -> bool:
+        """Whether outputs of parameters are in it."""
+        return any(factor.features for factors in self.axes for factor in factors)
 
     @property
     def shape_apart(self) -> tuple[int, ...]:
         """The shape without the axes whose indices need not be told apart."""
-        return tuple(n if apart else 1 for n, apart in zip(self.shape, self.apart, strict=True))
-
-    def state(self) -> tuple[Any, ...]:
-        """What only grows."""
-        return self.kind, self.is_rows, self.params, sum(map(len, self.features)), sum(self.apart)
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether its groups are those of a parameter's blocks."""
-        return self.kind == Kind.WEIGHT or self.is_rows
+        return tuple(
+            size if any(factor.is_apart for factor in factors) else 1
+            for size, factors in zip(self.shape, self.axes, strict=True)
+        )
 
 
 @dataclasses.dataclass
@@ -91,6 +234,8 @@ class Link:
     """For each index of the result's axis that of the operand's, negative where it has none."""
     parts: int = 1
     """The result has one of so many parts of the operand's axis, all with the same groups."""
+    is_mixed: bool = False
+    """Every index of the operand's axes goes into every index of the result's."""
 
 
 @dataclasses.dataclass
@@ -105,28 +250,55 @@ class Relation:
     uses: dict[int, Axes] = dataclasses.field(default_factory=dict)
     """For each operand that is a parameter meeting data here, the axes of the result that come from
     its free axes, in its own order."""
+    shifts: set[int] = dataclasses.field(default_factory=set)
+    """Operands, parameters, that are no factors here: biases, where the result is spent."""
+    spent: set[int] = dataclasses.field(default_factory=set)
+    """Combined operands that are data here, and no parameters any more."""
+    is_lookup: bool = False
+    """Rows of a parameter are chosen by an index."""
+    keeps: set[int] = dataclasses.field(default_factory=set)
+    """Operands that are parameters still in the result, alone or combined."""
     in_groups: bool = False
     """The outputs of a kernel are in groups that each have their own inputs."""
     kind: Kind | None = None
-    is_rows: bool = False
-    iota: int | None = None
+    joined: int | None = None
+    """The axis along which parts of one parameter's outputs are put side by side."""
+    counts: int | None = None
+    """The axis along which the result counts."""
     one_hot: int | None = None
-    product: tuple[Step, int, int] | None = None
+    """The axis along which the result is one-hot."""
+    spectrum: Axes = ()
+    """Axes whose indices become frequencies."""
+    is_product: bool = False
+    """It is an element-wise product, whose sum would be an inner product."""
+    drops: bool = True
+    """What the operands are the product of, the result is not."""
+    made: int | None = None
+    is_summary: bool = False
+    is_mixture: bool = False
+    """Activations are contracted with activations."""
+    is_plain: bool = False
     unread: bool = False
     """Nothing is known of the primitive."""
     chain: tuple[tuple[int, Axes, Axes], ...] = ()
     """Of a product of weights: (operand, its contracted axes, the result's axes from it)."""
+    sums: list[tuple[Step, Relation]] = dataclasses.field(default_factory=list)
+    """The products that are summed here, as the contractions that they are."""
+    partner: dict[int, int] = dataclasses.field(default_factory=dict)
+    """For each operand that is used, the operand that it meets."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A parameter meets data in a step."""
 
     step: Step
     operand: int
     params: frozenset[int]
-    is_lookup: bool
-    """Rows of it are chosen by an index."""
+    is_lookup: bool = False
+    partner: int | None = None
+    """The operand that it meets."""
+    ran_over: int = 0
+    """The uses that ran over the axes of data that are contracted here, each a bit."""
 
 
 class Role(enum.Enum):
@@ -146,11 +318,18 @@ class Facts:
     n_params: int
     """The first so many of the program's inputs are parameters."""
     values: list[Value]
-    relations: list[Relation] = dataclasses.field(default_factory=list)
-    """What the rules say of each step."""
-    later: dict[int, Relation] = dataclasses.field(default_factory=dict)
-    """Cuts and couplings of steps that a later step has found, by the steps' ids."""
+    trail: list[tuple[Step, Relation]] = dataclasses.field(default_factory=list)
+    """What the rules say of each step, in order."""
     uses: dict[int, Use] = dataclasses.field(default_factory=dict)
+    products: dict[int, Step] = dataclasses.field(default_factory=dict)
+    """The steps that are element-wise products, by their ids."""
+    summed: dict[tuple[int, int], Step] = dataclasses.field(default_factory=dict)
+    """Products that are summed, each a step of its own, by their ids and those of the sums."""
+    numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
+
+    def number(self, key: Any) -> int:
+        """The same small number for the same key."""
+        return self.numbers.setdefault(key, len(self.numbers))
 
     def inputs(self, step: Step) -> list[Value]:
         """The operands' values."""
@@ -160,15 +339,43 @@ class Facts:
         """The results' values."""
         return [self.values[i] for i in step.outputs]
 
-    def made(self, features: Iterable[dict[int, int]]) -> set[int]:
+    def known(self, step: Step, operand: int) -> np.ndarray | None:
+        """The numbers that an operand is, where the program says them."""
+        return self.program.known.get(step.inputs[operand])
+
+    def made(self, features: Iterable[Mapping[int, int]]) -> set[int]:
         """The parameters whose outputs these are."""
-        numbers = {use for part in features for use in part if use >= 0}
-        return set().union(*(self.uses[number].params for number in numbers))
+        numbers = {use for part in features for use in part}
+        return set[int]().union(*(self.uses[number].params for number in numbers))
 
     def makers(self, values: Iterable[Value]) -> set[int]:
         """The parameters that values are, or come from the outputs of."""
         found: set[int] = set()
         for value in values:
-            found |= value.params if value.is_weight else set()
-            found |= self.made(value.features)
+            found |= value.params
+            found |= self.made(value.features(axis) for axis in range(len(value.shape)))
         return found
+
+    def others_features(self, value: Value, axis: int, params: frozenset[int]) -> bool:
+        """Whether an axis has features of other parameters than `params`."""
+        return any(not self.uses[use].params <= params for use in value.features(axis))
+
+    def acts(self, value: Value) -> bool:
+        """Whether what a combined value is for another parameter is data."""
+        axes = range(len(value.shape))
+        return value.is_combined and (
+            self.is_activation(value, axes)
+            or any(value.moves(axis) and not value.is_own(axis) for axis in axes)
+        )
+
+    def is_rows(self, value: Value) -> bool:
+        """Whether a combined value is rows of a parameter that were chosen by an index."""
+        return any(
+            self.uses[use].is_lookup and self.uses[use].params & value.params
+            for axis in range(len(value.shape))
+            for use in value.features(axis)
+        )
+
+    def is_activation(self, value: Value, axes: Iterable[int]) -> bool:
+        """Whether a combined value is, along `axes`, what other parameters made."""
+        return any(self.others_features(value, axis, value.params) for axis in axes)

@@ -5,8 +5,24 @@ It runs the rules over the steps until what loops carry has settled.
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
-from optax_adam_mini.partition.dataflow.program import Program, Step
+import dataclasses
+import math
+
+from optax_adam_mini.partition.dataflow.domain import (
+    Factor,
+    Factors,
+    Facts,
+    Kind,
+    Link,
+    Relation,
+    Use,
+    Value,
+    blank,
+    merged,
+    regrouped,
+    whole,
+)
+from optax_adam_mini.partition.dataflow.program import MERGE, Program, Step
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 
 
@@ -17,85 +33,252 @@ def follow(program: Program, n_params: int) -> Facts:
         value = facts.values[place]
         if index < n_params:
             value.kind, value.params = Kind.WEIGHT, frozenset([index])
-            # To be told from constants that are broadcast along an axis.
-            value.features = [{-1 - place: 1} if size > 1 else {} for size in value.shape]
-            value.apart = [size > 1 for size in value.shape]
+            value.axes = [
+                (Factor(size, own=frozenset([(index, axis)])),)
+                for axis, size in enumerate(value.shape)
+            ]
         else:
-            value.kind = Kind.DATA
+            _be_data(value)
     for place in program.arrays:
-        facts.values[place].kind = Kind.DATA
-    numbers: dict[tuple[int, int], int] = {}
-    while _pass(facts, numbers):
+        _be_data(facts.values[place])
+        facts.values[place].is_fixed = True
+    while _pass(facts):
         pass
     return facts
 
 
-def _pass(facts: Facts, numbers: dict[tuple[int, int], int]) -> bool:
+def _be_data(value: Value) -> None:
+    value.kind = Kind.DATA
+    value.axes = [(Factor(size, moves=size > 1),) for size in value.shape]
+
+
+def _pass(facts: Facts) -> bool:
     """Whether a value that was read before it was given has changed, as in loops."""
-    facts.later.clear()
-    facts.relations = []
+    facts.trail = []
     read: set[int] = set()
     again = False
     for step in facts.program.steps:
         read.update(step.inputs)
-        relation = RULES.get(step.name, unknown)(facts, step)
-        facts.relations.append(relation)
+        relation = _relation(facts, step)
+        facts.trail.append((step, relation))
         for result, place in enumerate(step.outputs):
-            changed = _give(facts, numbers, step, relation, result)
-            again |= changed and place in read
+            value = _result(facts, step, relation, result)
+            if step.name == MERGE:
+                old = facts.values[place]
+                value = _with_what_was(old, value)
+                again |= place in read and _differs(old, value)
+            facts.values[place] = value
+        for summed, product in relation.sums:
+            facts.trail.append((summed, product))
+            for result, place in enumerate(summed.outputs):
+                _use(facts, summed, product, result, facts.values[place])
     return again
 
 
-def _give(
-    facts: Facts,
-    numbers: dict[tuple[int, int], int],
-    step: Step,
-    relation: Relation,
-    result: int,
-) -> bool:
-    """Adds to a result what the relation says; whether that is new."""
-    value = facts.values[step.outputs[result]]
-    before = value.state()
+def _relation(facts: Facts, step: Step) -> Relation:
+    if step.is_backward:
+        return _of_derivative(facts, step)
+    try:
+        relation = RULES.get(step.name, unknown)(facts, step)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        # A rule that does not understand what it sees has not read it: the error that the user
+        # gets names the parameter, the primitive and the line.
+        return unknown(facts, step)
+    return relation if _fits(facts, step, relation) else unknown(facts, step)
+
+
+def _of_derivative(facts: Facts, step: Step) -> Relation:
+    """A step of a backward pass, in which no parameter is used anew: its results are data."""
+    kind = max((value.kind for value in facts.inputs(step)), default=Kind.CONSTANT)
+    return Relation(kind=Kind.DATA if kind == Kind.WEIGHT else kind)
+
+
+def _fits(facts: Facts, step: Step, relation: Relation) -> bool:
+    """Whether the axes that a rule links have the same sizes."""
+    for link in relation.links:
+        operand = facts.values[step.inputs[link.operand]].shape
+        result = facts.values[step.outputs[link.result]].shape
+        sizes = [operand[axis] for axis in link.axes], [result[axis] for axis in link.result_axes]
+        if link.positions is not None:
+            good = math.prod(sizes[1]) == len(link.positions)
+        else:
+            good = link.is_mixed or link.parts > 1 or math.prod(sizes[0]) == math.prod(sizes[1])
+        if not good:
+            return False
+    return True
+
+
+def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
+    """What the relation says of a result."""
     ins = facts.inputs(step)
-    kind = max((v.kind for v in ins), default=Kind.CONSTANT)
-    value.kind = max(value.kind, kind if relation.kind is None else relation.kind)
-    value.is_rows = relation.is_rows
-    value.iota, value.one_hot = relation.iota, relation.one_hot
-    value.product = relation.product
-    if value.is_weight:
-        value.params = value.params.union(*(v.params for v in ins))
+    value = Value(facts.program.shapes[step.outputs[result]])
+    value.kind = max((v.kind for v in ins), default=Kind.CONSTANT)
+    if relation.kind is not None:
+        value.kind = relation.kind
+    kept = relation.keeps
+    if len(step.outputs) > 1:
+        kept = {link.operand for link in relation.links if link.result == result} & kept
+    value.params = frozenset[int]().union(*(ins[operand].params for operand in kept))
+    value.is_plain = relation.is_plain
+    made = max((ins[operand].made for operand in relation.keeps), default=0)
+    value.made = made if relation.made is None else max(made, relation.made)
+    value.is_summary = relation.is_summary
+    value.is_fixed = bool(ins) and all(v.is_fixed or v.kind == Kind.CONSTANT for v in ins)
+    for v in ins:
+        value.mixtures |= v.mixtures
+    if relation.is_mixture:
+        value.mixtures |= 1 << facts.number(("mixture", id(step)))
+    if step.is_backward:
+        value.axes = [(Factor(size, moves=size > 1),) for size in value.shape]
+        return value
+    found: list[list[Factors]] = [[] for _ in value.shape]
     for link in relation.links:
         if link.result == result and link.operand not in relation.uses:
-            _follow(link, ins[link.operand], value)
+            _follow(link, ins[link.operand], value, found, link.operand in relation.keeps)
+    linked = {axis for link in relation.links if link.result == result for axis in link.result_axes}
+    data = value.kind == Kind.DATA
+    for axis, parts in enumerate(found):
+        # Of an axis that comes from nowhere it is not known that data do not vary along it.
+        factors = blank(value.shape[axis])
+        if data and axis not in linked and value.shape[axis] > 1:
+            factors = (Factor(value.shape[axis], moves=step.name not in _REPEATING),)
+        for part in parts:
+            factors = part if factors == blank(value.shape[axis]) else merged(factors, part)
+        value.axes[axis] = factors
+    _flag(facts, step, relation, value)
+    _use(facts, step, relation, result, value)
+    return value
+
+
+# Primitives whose results' new axes are copies.
+_REPEATING = {"broadcast_in_dim", "tile", "expand_dims", "reshape"}
+
+
+def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
+    """What is known of a result as such."""
+    for axis, factors in enumerate(value.axes):
+        changed = factors
+        if relation.drops:
+            changed = tuple(f._replace(products=frozenset()) for f in changed)
+        if relation.is_product and value.shape[axis] > 1:
+            facts.products[id(step)] = step
+            tag = frozenset([(id(step), axis)])
+            changed = tuple(f._replace(products=tag) for f in changed)
+        if relation.joined == axis:
+            changed = tuple(f._replace(is_joined=True) for f in changed)
+        if relation.counts == axis:
+            changed = tuple(f._replace(counts=True) for f in changed)
+        if relation.one_hot == axis:
+            changed = tuple(f._replace(one_hot=True) for f in changed)
+        if axis in relation.spectrum:
+            changed = tuple(f._replace(is_spectrum=True) for f in changed)
+        value.axes[axis] = changed
+
+
+def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value) -> None:
+    """Gives a result the features of the parameters that are used to make it."""
+    ins = facts.inputs(step)
     for operand, axes in relation.uses.items():
-        number = numbers.setdefault((id(step), operand), len(numbers))
-        facts.uses[number] = Use(step, operand, ins[operand].params, relation.is_rows)
+        number = facts.number(("use", id(step), operand))
+        partner = relation.partner.get(operand)
+        if partner is not None:
+            bit = 1 << number
+            for link in relation.links:  # it runs over the free axes of what it meets
+                if link.operand == partner and link.result == result:
+                    for axis in link.result_axes:
+                        value.axes[axis] = tuple(
+                            f._replace(over=f.over | bit) for f in value.axes[axis]
+                        )
+        facts.uses[number] = Use(
+            step, operand, ins[operand].params, relation.is_lookup, partner,
+            _ran_over(ins[partner], relation, partner) if partner is not None else 0,
+        )  # fmt: skip
         distance = 1
         for axis in reversed(axes):
-            if value.shape[axis] > 1:
-                _add(value.features[axis], number, distance)
-                value.apart[axis] = True
-            distance *= value.shape[axis]
-    return before != value.state()
+            size = value.shape[axis]
+            if size > 1:
+                found = value.whole(axis)
+                value.axes[axis] = (
+                    found._replace(
+                        features={**found.features, number: distance}, moves=True, is_joined=False
+                    ),
+                )
+            distance *= size
+        if operand in relation.keeps:  # rows that were chosen: parameters still
+            for link in relation.links:
+                if (link.operand, link.result, len(link.result_axes)) == (operand, result, 1):
+                    (axis,) = link.result_axes
+                    own = frozenset[tuple[int, int]]().union(
+                        *(factor.own for a in link.axes for factor in ins[operand].axes[a])
+                    )
+                    value.axes[axis] = tuple(f._replace(own=f.own | own) for f in value.axes[axis])
+    for operand in relation.spent:
+        number = facts.number(("spent", id(step), operand))
+        facts.uses[number] = Use(step, operand, ins[operand].params)
 
 
-def _follow(link: Link, operand: Value, result: Value) -> None:
-    """The features of a result's axes from those of the operand's."""
-    merged: dict[int, int] = {}
-    if any(operand.apart[a] for a in link.axes) or (
-        link.positions is not None and (link.positions < 0).any()
-    ):
-        for axis in link.result_axes:
-            result.apart[axis] = result.shape[axis] > 1
-    for axis in link.axes:
-        for use, distance in operand.features[axis].items():
-            _add(merged, use, distance)
-    for axis in reversed(link.result_axes):
-        if result.shape[axis] > 1:
-            for use, distance in merged.items():
-                _add(result.features[axis], use, distance)
-        merged = {use: distance * result.shape[axis] for use, distance in merged.items()}
+def _ran_over(value: Value, relation: Relation, operand: int) -> int:
+    """The uses that ran over all axes of an operand that are contracted."""
+    kept = {axis for link in relation.links if link.operand == operand for axis in link.axes}
+    found = -1
+    for axis in range(len(value.shape)):
+        if axis not in kept and value.shape[axis] > 1:
+            found &= value.whole(axis).over
+    return 0 if found == -1 else found
 
 
-def _add(features: dict[int, int], use: int, distance: int) -> None:
-    features[use] = min(features.get(use, distance), distance)
+def _follow(
+    link: Link, operand: Value, result: Value, found: list[list[Factors]], keeps: bool
+) -> None:
+    """What is known of a result's axes from those of the operand's."""
+    sources = [factor for axis in link.axes for factor in operand.axes[axis]]
+    if not keeps:
+        sources = [f._replace(own=frozenset(), moves=f.moves or bool(f.own)) for f in sources]
+    if not sources:  # a new axis of which an operand has one index
+        (axis,) = link.result_axes
+        own = frozenset((param, -1) for param in operand.params) if keeps else frozenset()
+        moves = operand.kind == Kind.DATA
+        found[axis].append((Factor(result.shape[axis], own=own, moves=moves),))
+        return
+    sizes = [result.shape[axis] for axis in link.result_axes]
+    if link.is_mixed or link.parts > 1:
+        one = whole(tuple(sources))._replace(products=frozenset(), one_hot=False)
+        new = [(one._replace(size=size),) for size in sizes]
+    elif link.positions is not None:
+        new = [(whole(tuple(sources))._replace(size=sizes[0]),)]
+    elif len(link.axes) == len(link.result_axes) == 1:
+        new = [operand.axes[link.axes[0]] if keeps else tuple(sources)]
+    else:
+        new = regrouped(sources, sizes)
+    for axis, factors in zip(link.result_axes, new, strict=True):
+        found[axis].append(factors)
+
+
+def _with_what_was(old: Value, new: Value) -> Value:
+    """What several steps give to one value: what loops carry, what branches end with."""
+    if old.kind == Kind.CONSTANT and not old.mixtures:
+        return new
+    params = frozenset[int]() if old.is_plain or new.is_plain else old.params | new.params
+    axes = list(map(merged, old.axes, new.axes))
+    if not params:
+        axes = [tuple(f._replace(own=frozenset()) for f in factors) for factors in axes]
+    return dataclasses.replace(
+        new,
+        kind=max(old.kind, new.kind),
+        params=params,
+        axes=axes,
+        made=max(old.made, new.made),
+        is_summary=old.is_summary and new.is_summary,
+        is_plain=old.is_plain or new.is_plain,
+        mixtures=old.mixtures | new.mixtures,
+    )
+
+
+def _differs(a: Value, b: Value) -> bool:
+    return (a.kind, a.params, a.axes, a.is_plain, a.mixtures) != (
+        b.kind,
+        b.params,
+        b.axes,
+        b.is_plain,
+        b.mixtures,
+    )

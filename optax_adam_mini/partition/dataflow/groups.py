@@ -1,34 +1,42 @@
-"""Which indices of an axis are coupled: partitions of an axis into groups, and their arithmetic."""
+"""Which indices of an axis are coupled: partitions of an axis into groups, and their arithmetic.
+
+A group is a number, the same wherever the group appears, so that what was split into several arrays
+is found together again. What joins groups makes a new one, named by all that it is made of, and
+leaves those it is made of as they are: that one array's coordinates meet (those of a key that all
+heads share) says nothing of another's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 Label = Any  # None | int | np.ndarray
 """The groups of one axis: None (every index alone), one number (all indices in that group), or an
-array with the group of each index, `ALONE` where it is in none. A group has the same number
-wherever it appears, so that what was split into several arrays is found together again."""
+array with the group of each index, `ALONE` where it is in none."""
 
+UNSEEN = -2
+"""The group of what no use has told anything of."""
 ALONE = -1
 WHOLE = 0
-"""The group of what no use has told apart."""
+"""The group of what a use has seen, and not told apart."""
 
 
 class Groups:
-    """The numbers of groups: new ones, those of pairs, and which have turned out to be the same."""
+    """The numbers of groups: new ones, and those of groups that are made of others."""
 
     def __init__(self) -> None:
-        self._parent = [WHOLE]
+        self._count = WHOLE + 1
         self._numbers: dict[Any, int] = {}
+        self._members: dict[int, frozenset[int]] = {}
 
     def new(self, count: int = 1) -> int:
         """The first of `count` groups in a row that no index is in yet."""
-        first = len(self._parent)
-        self._parent.extend(range(first, first + count))
+        first = self._count
+        self._count += count
         return first
 
     def named(self, key: Any) -> int:
@@ -37,58 +45,71 @@ class Groups:
             self._numbers[key] = self.new()
         return self._numbers[key]
 
-    def _root(self, group: int) -> int:
-        while self._parent[group] != group:
-            self._parent[group] = self._parent[self._parent[group]]
-            group = self._parent[group]
-        return group
+    def _joined(self, groups: Iterable[int]) -> int:
+        """The group that is made of these."""
+        members = frozenset[int]().union(
+            *(self._members.get(group, frozenset([group])) for group in groups)
+        )
+        if len(members) == 1:
+            return next(iter(members))
+        number = self.named(members)
+        self._members[number] = members
+        return number
 
-    def _unite(self, a: int, b: int) -> None:
-        a, b = sorted((self._root(a), self._root(b)))
-        self._parent[b] = a
+    def _components(self, rows: np.ndarray) -> np.ndarray:
+        """For each row of groups the group that it is in, if the groups of a row are coupled."""
+        rows, inverse = np.unique(rows, axis=0, return_inverse=True)
+        sets = [{group for group in row if group != ALONE} for row in rows.tolist()]
+        parent = {group: group for found in sets for group in found}
 
-    def resolved(self, label: Label) -> Label:
-        """The same groups, each by one number only."""
-        if label is None:
-            return None
-        if isinstance(label, int):
-            return self._root(label)
-        present, inverse = np.unique(label, return_inverse=True)
-        roots = [g if g == ALONE else self._root(int(g)) for g in present]
-        return np.array(roots, np.int64)[inverse.reshape(-1)].reshape(label.shape)
+        def root(group: int) -> int:
+            while parent[group] != group:
+                parent[group] = group = parent[parent[group]]
+            return group
+
+        for found in sets:
+            if not found:
+                continue
+            first, *others = found
+            for other in others:
+                parent[root(other)] = root(first)
+        members: dict[int, list[int]] = {}
+        for group in parent:
+            members.setdefault(root(group), []).append(group)
+        names = {top: self._joined(below) for top, below in members.items()}
+        of_row = [names[root(next(iter(found)))] if found else ALONE for found in sets]
+        return np.array(of_row, np.int64)[inverse.reshape(-1)]
 
     def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Coupled by `a` or by `b`: the coarser partition that both refine."""
-        self._unite_all(a, b)
-        return self.resolved(np.where(a == ALONE, b, a))
+        if a is b or np.array_equal(a, b):
+            return a
+        return self._components(np.stack([a.ravel(), b.ravel()], -1)).reshape(a.shape)
 
     def united(self, label: np.ndarray, axis: int) -> np.ndarray:
         """`axis` shrunk to size 1: its indices are copies of one."""
-        while (size := label.shape[axis]) > 1:
-            half = size // 2
-            first, second = label.take(range(half), axis), label.take(range(half, 2 * half), axis)
-            rest = label.take(range(2 * half, size), axis)
-            label = np.concatenate([self.join(first, second), rest], axis)
-        return label
-
-    def _unite_all(self, a: np.ndarray, b: np.ndarray) -> None:
-        both = (a != ALONE) & (b != ALONE) & (a != b)
-        for x, y in set(zip(a[both].tolist(), b[both].tolist(), strict=True)):
-            self._unite(x, y)
+        if label.shape[axis] == 1:
+            return label
+        rows = np.moveaxis(label, axis, -1)
+        found = self._components(rows.reshape(-1, label.shape[axis]))
+        return np.expand_dims(found.reshape(rows.shape[:-1]), axis)
 
     def meet(self, a: Label, b: Label) -> Label:
         """Coupled by `a` and by `b`: the finer partition that refines both."""
         if a is None or b is None:
             return None
-        if isinstance(a, int):
-            return b
-        if isinstance(b, int):
-            return a
+        if isinstance(a, int) and isinstance(b, int):
+            return max(a, b) if min(a, b) <= WHOLE or a == b else self.named((a, b))
+        if isinstance(a, int) or isinstance(b, int):
+            one, other = (a, b) if isinstance(a, int) else (b, a)
+            return other if one == UNSEEN else np.where(other == UNSEEN, one, other)
         pairs, inverse = np.unique(np.stack([a, b]), axis=1, return_inverse=True)
         numbers = [
-            ALONE if ALONE in pair else pair[0] if pair[0] == pair[1] else self.named(pair)
+            ALONE if ALONE in pair
+            else max(pair) if UNSEEN in pair or WHOLE in pair or pair[0] == pair[1]
+            else self.named(pair)
             for pair in map(tuple, pairs.T.tolist())
-        ]
+        ]  # fmt: skip
         return np.array(numbers, np.int64)[inverse.reshape(-1)]
 
     def merged(self, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
@@ -104,7 +125,7 @@ class Groups:
         codes, places = zip(*map(_codes, labels, sizes), strict=True)
         combined = np.arange(math.prod(map(len, codes))).reshape([len(code) for code in codes])
         numbers = [
-            ALONE if all(part < 0 for part in parts) else self.named(parts)
+            ALONE if all(part < UNSEEN for part in parts) else self.named(parts)
             for parts in (
                 tuple(int(code[i]) for code, i in zip(codes, index, strict=True))
                 for index in np.ndindex(*combined.shape)
@@ -114,7 +135,7 @@ class Groups:
 
     def repeated(self, label: Label, size: int, count: int) -> Label:
         """The groups of an axis of `count` parts, each of `size` with groups like these."""
-        if label is None or (isinstance(label, int) and label == WHOLE):
+        if label is None or (isinstance(label, int) and label in (UNSEEN, WHOLE)):
             return label
         part = np.full(size, label) if isinstance(label, int) else label
         numbers = [
@@ -123,6 +144,12 @@ class Groups:
             for group in part.tolist()
         ]
         return np.array(numbers, np.int64)
+
+    def mixed(self, labels: Sequence[Label]) -> Label:
+        """The groups of an axis of which every index goes into all of other axes' indices."""
+        if not labels:
+            return WHOLE
+        return self.merged(labels, [2] * len(labels)) if _are_ints(labels) else None
 
     def split(self, label: Label, sizes: Sequence[int]) -> list[Label]:
         """The groups of each of several axes that were merged into one."""
@@ -145,28 +172,33 @@ class Groups:
             for row in rows.tolist()
         ]
         found = np.array(numbers, np.int64)[inverse.reshape(-1)]
-        if (found == ALONE).all() or len(np.unique(found)) == len(found):
+        if (found == ALONE).all() or len(np.unique(found)) == len(found) > 1:
             return None
         return int(found[0]) if (found == found[0]).all() else found
 
 
+def _are_ints(labels: Sequence[Label]) -> bool:
+    return all(isinstance(label, int) for label in labels)
+
+
 def _codes(label: Label, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The groups that occur, an index that is alone as a negative number, and where they occur."""
+    """The groups that occur, of an index that is alone a number of its own, and where they do."""
+    alone = UNSEEN - 1 - np.arange(size)
     if label is None:
-        return -1 - np.arange(size), np.arange(size)
+        return alone, np.arange(size)
     if isinstance(label, int):
         return np.array([label]), np.zeros(size, np.int64)
-    return np.unique(np.where(label == ALONE, -1 - np.arange(size), label), return_inverse=True)
+    return np.unique(np.where(label == ALONE, alone, label), return_inverse=True)
 
 
 def moved(label: Label, positions: np.ndarray, size: int) -> Label:
     """The groups of an axis of `size` of which a result has some indices, with the groups `label`.
 
-    `positions` has these indices, negative for what the result has from elsewhere. The others are
-    not told apart.
+    `positions` has these indices, negative for what the result has from elsewhere. Of the others
+    nothing is known.
     """
     taken = positions >= 0
-    found = np.full(size, WHOLE, np.int64)
+    found = np.full(size, UNSEEN, np.int64)
     if label is None:
         found[positions[taken]] = ALONE
     else:

@@ -15,7 +15,7 @@ import numpy as np
 from optax_adam_mini.blocks import BlockSpec, Cut, per_head, per_neuron
 from optax_adam_mini.labels import check_used, compiled_rules, path_str, some
 from optax_adam_mini.partition.dataflow.domain import Role
-from optax_adam_mini.partition.dataflow.groups import ALONE, Label
+from optax_adam_mini.partition.dataflow.groups import ALONE, UNSEEN, Label
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
 from optax_adam_mini.partition.dataflow.program import Step
 
@@ -282,6 +282,11 @@ def _cut(axis: int, size: int, label: Label) -> Cut:
         return None
     if isinstance(label, int):
         return 1
+    seen = label[label != UNSEEN]
+    if len(seen) == 0 or (seen == seen[0]).all():
+        # What no use has seen is as the rest is.
+        return None if len(seen) and seen[0] == ALONE else 1
+    label = np.where(label == UNSEEN, ALONE, label)
     borders = np.flatnonzero((label[1:] != label[:-1]) | (label[1:] == ALONE)) + 1
     sizes = np.diff([0, *borders.tolist(), size]).tolist()
     runs = [(block, len(list(run))) for block, run in itertools.groupby(sizes)]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from optax_adam_mini.partition.dataflow.backward import find_groups
-from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Use
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Use
 from optax_adam_mini.partition.dataflow.forward import follow
 from optax_adam_mini.partition.dataflow.groups import Label
 from optax_adam_mini.partition.dataflow.program import Step, flatten
@@ -24,10 +24,10 @@ class Result:
     """For each parameter the groups of each axis."""
     roles: list[list[set[Role]]]
     """For each parameter the roles of each axis, one for all uses unless these differ."""
-    uses: dict[int, list[Use]]
-    unread: dict[int, list[Step]]
+    uses: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
+    unread: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The steps of unknown primitives that a parameter, or what it makes, goes into."""
-    coupled: dict[int, list[Step]]
+    coupled: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The inner products that couple a parameter's outputs."""
 
 
@@ -50,32 +50,27 @@ def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
 
 def _gathered(facts: Facts) -> Result:
     labels, roles = find_groups(facts), find_roles(facts)
-    for step, relation in zip(facts.program.steps, facts.relations, strict=True):
+    for step, relation in facts.trail:
         for link in relation.links:
             # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
             place = step.outputs[link.result]
             if link.parts > 1 and facts.values[place].shape[link.result_axes[0]] == 1:
                 relation.unread |= not roles[place][link.result_axes[0]]
     inputs = facts.program.inputs[: facts.n_params]
-    unread: dict[int, list[Step]] = {}
-    coupled: dict[int, list[Step]] = {}
-    for step, relation in zip(facts.program.steps, facts.relations, strict=True):
+    found = Result([labels[place] for place in inputs], [roles[place] for place in inputs])
+    for step, relation in facts.trail:
+        ins = facts.inputs(step)
         if relation.unread:
-            for param in sorted(facts.makers(facts.inputs(step))):
-                unread.setdefault(param, []).append(step)
-        for part in (relation, facts.later.get(id(step), Relation())):
-            for operand, axes in part.couplings:
-                value = facts.values[step.inputs[operand]]
-                for param in facts.made(value.features[axis] for axis in axes):
-                    coupled.setdefault(param, []).append(step)
-    uses: dict[int, list[Use]] = {}
-    for use in facts.uses.values():
-        for param in use.params:
-            uses.setdefault(param, []).append(use)
-    return Result(
-        [labels[place] for place in inputs],
-        [roles[place] for place in inputs],
-        uses,
-        unread,
-        coupled,
-    )
+            for param in sorted(facts.makers(ins)):
+                found.unread.setdefault(param, []).append(step)
+        for operand, axes in relation.couplings:
+            for param in facts.made(ins[operand].features(axis) for axis in axes):
+                found.coupled.setdefault(param, []).append(step)
+        combined = {i for i in relation.keeps if ins[i].kind == Kind.WEIGHT} if any(
+            value.is_combined for value in facts.outputs(step)) else set()  # fmt: skip
+        for operand in sorted({*relation.uses, *relation.spent, *combined}):
+            for param in ins[operand].params:
+                use = Use(step, operand, ins[operand].params, relation.is_lookup,
+                          relation.partner.get(operand))  # fmt: skip
+                found.uses.setdefault(param, []).append(use)
+    return found

@@ -6,16 +6,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from optax_adam_mini.partition.dataflow.folding import folded, is_index
 from optax_adam_mini.partition.dataflow.kernels import written_out
 
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
+MERGE = "merge"
+"""The step that gives a value one of several things that it may be."""
+
 # Primitives that do no more than call a jaxpr with their own operands.
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-    "custom_vjp_call", "custom_vjp_call_jaxpr",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "compute_on",
+    "linear_call", "remat_opt", "xla_call",
 }  # fmt: skip
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +36,10 @@ class Step:
     params: dict[str, Any]
     tracebacks: tuple[Any, ...] = ()
     """Where it stands in the user's code, and what called it, innermost first."""
+    is_backward: bool = False
+    """It is of the backward pass of a derivative."""
+    is_differentiated: bool = False
+    """It is of a forward pass whose derivative is taken."""
 
 
 @dataclasses.dataclass
@@ -43,6 +55,16 @@ class Program:
     arrays: list[int] = dataclasses.field(default_factory=list)
     """Arrays that the function closes over."""
     outputs: list[int] = dataclasses.field(default_factory=list)
+    known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Whole numbers that are the same whatever the function is given: indices."""
+    kernels: set[int] = dataclasses.field(default_factory=set)
+    """What the kernels of convolutions are made of."""
+    unused: list[Step] = dataclasses.field(default_factory=list)
+    """Steps on which no output depends."""
+
+    def is_kernel(self, place: int) -> bool:
+        """Whether the kernel of a convolution is made of a value."""
+        return place in self.kernels
 
     def value(self, aval: Any) -> int:
         """A new value."""
@@ -58,15 +80,68 @@ def flatten(closed: ClosedJaxpr) -> Program:
     """The program of a closed jaxpr."""
     program = Program()
     program.inputs = [program.value(var.aval) for var in closed.jaxpr.invars]
-    program.outputs = _inline(program, closed, program.inputs)
+    program.outputs = _inline(program, closed, program.inputs, _Callers())
+    _drop_unused(program)
+    for step in reversed(program.steps):
+        if step.name == "conv_general_dilated":
+            program.kernels.add(step.inputs[1])
+        elif not program.kernels.isdisjoint(step.outputs):
+            program.kernels.update(step.inputs)
     return program
+
+
+def _drop_unused(program: Program) -> None:
+    """Takes out the steps on which no output depends.
+
+    The forward pass behind a derivative is kept whole: it says what a parameter is that only the
+    derivative goes through.
+    """
+    needed = set(program.outputs)
+    while True:
+        before = len(needed)
+        has_derivative = any(
+            step.is_backward and not needed.isdisjoint(step.outputs) for step in program.steps
+        )
+        for step in reversed(program.steps):
+            is_kept = has_derivative and step.is_differentiated and not step.is_backward
+            if is_kept or not needed.isdisjoint(step.outputs):
+                needed.update(step.inputs)
+                needed.update(step.outputs)
+        if len(needed) == before:
+            break
+    used = [not needed.isdisjoint(step.outputs) for step in program.steps]
+    program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
+    program.steps = [s for s, is_used in zip(program.steps, used, strict=True) if is_used]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callers:
+    """What called a jaxpr, as far as its steps must know."""
+
+    tracebacks: tuple[Any, ...] = ()
+    is_backward: bool = False
+    is_differentiated: bool = False
+
+    def of(self, eqn: Any) -> _Callers:
+        """The callers of what an equation calls, itself included."""
+        info = eqn.source_info
+        transforms = {
+            part.name
+            for part in info.name_stack.stack
+            if type(part).__name__ == "Transform"  # names that users give are scopes
+        }
+        return _Callers(
+            (info.traceback, *self.tracebacks),
+            self.is_backward or "transpose" in transforms,
+            self.is_differentiated or "jvp" in transforms,
+        )
 
 
 def _inline(
     program: Program,
     called: ClosedJaxpr | Jaxpr,
     inputs: Sequence[int],
-    callers: tuple[Any, ...] = (),
+    callers: _Callers,
 ) -> list[int]:
     """Appends the steps of a jaxpr; its results."""
     from jax.extend.core import ClosedJaxpr, Literal  # takes as long to load as all of ours
@@ -79,9 +154,16 @@ def _inline(
         where[var] = program.value(var.aval)
         if getattr(const, "ndim", 0):
             program.arrays.append(where[var])
+        if is_index(var.aval):
+            program.known[where[var]] = np.asarray(const)
 
     def read(atom: Any) -> int:
-        return program.value(atom.aval) if isinstance(atom, Literal) else where[atom]
+        if not isinstance(atom, Literal):
+            return where[atom]
+        place = program.value(atom.aval)
+        if is_index(atom.aval):
+            program.known[place] = np.asarray(atom.val)
+        return place
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
@@ -90,41 +172,46 @@ def _inline(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inline_eqn(
-    program: Program, eqn: Any, operands: list[int], callers: tuple[Any, ...]
-) -> list[int]:
+def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Callers) -> list[int]:
+    from jax.extend.core import ClosedJaxpr
+
     name, params = eqn.primitive.name, eqn.params
-    sources = (getattr(eqn.source_info, "traceback", None), *callers)
+    here = callers.of(eqn)
 
     def inline(called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
-        return _inline(program, called, inputs, sources)
+        return _inline(program, called, inputs, here)
 
-    def step(name: str, inputs: list[int], outputs: list[int], **more: Any) -> None:
-        program.steps.append(Step(name, inputs, outputs, more, sources))
+    def step(
+        name: str, inputs: list[int], outputs: list[int], params: dict[str, Any] | None = None
+    ) -> None:
+        program.steps.append(
+            Step(name, inputs, outputs, params or {}, here.tracebacks, here.is_backward,
+                 here.is_differentiated)
+        )  # fmt: skip
 
     def results() -> list[int]:
         return [program.value(var.aval) for var in eqn.outvars]
 
     if name in CALLS:
-        called = next(
-            params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in params
-        )
-        return inline(called, operands)
+        called = next((params[key] for key in _CALLED if key in params), None)
+        if called is not None and len(called.jaxpr.invars if isinstance(called, ClosedJaxpr)
+                                      else called.invars) == len(operands):  # fmt: skip
+            return inline(called, operands)
     if name == "cond":
         outs = results()
         for branch in params["branches"]:
             for given, out in zip(inline(branch, operands[1:]), outs, strict=True):
-                step("merge", [given], [out])
+                step(MERGE, [given], [out])
         return outs
     if name == "while":
         consts = params["cond_nconsts"], params["body_nconsts"]
         of_cond, of_body = operands[: consts[0]], operands[consts[0] : sum(consts)]
         carry = results()
         for given, out in zip(operands[sum(consts) :], carry, strict=True):
-            step("merge", [given], [out])
+            step(MERGE, [given], [out])
         inline(params["cond_jaxpr"], [*of_cond, *carry])
         for given, out in zip(inline(params["body_jaxpr"], [*of_body, *carry]), carry, strict=True):
-            step("merge", [given], [out])
+            step(MERGE, [given], [out])
         return carry
     if name == "scan":
         body = params["jaxpr"]
@@ -145,13 +232,13 @@ def _inline_eqn(
         outs = results()
         carry, stacked = outs[:n_carry], outs[n_carry:]
         for given, out in zip(initial, carry, strict=True):
-            step("merge", [given], [out])
+            step(MERGE, [given], [out])
         slices = [program.value(var.aval) for var in body.jaxpr.invars[n_consts + n_carry :]]
         for given, out in zip(stacks, slices, strict=True):
             step("scan_slice", [given], [out])
         found = inline(body, [*consts, *carry, *slices])
         for given, out in zip(found[:n_carry], carry, strict=True):
-            step("merge", [given], [out])
+            step(MERGE, [given], [out])
         for given, out in zip(found[n_carry:], stacked, strict=True):
             step("scan_stack", [given], [out])
         return outs
@@ -173,8 +260,23 @@ def _inline_eqn(
             start = [index if a == axis else 0 for a in range(len(shape))]
             limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
             one = program.array([b - a for a, b in zip(start, limit, strict=True)])
-            step("slice", operands, [one], start_indices=start, limit_indices=limit, strides=None)
-            step("squeeze", [one], [out], dimensions=(axis,))
+            where = {"start_indices": start, "limit_indices": limit, "strides": None}
+            step("slice", operands, [one], where)
+            step("squeeze", [one], [out], {"dimensions": (axis,)})
         return outs
-    step(name, operands, outs, **params)
+    if name == "tile":  # copies side by side: a new axis that is merged into the old one
+        shape, reps = program.shapes[operands[0]], params["reps"]
+        sizes = [n for pair in zip(reps, shape, strict=True) for n in pair]
+        copies = program.array(sizes)
+        old = tuple(range(1, len(sizes), 2))
+        step("broadcast_in_dim", operands, [copies], {"broadcast_dimensions": old})
+        step("reshape", [copies], outs)
+        return outs
+    step(name, operands, outs, params)
+    if len(outs) == 1 and all(place in program.known for place in operands):
+        numbers = folded(
+            name, [program.known[place] for place in operands], params, eqn.outvars[0].aval
+        )
+        if numbers is not None:
+            program.known[outs[0]] = numbers
     return outs

@@ -11,9 +11,7 @@ def find_roles(facts: Facts) -> list[list[set[Role]]]:
     roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in facts.values]
     count = -1
     while count != (count := sum(len(axis) for axes in roles for axis in axes)):
-        for step, relation in zip(
-            reversed(facts.program.steps), reversed(facts.relations), strict=True
-        ):
+        for step, relation in reversed(facts.trail):
             _give_back(facts, step, relation, roles)
     return roles
 
@@ -22,7 +20,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
     for operand, axis in relation.cuts:
         roles[step.inputs[operand]][axis].add(Role.BATCH)
     for link in relation.links:
-        if facts.values[step.inputs[link.operand]].is_weight:
+        if link.operand in relation.keeps:
             found = [roles[step.outputs[link.result]][axis] for axis in link.result_axes]
             for axis in link.axes:
                 roles[step.inputs[link.operand]][axis].update(*found)
@@ -36,7 +34,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
         for axis in contracted:
             roles[step.inputs[operand]][axis] |= inner
     for operand, outputs in relation.uses.items():
-        if any(facts.values[place].is_weight for place in step.outputs):
+        if operand in relation.keeps:
             continue  # rows that are used later
         own = roles[step.inputs[operand]]
         batch = {axis for found, axis in relation.cuts if found == operand}

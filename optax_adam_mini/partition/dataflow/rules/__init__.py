@@ -6,6 +6,7 @@ from optax_adam_mini.partition.dataflow.rules import (
     elementwise,
     indexing,
     layout,
+    linalg,
     loops,
     reductions,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "elementwise",
     "indexing",
     "layout",
+    "linalg",
     "loops",
     "reductions",
     "unknown",

@@ -8,11 +8,24 @@ coupled along the contracted axes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
+from optax_adam_mini.partition.dataflow.domain import (
+    Axes,
+    Facts,
+    Kind,
+    Link,
+    Relation,
+    Value,
+    blank,
+)
 from optax_adam_mini.partition.dataflow.program import Step
+from optax_adam_mini.partition.dataflow.rules.elementwise import combine
 from optax_adam_mini.partition.dataflow.rules.registry import rule, unknown
+
+Places = dict[int, int]
+"""The result's axis for each batch and free axis of an operand."""
 
 
 @dataclasses.dataclass
@@ -23,43 +36,108 @@ class Side:
     contracted: Axes
     batch: Axes
     free: Axes
-    is_weight: bool = False
-    """It is a parameter that meets data."""
+    is_kernel: bool = False
+    """It is a parameter that meets data here."""
+    is_written_out: bool = False
+    """Of a product and its sum: an axis of size 1 is one that the other side has alone."""
 
-    def featured(self, axes: Axes) -> list[dict[int, int]]:
-        """The features of those axes that have any."""
-        return [self.value.features[axis] for axis in axes if self.value.features[axis]]
+    def uses(self, axes: Axes) -> set[int]:
+        """The uses that made these axes."""
+        return {use for axis in axes for use in self.value.features(axis)}
+
+    def featured(self, axes: Axes) -> list[int]:
+        """Those of the axes that outputs of parameters lie along, or the kernel's own."""
+        return [
+            axis
+            for axis in axes
+            if self.value.features(axis) or (self.is_kernel and self.value.is_own(axis))
+        ]
+
+    @property
+    def is_contracted(self) -> bool:
+        """Whether a parameter is contracted, not only what it was repeated along."""
+        value = self.value
+        return bool(self.contracted) and any(
+            (value.shape[axis] == 1 and not self.is_written_out)
+            or (value.shape[axis] > 1 and value.is_own(axis))
+            for axis in self.contracted
+        )
+
+    @property
+    def own_outputs(self) -> list[int]:
+        """The free axes that are the parameter's alone."""
+        value = self.value
+        return [
+            axis
+            for axis in self.free
+            if value.shape[axis] > 1 and value.is_own(axis) and not value.moves(axis)
+        ]
 
 
-def is_inner_product(a: Side, b: Side) -> bool:
+def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     """Whether the contracted coordinates act through one number, and so are coupled.
 
-    Then no features are left but those of heads. Where the other side keeps its own, the
-    contraction is a layer whose weights happen to be computed.
+    Then no features are left but those of heads and of positions. Where the other side keeps its
+    own, the contraction is a layer whose weights happen to be computed.
     """
     if not a.featured(a.contracted) or not b.featured(b.contracted):
         return False
-    if a.is_weight or b.is_weight:
-        weight, data = (a, b) if a.is_weight else (b, a)
-        # A layer without outputs of its own: one number for each head, as GAT's attention has.
-        return not (data.is_weight or weight.free) and bool(data.featured(data.batch))
-    if not (a.free or b.free) and a.featured(a.contracted) == b.featured(b.contracted):
-        return False  # the norm of a vector, its entropy
-    kept = [side for side in (a, b) if side.featured(side.free)]
+    if a.is_kernel or b.is_kernel:
+        kernel, data = (a, b) if a.is_kernel else (b, a)
+        # A layer without outputs of its own, one number for each head, as GAT's attention has; or
+        # queries that are made of parameters alone.
+        has_outputs = any(kernel.value.is_own(axis) for axis in kernel.free)
+        return (
+            not data.is_kernel
+            and (not has_outputs or kernel.value.made > 0)
+            and any(data.value.features(axis) for axis in data.batch)
+        )
+    if a.uses(a.contracted) & b.uses(b.contracted):
+        # The same outputs on both sides: the norm of a vector, positions that are matched with
+        # themselves, or the derivative of a mixture.
+        if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
+            return False
+        if a.uses(a.contracted) == b.uses(b.contracted) and not (a.free or b.free):
+            return False
+    kept = [
+        (side, [axis for axis in side.featured(side.free) if not _is_position(facts, side, axis)])
+        for side in (a, b)
+    ]
+    kept = [(side, axes) for side, axes in kept if axes]
     if len(kept) != 1:
         return not kept
     # One side keeps features: several heads share the other, if they are the slower axes of the
     # same parameter. (Were they the faster ones, blocks would be strided.)
-    (side,) = kept
+    ((side, axes),) = kept
     return all(
         slow.keys() == fast.keys() and all(slow[use] > fast[use] for use in fast)
-        for slow in side.featured(side.free)
-        for fast in side.featured(side.contracted)
+        for slow in map(side.value.features, axes)
+        for fast in map(side.value.features, side.featured(side.contracted))
+    )
+
+
+def _is_position(facts: Facts, side: Side, axis: int) -> bool:
+    """Whether an axis with features is one of positions to those that are contracted.
+
+    Either what made these ran over it, as a query's kernel over positions that were mixed; or what
+    made it has mixed positions that they had (the keys of Linformer).
+    """
+    contracted = side.uses(side.contracted)
+    found = side.value.whole(axis)
+    if all(found.over >> use & 1 for use in contracted):
+        return True
+    return all(
+        facts.uses[made].ran_over >> use & 1 for made in found.features for use in contracted
     )
 
 
 @rule("dot_general")
 def _dot_general(facts: Facts, step: Step) -> Relation:
+    return _dot(facts, step, step.params["dimension_numbers"])
+
+
+@rule("scaled_dot")
+def _scaled_dot(facts: Facts, step: Step) -> Relation:
     return _dot(facts, step, step.params["dimension_numbers"])
 
 
@@ -79,7 +157,7 @@ def _ragged_dot(facts: Facts, step: Step) -> Relation:
 def _dot(facts: Facts, step: Step, dims: Any, groups: Axes = ()) -> Relation:
     """A dot of the first two operands; the result has no axis for `groups` of the second."""
     contracted, batch = dims
-    sides = []
+    sides: list[Side] = []
     for value, gone, shared, rest in zip(
         facts.inputs(step)[:2], contracted, batch, ((), groups), strict=True
     ):
@@ -95,60 +173,216 @@ def _dot(facts: Facts, step: Step, dims: Any, groups: Axes = ()) -> Relation:
 
 
 def contraction(
-    facts: Facts, step: Step, sides: list[Side], places: list[dict[int, int]]
+    facts: Facts, step: Step, sides: Sequence[Side], places: Sequence[Places]
 ) -> Relation:
-    """A dot of two sides; `places` has the result's axis for each of their batch and free axes."""
-    found = Relation(kind=max(side.value.kind for side in sides))
-    for side, other in (sides, sides[::-1]):
-        side.is_weight = side.value.kind == Kind.WEIGHT or (
-            # Chosen rows are the parameter still where an axis of theirs is contracted with data.
-            side.value.is_rows
-            and not other.value.is_weight
-            and bool(side.featured(side.contracted))
+    """A dot of two sides."""
+    values = [side.value for side in sides]
+    found = Relation(kind=max(value.kind for value in values))
+    for operand, (side, place) in enumerate(zip(sides, places, strict=True)):
+        found.links += [
+            Link(operand, (a,), (place[a],)) for a in (*side.batch, *side.free) if a in place
+        ]
+    weights = [side for side in sides if side.value.is_weight]
+    if not weights:
+        _of_data(facts, found, sides, places)
+    elif all(
+        value.kind <= Kind.WEIGHT
+        # A filter that the function closes over, with which the kernel of a convolution is resized.
+        or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
+        for value in values
+    ) and not _is_lookup(sides):
+        found.kind = Kind.WEIGHT
+        _of_parameters(found, sides, places)
+    else:
+        _of_a_parameter(facts, step, found, sides, places)
+    if any(side.is_kernel for side in sides) or all(v.kind == Kind.DATA for v in values):
+        if is_inner_product(facts, *sides):
+            found.couplings += [
+                (operand, side.contracted)
+                for operand, side in enumerate(sides)
+                if not side.is_kernel and side.featured(side.contracted)
+            ]
+        elif not any(side.is_kernel for side in sides):
+            found.is_mixture = True
+    return found
+
+
+def _of_data(
+    facts: Facts, found: Relation, sides: Sequence[Side], places: Sequence[Places]
+) -> None:
+    """Constants mix the features that they are contracted with."""
+    for operand in range(2):
+        if sides[1 - operand].value.kind == Kind.CONSTANT:
+            _mix(found, operand, sides, places)
+
+
+def _mix(found: Relation, operand: int, sides: Sequence[Side], places: Sequence[Places]) -> None:
+    """A constant matrix makes an axis of another size of the contracted ones."""
+    new = tuple(places[1 - operand][axis] for axis in sides[1 - operand].free
+                if axis in places[1 - operand])  # fmt: skip
+    contracted = sides[operand].contracted
+    if new and contracted:
+        found.links.append(Link(operand, contracted, new, is_mixed=True))
+
+
+def _is_lookup(sides: Sequence[Side]) -> bool:
+    """Whether rows are chosen by one-hot vectors."""
+    return any(
+        side.value.whole(axis).one_hot
+        for side in sides
+        for axis in side.contracted
+        if not side.value.is_weight
+    )
+
+
+def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Places]) -> None:
+    """Parameters, and constants, with one another: the product is a parameter."""
+    found.keeps = {operand for operand, side in enumerate(sides) if side.value.is_weight}
+    kept = {axis for side in sides for axis in (*side.batch, *side.free)}
+    found.is_summary = not kept or all(side.value.is_summary for side in sides)
+    if len(found.keeps) < 2:
+        (operand,) = found.keeps
+        found.is_summary = sides[operand].value.is_summary or not (
+            sides[operand].batch or sides[operand].free
         )
-    if all(side.is_weight for side in sides):
+        return _mix(found, operand, sides, places)
+    for operand, side in enumerate(sides):
+        other = sides[1 - operand]
+        copied = [axis for axis in (*side.batch, *side.free) if side.value.is_copied(axis)]
+        is_data = copied or side.value.made == 2
+        of_other = [a for a in (*other.batch, *other.free) if other.value.is_copied(a)]
+        if is_data and not of_other and other.is_contracted and side.is_contracted:
+            # Repeated for each example, or a function of a product of parameters: it acts as data.
+            found.keeps = set()
+            found.kind = Kind.DATA
+            found.spent.add(operand)
+            own = (axis for axis in (*side.free, *side.batch) if side.value.is_own(axis))
+            found.cuts += [(operand, axis) for axis in own]
+            _use_kernel(found, 1 - operand, other, places[1 - operand], operand)
+            return None
+    found.made = 1
+    if not all(side.value.made for side in sides):
         found.chain = tuple(
-            (operand, side.contracted, tuple(place[axis] for axis in side.free))
+            (operand, side.contracted, tuple(place[axis] for axis in side.free if axis in place))
             for operand, (side, place) in enumerate(zip(sides, places, strict=True))
         )
-    elif any(side.is_weight for side in sides):
-        found.kind = Kind.DATA
-    for operand, (side, place) in enumerate(zip(sides, places, strict=True)):
-        if side.is_weight and not found.chain:
-            other = sides[1 - operand]
-            is_lookup = other.value.one_hot is not None and other.value.one_hot in other.contracted
-            cut = (*side.contracted, *side.batch) if is_lookup else side.batch
-            found.cuts += [(operand, axis) for axis in cut]
-            found.uses[operand] = tuple(place[axis] for axis in side.free)
-            found.is_rows |= is_lookup
-        found.links += [Link(operand, (a,), (place[a],)) for a in (*side.batch, *side.free)]
-    if is_inner_product(*sides):
-        found.couplings += [
-            (operand, side.contracted)
-            for operand, side in enumerate(sides)
-            if not side.value.is_weight
-        ]
-    return found
+    return None
+
+
+def _of_a_parameter(
+    facts: Facts, step: Step, found: Relation, sides: Sequence[Side], places: Sequence[Places]
+) -> None:
+    """A parameter, alone or combined, with data."""
+    found.kind = Kind.DATA
+    kernels = [i for i in range(2) if _is_kernel(facts, sides[i], sides[1 - i])]
+    if len(kernels) == 2:
+        both = [bool(side.own_outputs) for side in sides]
+        pure = [side.value.kind == Kind.WEIGHT for side in sides]
+        if pure[0] != pure[1]:
+            kernels = [0 if pure[0] else 1]
+        elif both[0] != both[1]:
+            kernels = [0 if both[0] else 1]
+        elif all(both):
+            _of_parameters(found, sides, places)
+            found.kind = Kind.DATA
+            return
+        else:
+            kernels = []
+    for operand, side in enumerate(sides):
+        other, value = sides[1 - operand], side.value
+        if not value.is_weight:
+            continue
+        if operand in kernels:
+            side.is_kernel = True
+            place = places[operand]
+            _use_kernel(found, operand, side, place, 1 - operand)
+            if _is_lookup([other]):
+                found.cuts += [(operand, axis) for axis in side.contracted if value.is_own(axis)]
+                found.is_lookup = True
+                found.keeps.add(operand)
+        elif not side.is_contracted and not kernels:
+            _multiply(facts, found, operand, sides, places)
+        elif kernels or facts.is_activation(value, side.contracted):
+            found.spent.add(operand)
+
+
+def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
+    """Whether a parameter is what the other side is multiplied with."""
+    if not side.value.is_weight or not side.is_contracted:
+        return False
+    if side.value.kind == Kind.WEIGHT:
+        return True
+    if other.value.kind == Kind.WEIGHT and other.is_contracted:
+        return False
+    is_activation = facts.is_activation(side.value, range(len(side.value.shape)))
+    return not is_activation or bool(side.own_outputs)
+
+
+def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partner: int) -> None:
+    value = side.value
+    found.cuts += [(operand, axis) for axis in side.batch if value.is_own(axis)]
+    outputs = [axis for axis in side.free if axis in place and _is_output(value, axis)]
+    found.uses[operand] = tuple(place[axis] for axis in outputs)
+    found.partner[operand] = partner
+
+
+def _is_output(value: Value, axis: int) -> bool:
+    return value.is_own(axis) or value.kind == Kind.WEIGHT
+
+
+def _multiply(
+    facts: Facts, found: Relation, operand: int, sides: Sequence[Side], places: Sequence[Places]
+) -> None:
+    """Nothing of a parameter is contracted: the dot is a product, as with a gain."""
+    aligned: list[Value] = []
+    rank = 1 + max((axis for place in places for axis in place.values()), default=-1)
+    for side, place in zip(sides, places, strict=True):
+        shape, axes = [1] * rank, [blank(1)] * rank
+        for axis, to in place.items():
+            shape[to] = side.value.shape[axis]
+            axes[to] = side.value.axes[axis]
+        aligned.append(dataclasses.replace(side.value, shape=tuple(shape), axes=axes))
+    met = Relation()
+    combine(facts, met, aligned, is_product=True)
+    if operand in met.keeps:
+        found.keeps.add(operand)
+    elif operand in met.uses:
+        found.uses[operand] = ()
+        found.partner[operand] = 1 - operand
 
 
 @rule("conv_general_dilated")
 def _conv(facts: Facts, step: Step) -> Relation:
     numbers = step.params["dimension_numbers"]
     data, kernel = facts.inputs(step)
-    found = Relation(kind=Kind.DATA)
+    found = Relation(kind=max(data.kind, kernel.kind))
     batch, channels = numbers.lhs_spec[:2]
     out_batch, out_channels = numbers.out_spec[:2]
-    outputs = numbers.rhs_spec[0]
-    # A parameter as the image, or a kernel that is computed or chosen: nothing is known of these.
-    found.unread = data.is_weight or (
-        kernel.kind != Kind.WEIGHT and (kernel.is_rows or any(kernel.features))
-    )
+    outputs, inputs = numbers.rhs_spec[:2]
     found.links.append(Link(0, (batch,), (out_batch,)))
     groups = step.params["feature_group_count"]
     found.in_groups = groups * step.params["batch_group_count"] > 1
     if groups == data.shape[channels] == kernel.shape[outputs] > 1:  # depthwise: channels stay
         found.links.append(Link(0, (channels,), (out_channels,)))
-    if kernel.kind == Kind.WEIGHT:
-        found.links.append(Link(1, (outputs,), (out_channels,)))
+    found.links.append(Link(1, (outputs,), (out_channels,)))
+    if kernel.is_weight:
+        found.kind = Kind.DATA
         found.uses[1] = (out_channels,)
+        found.partner[1] = 0
+        if data.is_weight:
+            # A parameter as the image: nothing is known of its pixels.
+            found.unread = not data.is_combined or not facts.acts(data)
+            found.spent.add(0)
+        return found
+    found.unread = data.is_weight and not data.is_combined
+    if data.is_weight and not found.unread:
+        found.spent.add(0)
+    if found.in_groups:
+        found.unread |= kernel.has_features
+        return found
+    sides = [Side(data, (channels,), (), (batch,)), Side(kernel, (inputs,), (), (outputs,))]
+    if is_inner_product(facts, *sides):
+        found.couplings += [(0, (channels,)), (1, (inputs,))]
+    else:
+        found.is_mixture = True
     return found

@@ -43,11 +43,16 @@ def _moved_across(facts: Facts, step: Step) -> Relation:
     ]
     found = layout(facts, step, links)
     kept = [link.axes[0] for link in links]
-    found.unread = any(f for axis, f in enumerate(value.features) if axis not in kept)
+    found.unread = any(
+        value.features(axis) or value.is_own(axis)
+        for axis, size in enumerate(value.shape)
+        if axis not in kept and size > 1
+    )
     return found
 
 
-@rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast")
+@rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast",
+      "unreduced_psum")  # fmt: skip
 def _across(facts: Facts, step: Step) -> Relation:
     """Arrays of all devices combined, or exchanged, element by element."""
     return layout(facts, step, [

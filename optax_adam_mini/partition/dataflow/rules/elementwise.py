@@ -1,78 +1,177 @@
 """Element-wise primitives: axes of the result's size stay what they are.
 
-A parameter that meets data is a gain, one block, in a product; elsewhere it is a bias, and each
-coordinate is a block.
+A parameter that meets activations in a product is a gain, one block; elsewhere it is a bias, and
+each coordinate is a block. Where it meets data that no other parameter made it is open what it is,
+and a later step says.
 """
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Relation
-from optax_adam_mini.partition.dataflow.program import Step
+from collections.abc import Sequence
+
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Relation, Value
+from optax_adam_mini.partition.dataflow.program import MERGE, Step
 from optax_adam_mini.partition.dataflow.rules.registry import RULES, same
 
-ADDITIVE = {"add", "sub", "add_any"}
 MULTIPLICATIVE = {"mul", "div"}
+# Sums of these are sums of their operands.
+LINEAR = {
+    "add", "add_any", "convert_element_type", "copy", "copy_p", "device_put", "div", "mul", "name",
+    "neg", "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reshard",
+    "select_n", "sharding_constraint", "stop_gradient", "sub", "mesh_cast", "layout_constraint",
+    "tie", "xla_metadata_value", "shard_alike", "preduced", "reduced_vary_cast_p", MERGE,
+}  # fmt: skip
 ELEMENTWISE = {
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
     "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "device_put", "digamma", "eq", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag",
-    "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "max",
-    "mesh_cast", "min", "name", "ne", "neg", "nextafter", "not", "optimization_barrier", "or",
-    "pcast", "polygamma", "population_count", "pow", "pvary", "real", "reduce_precision",
-    "regularized_incomplete_beta", "rem", "reshard", "round", "rsqrt", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh",
-    "sqrt", "square", "stop_gradient", "tan", "tanh", "xor", "zeta", "random_wrap", "random_unwrap",
-    "layout_constraint", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce_window",
-    "reduce_window_max", "reduce_window_min", "reduce_window_sum", "merge",
-    *ADDITIVE, *MULTIPLICATIVE,
+    "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite",
+    "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "mulhi",
+    "ne", "nextafter", "not", "or", "polygamma", "population_count", "pow",
+    "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta",
+    "random_wrap", "random_unwrap", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
+    "reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum",
+    *LINEAR,
 }  # fmt: skip
 
 
 def elementwise(facts: Facts, step: Step) -> Relation:
-    """Axes of the result's size stay what they are.
-
-    A parameter that meets data is a gain, one block, in a product; elsewhere it is a bias, and each
-    coordinate is a block.
-    """
-    found = Relation()
+    """Axes of the result's size stay what they are."""
     ins, out = facts.inputs(step), facts.outputs(step)[0]
-    kinds = [value.kind for value in ins]
-    found.kind = max(kinds)
-    if step.name == "merge":
-        found.kind = max(found.kind, out.kind)
+    found = Relation(kind=max(value.kind for value in ins))
     for operand, value in enumerate(ins):
-        if len(value.shape) != len(out.shape):
-            continue  # a scalar
-        axes = [a for a, size in enumerate(value.shape) if size == out.shape[a] and size > 1]
-        if value.is_weight and any(
-            1 < size != n for size, n in zip(value.shape, out.shape, strict=True)
-        ):
-            found.unread = True  # pooled
-        if value.kind == Kind.WEIGHT and found.kind == Kind.DATA:
-            if step.name not in MULTIPLICATIVE:
-                found.cuts += [(operand, axis) for axis in axes]
-            found.uses[operand] = ()  # not followed: a bias makes no features
-        else:
-            found.links += same(operand, axes)
-    varying = [value for value in ins if value.kind != Kind.CONSTANT]
-    # What a loop carries may be rows at first, and something else in the next round.
-    found.is_rows = step.name != "merge" and len(varying) == 1 and varying[0].is_rows
+        if len(value.shape) == len(out.shape):
+            found.links += same(
+                operand, [a for a, size in enumerate(value.shape) if size == out.shape[a]]
+            )
+            found.unread |= value.is_weight and any(  # pooled
+                1 < size != out.shape[axis] and value.is_own(axis)
+                for axis, size in enumerate(value.shape)
+            )
+    if step.name == MERGE:
+        return _merge(facts, step, found)
+    combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
+    if len(ins) == 1:
+        found.made = 2 if ins[0].made and step.name not in LINEAR else None
+    found.drops = step.name not in LINEAR
     if step.name == "eq":
         for counted, other in ((ins[0], ins[1]), (ins[1], ins[0])):
-            axis = counted.iota
-            if axis is not None and other.shape and not other.features[axis]:
-                found.one_hot = axis
-    elif len(ins) == 1:
-        found.iota, found.one_hot = ins[0].iota, ins[0].one_hot
-        found.product = ins[0].product if step.name in ("convert_element_type", "neg") else None
-    if step.name == "mul":
-        plain = [i for i, value in enumerate(ins) if value.kind == Kind.CONSTANT]
-        if plain:
-            found.product = ins[1 - plain[0]].product
-        else:
-            found.product = (step, 0, 1)
+            for axis in range(len(out.shape)):
+                if counted.shape and counted.whole(axis).counts and not other.moves(axis):
+                    found.one_hot = axis
+    if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
+        found.is_product = _is_new_product(ins, found)
     return found
+
+
+def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
+    """Whether a sum over it would contract the two operands.
+
+    What scales a product that is there already, and what has nothing to contract, is no factor.
+    """
+    factors = [value for i, value in enumerate(ins) if value.has_features or value.is_weight]
+    if any(value.kind == Kind.CONSTANT for value in ins) or not factors:
+        return False
+    old = [any(factor.products for factors in value.axes for factor in factors) for value in ins]
+    return not any(
+        old[i] and (not ins[1 - i].has_features or 1 - i in found.uses) for i in range(2)
+    )
+
+
+def _merge(facts: Facts, step: Step, found: Relation) -> Relation:
+    """What a loop carries, or a branch ends with.
+
+    A parameter that is something else in the next round is used coordinate by coordinate.
+    """
+    (value,), out = facts.inputs(step), facts.outputs(step)[0]
+    found.made, found.is_summary = value.made, value.is_summary
+    if value.kind == Kind.DATA and not value.is_weight:
+        found.is_plain = True
+    if not value.is_weight:
+        return found
+    if not out.is_plain:
+        found.keeps = {0}
+    elif value.is_combined:
+        found.spent = {0}
+    else:
+        found.cuts = [(0, axis) for axis in range(len(value.shape)) if value.is_own(axis)]
+        found.uses[0] = ()
+        found.kind = Kind.DATA
+    return found
+
+
+def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: bool) -> None:
+    """What parameters are that meet others element by element; all have the same axes."""
+    for operand, value in enumerate(ins):
+        if not value.is_weight:
+            continue
+        others = [
+            other
+            for i, other in enumerate(ins)
+            if i != operand
+            and other.kind == Kind.DATA
+            and (not other.is_weight or facts.acts(other))
+        ]
+        own = [axis for axis, n in enumerate(value.shape) if n > 1 and value.is_own(axis)]
+        if not others:
+            found.keeps.add(operand)
+            if not is_product and _is_bias_of_a_parameter(ins, operand, own):
+                found.cuts += [(operand, axis) for axis in own]
+            continue
+        if not own:  # a number: a temperature, a gate
+            if not value.is_summary:
+                found.uses[operand] = ()
+            continue
+        aligned = [other for other in others if len(other.shape) == len(value.shape)]
+        covered = [
+            axis
+            for axis in own
+            if any(facts.others_features(other, axis, value.params) for other in aligned)
+        ]
+        is_copied = any(
+            other.moves(axis)
+            for other in aligned
+            for axis in range(len(value.shape))
+            if axis not in own and not value.moves(axis)
+        )
+        frequencies = [
+            axis
+            for axis in own
+            if value.whole(axis).is_spectrum and any(o.whole(axis).is_spectrum for o in aligned)
+        ]
+        if facts.is_rows(value):  # used where they were chosen; what is data still scales them
+            if not covered:
+                found.keeps.add(operand)
+        elif is_product and frequencies:  # a convolution, of each channel by itself
+            found.uses[operand] = ()
+            found.cuts += [(operand, axis) for axis in own if axis not in frequencies]
+        elif is_product and is_copied and len(covered) == len(own):
+            found.uses[operand] = ()
+        elif not is_product and is_copied and covered:
+            found.uses[operand] = ()  # not followed: a bias makes no features
+            found.cuts += [(operand, axis) for axis in own]
+        else:
+            found.keeps.add(operand)
+            if not is_product and not facts.acts(value):
+                found.shifts.add(operand)
+    weights = [value for value in ins if value.is_weight]
+    found.is_summary = bool(weights) and all(value.is_summary for value in weights)
+
+
+def _is_bias_of_a_parameter(ins: Sequence[Value], operand: int, own: Sequence[int]) -> bool:
+    """Whether a parameter is added at each index of another's: what they make acts as data."""
+    value = ins[operand]
+    return bool(own) and any(
+        other.kind == Kind.WEIGHT
+        and not other.params & value.params
+        and any(
+            other.is_own(axis) and axis not in own and other.shape[axis] > 1
+            for axis in range(len(value.shape))
+        )
+        for other in ins
+        if len(other.shape) == len(value.shape)
+    )
 
 
 for _name in ELEMENTWISE:

@@ -1,18 +1,22 @@
 """Indexing: rows are chosen out of an array, or placed into one.
 
 The axis that is indexed separates blocks (tokens); axes that are taken whole stay what they are.
+Where the program itself says which indices it takes, they are a slice of activations.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation
 from optax_adam_mini.partition.dataflow.program import Step
-from optax_adam_mini.partition.dataflow.rules.registry import rule, same
+from optax_adam_mini.partition.dataflow.rules.layout import sliced
+from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
 
 
 @rule("gather")
 def _gather(facts: Facts, step: Step) -> Relation:
-    value = facts.inputs(step)[0]
+    value, indices = facts.inputs(step)
     numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
     paired = tuple(numbers.operand_batching_dims)
     inside = [
@@ -23,35 +27,77 @@ def _gather(facts: Facts, step: Step) -> Relation:
         for axis, place in zip(inside, numbers.offset_dims, strict=True)
         if sizes[axis] == value.shape[axis]
     }
-    return chosen(facts, step, whole)
+    known = facts.known(step, 1)
+    batch = [a for a in range(len(step_shape(facts, step))) if a not in numbers.offset_dims]
+    if (
+        known is not None
+        and not value.is_weight
+        and not paired
+        and len(numbers.start_index_map) == len(batch) == 1
+        and numbers.collapsed_slice_dims == numbers.start_index_map
+    ):
+        (axis,), (place,) = numbers.start_index_map, batch
+        links = [Link(0, (a,), (to,)) for a, to in whole.items()]
+        positions = np.clip(known.reshape(-1), 0, value.shape[axis] - 1)
+        links.append(Link(0, (axis,), (place,), positions=positions))
+        return layout(facts, step, links)
+    shared = {
+        axis: batch[index if index < numbers_axis(indices) else index - 1]
+        for axis, index in zip(paired, numbers.start_indices_batching_dims, strict=True)
+    }
+    return chosen(facts, step, whole, shared)
 
 
-def chosen(facts: Facts, step: Step, whole: dict[int, int]) -> Relation:
+def step_shape(facts: Facts, step: Step) -> tuple[int, ...]:
+    """The shape of the first result."""
+    return facts.outputs(step)[0].shape
+
+
+def numbers_axis(indices: object) -> int:
+    """The axis of indices that holds the coordinates: the last one."""
+    return len(indices.shape) - 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def chosen(
+    facts: Facts, step: Step, whole: dict[int, int], shared: dict[int, int] | None = None
+) -> Relation:
     """Rows of the first operand by index.
 
-    `whole` has the axes that are taken whole, and where they are in the result.
+    `whole` has the axes that are taken whole, and where they are in the result; `shared` those
+    along which each index has its own rows.
     """
     value = facts.inputs(step)[0]
-    found = Relation(kind=max(v.kind for v in facts.inputs(step)))
-    found.links = [Link(0, (axis,), (place,)) for axis, place in whole.items()]
-    if value.kind == Kind.WEIGHT:
-        rest = [axis for axis in range(len(value.shape)) if axis not in whole]
+    shared = shared or {}
+    found = layout(facts, step, [Link(0, (a,), (to,)) for a, to in (shared | whole).items()])
+    found.keeps &= {0}
+    found.kind = max(v.kind for v in facts.inputs(step))
+    if value.is_weight:
+        rest = [a for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
         found.cuts = [(0, axis) for axis in rest]
-        found.uses[0] = tuple(whole.values())
-        found.kind, found.is_rows = Kind.DATA, True
-    else:
-        found.is_rows = value.is_rows
+        if value.kind == Kind.WEIGHT or not facts.acts(value):
+            found.uses[0] = tuple(whole.values())
+            found.kind, found.is_lookup = Kind.DATA, True
     return found
 
 
 @rule("dynamic_slice")
 def _dynamic_slice(facts: Facts, step: Step) -> Relation:
-    value, out = facts.inputs(step)[0], facts.outputs(step)[0]
-    return chosen(facts, step, {a: a for a, size in enumerate(value.shape) if size == out.shape[a]})
+    value, out = facts.inputs(step)[0], step_shape(facts, step)
+    starts = [facts.known(step, 1 + axis) for axis in range(len(value.shape))]
+    slices: list[slice] = []
+    for size, length, start in zip(value.shape, out, starts, strict=True):
+        if size == length:
+            start = np.int64(0)
+        if start is None:
+            whole = {a: a for a, n in enumerate(value.shape) if n == out[a]}
+            return chosen(facts, step, whole)
+        first = int(np.clip(int(start), 0, size - length))
+        slices.append(slice(first, first + length, 1))
+    return sliced(facts, step, slices)
 
 
 @rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter_min",
-      "scatter_max", "scatter-min", "scatter-max", "scatter_sub")  # fmt: skip
+      "scatter_max", "scatter-min", "scatter-max", "scatter_sub", "scatter-sub")  # fmt: skip
 def _scatter(facts: Facts, step: Step) -> Relation:
     value, _, updates = facts.inputs(step)
     numbers = step.params["dimension_numbers"]
@@ -64,31 +110,48 @@ def _scatter(facts: Facts, step: Step) -> Relation:
         for axis, place in zip(inside, numbers.update_window_dims, strict=True)
         if updates.shape[place] == value.shape[axis]
     }
-    return placed(facts, step, 2, window)
+    return _placed(facts, step, 2, window)
 
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(facts: Facts, step: Step) -> Relation:
     value, updates = facts.inputs(step)[:2]
+    starts = [facts.known(step, 2 + axis) for axis in range(len(value.shape))]
+    links: list[Link] = []
+    for axis, (size, length) in enumerate(zip(value.shape, updates.shape, strict=True)):
+        start = starts[axis]
+        if size == length:
+            links.append(Link(1, (axis,), (axis,)))
+        elif start is not None:
+            positions = np.full(size, -1)
+            first = int(np.clip(int(start), 0, size - length))
+            positions[first : first + length] = np.arange(length)
+            links.append(Link(1, (axis,), (axis,), positions=positions))
     window = {a: a for a, size in enumerate(updates.shape) if size == value.shape[a]}
-    return placed(facts, step, 1, window)
+    if len(links) < len(value.shape) or value.is_weight or value.has_features:
+        if len(window) < len(value.shape):
+            return _placed(facts, step, 1, window)
+        links = same(1, range(len(value.shape)))
+    return layout(facts, step, links)  # written into nothing, or all over what there was
 
 
-def placed(facts: Facts, step: Step, updates: int, window: dict[int, int]) -> Relation:
+def _placed(facts: Facts, step: Step, updates: int, window: dict[int, int]) -> Relation:
     """Parts of the first operand are replaced by, or added to, another operand.
 
     A parameter is used coordinate by coordinate in both places.
     """
     ins = facts.inputs(step)
-    found = Relation(kind=Kind.DATA)
-    if all(value.kind == Kind.CONSTANT for value in ins):
-        found.kind = Kind.CONSTANT
+    found = Relation(kind=max(value.kind for value in ins))
     links = {0: same(0, range(len(ins[0].shape))),
              updates: [Link(updates, (a,), (to,)) for a, to in window.items()]}  # fmt: skip
     for operand, own in links.items():
-        if ins[operand].kind == Kind.WEIGHT:
-            found.cuts += [(operand, axis) for axis in range(len(ins[operand].shape))]
+        value = ins[operand]
+        if value.kind == Kind.WEIGHT:
+            found.kind = Kind.DATA
+            found.cuts += [(operand, axis) for axis in range(len(value.shape))]
             found.uses[operand] = ()
         else:
+            if value.is_weight:
+                found.spent.add(operand)
             found.links += own
     return found

@@ -1,11 +1,12 @@
 """Layout: axes are moved about, split, merged and put together; nothing is used.
 
-A link says which axes of an operand are which of the result's, and, where only some indices
-are taken or the result is put together, which index is where.
+A link says which axes of an operand are which of the result's, and, where only some indices are
+taken or the result is put together, which index is where.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,27 +29,21 @@ def _broadcast(facts: Facts, step: Step) -> Relation:
     links = [
         Link(0, (axis,), (to,))
         for axis, to in enumerate(where)
-        if value.shape[axis] == out.shape[to] > 1
+        if value.shape[axis] == out.shape[to]
     ]
-    iota = None if value.iota is None else where[value.iota]
-    one_hot = None if value.one_hot is None else where[value.one_hot]
-    return layout(facts, step, links, iota=iota, one_hot=one_hot)
+    return layout(facts, step, links)
 
 
 @rule("reshape", "squeeze", "expand_dims")
 def _reshape(facts: Facts, step: Step) -> Relation:
     value, out = facts.inputs(step)[0], facts.outputs(step)[0]
-    links = [Link(0, *pair) for pair in reshaped(value.shape, out.shape)]
-    flags = {}
-    for name in ("iota", "one_hot"):
-        axis = getattr(value, name)
-        to = [link.result_axes for link in links if link.axes == (axis,)]
-        flags[name] = to[0][0] if to and len(to[0]) == 1 else None
-    return layout(facts, step, links, **flags)
+    return layout(facts, step, [Link(0, *pair) for pair in reshaped(value.shape, out.shape)])
 
 
 def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
     """The smallest groups of axes that a reshape turns into one another, size 1 left out."""
+    if math.prod(old) == 0:
+        return []
     a = [i for i, size in enumerate(old) if size != 1]
     b = [i for i, size in enumerate(new) if size != 1]
     groups: list[tuple[Axes, Axes]] = []
@@ -72,13 +67,20 @@ def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
 
 @rule("slice")
 def _slice(facts: Facts, step: Step) -> Relation:
+    strides = step.params["strides"] or (1,) * len(facts.inputs(step)[0].shape)
+    starts, limits = step.params["start_indices"], step.params["limit_indices"]
+    bounds = zip(starts, limits, strides, strict=True)
+    return sliced(facts, step, [slice(*bound) for bound in bounds])
+
+
+def sliced(facts: Facts, step: Step, slices: Sequence[slice]) -> Relation:
+    """A part of an array."""
     shape = facts.inputs(step)[0].shape
-    strides = step.params["strides"] or (1,) * len(shape)
-    bounds = zip(step.params["start_indices"], step.params["limit_indices"], strides, strict=True)
     links = [
-        Link(0, (axis,), (axis,), positions=None if (start, stop, by) == (0, shape[axis], 1)
-             else np.arange(start, stop, by))
-        for axis, (start, stop, by) in enumerate(bounds)
+        Link(0, (axis,), (axis,),
+             positions=None if (part.start, part.stop, part.step or 1) == (0, shape[axis], 1)
+             else np.arange(part.start, part.stop, part.step))
+        for axis, part in enumerate(slices)
     ]  # fmt: skip
     return layout(facts, step, links)
 
@@ -97,7 +99,7 @@ def _rev(facts: Facts, step: Step) -> Relation:
 @rule("pad")
 def _pad(facts: Facts, step: Step) -> Relation:
     shape, out = facts.inputs(step)[0].shape, facts.outputs(step)[0].shape
-    links = []
+    links: list[Link] = []
     for axis, (low, high, interior) in enumerate(step.params["padding_config"]):
         if (low, high, interior) == (0, 0, 0):
             links.append(Link(0, (axis,), (axis,)))
@@ -114,12 +116,14 @@ def _pad(facts: Facts, step: Step) -> Relation:
 def _concatenate(facts: Facts, step: Step) -> Relation:
     ins, out = facts.inputs(step), facts.outputs(step)[0]
     along, start = step.params["dimension"], 0
-    found = as_concatenated(facts, step)
+    found = _put_together(facts, step, along)
     for operand, value in enumerate(ins):
         size = value.shape[along]
-        if operand not in found.uses:
+        positions = None
+        if size != out.shape[along]:
             positions = np.full(out.shape[along], -1)
             positions[start : start + size] = np.arange(size)
+        if operand not in found.uses and size:
             found.links += [
                 Link(operand, (a,), (a,), positions=positions if a == along else None)
                 for a in range(len(out.shape))
@@ -130,8 +134,8 @@ def _concatenate(facts: Facts, step: Step) -> Relation:
 
 @rule("stack")
 def _stack(facts: Facts, step: Step) -> Relation:
-    found = as_concatenated(facts, step)
     along, count = step.params["axis"], len(step.inputs)
+    found = _put_together(facts, step, along)
     for operand in range(count):
         if operand not in found.uses:
             rank = len(facts.inputs(step)[operand].shape)
@@ -141,14 +145,23 @@ def _stack(facts: Facts, step: Step) -> Relation:
     return found
 
 
-def as_concatenated(facts: Facts, step: Step) -> Relation:
+def _put_together(facts: Facts, step: Step, along: int) -> Relation:
     """Arrays become parts of one. A parameter among data is used coordinate by coordinate."""
     ins = facts.inputs(step)
-    found = Relation(kind=max(value.kind for value in ins))
+    filled = [value for value in ins if 0 not in value.shape]
+    has_data = any(value.kind == Kind.DATA and not value.is_weight for value in filled)
+    found = layout(facts, step, [])
     for operand, value in enumerate(ins):
-        if value.kind == Kind.WEIGHT and found.kind == Kind.DATA:
+        if value.kind == Kind.WEIGHT and has_data and value in filled:
+            found.keeps.discard(operand)
             found.cuts += [(operand, axis) for axis in range(len(value.shape))]
             found.uses[operand] = ()
+    seen: set[int] = set()
+    for value in filled:
+        own = {use for axis in range(len(value.shape)) for use in value.features(axis)}
+        if seen & own:
+            found.joined = along
+        seen |= own
     return found
 
 
@@ -156,10 +169,11 @@ def as_concatenated(facts: Facts, step: Step) -> Relation:
 def _split(facts: Facts, step: Step) -> Relation:
     value = facts.inputs(step)[0]
     along, start = step.params["axis"], 0
-    links = []
+    links: list[Link] = []
     for result, size in enumerate(step.params["sizes"]):
+        positions = None if size == value.shape[along] else np.arange(start, start + size)
         links += [
-            Link(0, (a,), (a,), result, np.arange(start, start + size) if a == along else None)
+            Link(0, (a,), (a,), result, positions if a == along else None)
             for a in range(len(value.shape))
         ]
         start += size
@@ -168,4 +182,4 @@ def _split(facts: Facts, step: Step) -> Relation:
 
 @rule("iota")
 def _iota(facts: Facts, step: Step) -> Relation:
-    return Relation(kind=Kind.CONSTANT, iota=step.params["dimension"])
+    return Relation(kind=Kind.CONSTANT, counts=step.params["dimension"])

@@ -1,14 +1,14 @@
 """Reductions: axes go, the others stay what they are.
 
-A sum of a product that was written out is a dot product, and couples as one.
+A sum of a product is the contraction of its two factors, whether it is written as one or not.
 """
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation
+from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Link, Relation, Value
 from optax_adam_mini.partition.dataflow.program import Step
-from optax_adam_mini.partition.dataflow.rules.contractions import Side, is_inner_product
-from optax_adam_mini.partition.dataflow.rules.registry import rule, same
+from optax_adam_mini.partition.dataflow.rules.contractions import Side, contraction
+from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
@@ -17,50 +17,81 @@ def _reduce(facts: Facts, step: Step) -> Relation:
     value = facts.inputs(step)[0]
     gone = tuple(step.params.get("axes", step.params.get("dimensions", ())))
     kept = [axis for axis in range(len(value.shape)) if axis not in gone]
-    found = Relation(kind=value.kind)
+    found = layout(facts, step, [])
+    found.is_summary |= value.is_weight and any(value.is_own(axis) for axis in gone)
+    found.drops = step.name != "reduce_sum"
     for result in range(len(step.outputs)):
         found.links += [Link(min(result, len(step.inputs) - 1), (a,), (i,), result)
                         for i, a in enumerate(kept)]  # fmt: skip
-    if step.name == "reduce_sum" and value.product is not None:
-        _sum_of_product(facts, value.product, gone, kept)
+    if step.name == "reduce_sum":
+        _sum_products(facts, step, found, value, gone)
     return found
 
 
-def _sum_of_product(
-    facts: Facts, product: tuple[Step, int, int], gone: Axes, kept: list[int]
-) -> None:
-    """A dot product that was written out: operands multiplied, then summed."""
-    multiplied, *operands = product
-    values = [facts.inputs(multiplied)[operand] for operand in operands]
-    if any(len(value.shape) != len(gone) + len(kept) for value in values):
-        return
-    has = [[bool(value.features[axis]) for axis in range(len(value.shape))] for value in values]
-    shared = [axis for axis in kept if has[0][axis] and has[1][axis]]
-    sides = [
-        Side(value, gone, tuple(shared), tuple(a for a in kept if own[a] and a not in shared))
-        for value, own in zip(values, has, strict=True)
-    ]
-    for side in sides:
-        side.is_weight = side.value.kind == Kind.WEIGHT
-    if not is_inner_product(*sides):
-        return
-    later = facts.later.setdefault(id(multiplied), Relation())
-    for operand, side in zip(operands, sides, strict=True):
-        if side.is_weight:
-            later.cuts += [(operand, axis) for axis in shared]
-        else:
-            later.couplings.append((operand, gone))
+def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone: Axes) -> None:
+    """Adds to `found` the products that are summed."""
+    kept = [axis for axis in range(len(value.shape)) if axis not in gone]
+    tags = {
+        axis: {tag for factor in value.axes[axis] for tag in factor.products}
+        for axis in range(len(value.shape))
+    }
+    for product in {number for axis in gone for number, _ in tags[axis]}:
+        multiplied = facts.products[product]
+        contracted = {axis for a in gone for number, axis in tags[a] if number == product}
+        to = {
+            axis: place
+            for place, a in enumerate(kept)
+            for number, axis in tags[a]
+            if number == product
+        }
+        values = facts.inputs(multiplied)
+        sides: list[Side] = []
+        for operand, own in enumerate(values):
+            axes = range(len(own.shape))
+            varied = [
+                [a for a in axes if a not in contracted and _varies(v, a)]
+                for v in (own, values[1 - operand])
+            ]
+            shared = tuple(a for a in varied[0] if a in varied[1])
+            free = tuple(a for a in varied[0] if a not in varied[1])
+            sides.append(Side(own, tuple(sorted(contracted)), shared, free, is_written_out=True))
+        key = id(step), product
+        summed = facts.summed.setdefault(
+            key,
+            Step(
+                step.name,
+                multiplied.inputs,
+                step.outputs,
+                {},
+                step.tracebacks or multiplied.tracebacks,
+            ),
+        )
+        relation = contraction(facts, summed, sides, [to, to])
+        if relation.chain or relation.unread:
+            continue
+        relation.links = [link for link in relation.links if link.operand in relation.uses]
+        relation.keeps = set()
+        used = frozenset[int]().union(*(values[operand].params for operand in relation.uses))
+        if used >= value.params:
+            found.keeps = set()  # it was a kernel, and its outputs are data
+        found.is_mixture |= relation.is_mixture
+        found.sums.append((summed, relation))
+
+
+def _varies(value: Value, axis: int) -> bool:
+    return value.shape[axis] > 1 and not value.is_copied(axis)
 
 
 @rule("sort", "top_k", "approx_top_k")
 def _sort(facts: Facts, step: Step) -> Relation:
     ins = facts.inputs(step)
     along = step.params.get("dimension", step.params.get("reduction_dimension", -1))
-    links = []
+    links: list[Link] = []
     for result in range(len(step.outputs)):
         rank = len(ins[0].shape)
         operand = min(result, len(ins) - 1)
         links += [link for link in same(operand, range(rank), result)
                   if link.axes[0] != along % rank]  # fmt: skip
-    mixed = any(value.is_weight for value in ins)  # its coordinates are who knows where
-    return Relation(links, kind=max(value.kind for value in ins), unread=mixed)
+    # The coordinates of a parameter that is sorted are who knows where.
+    mixed = any(value.is_weight and value.is_own(along) for value in ins if value.shape)
+    return layout(facts, step, links, unread=mixed)

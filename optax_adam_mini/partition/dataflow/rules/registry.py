@@ -1,9 +1,9 @@
-"""One rule for each primitive: how the axes of its results come from the axes of its operands.
+"""The table of rules.
 
-A rule returns a `Relation`. Most primitives only move axes about, and their rules are a list of
-links. Where a parameter meets data, the rule says what that makes of the parameter's axes; where
-activations meet in an inner product, it couples the axes that are contracted. The files of this
-folder have the rules by the kind of primitive.
+A rule says how the axes of a primitive's results come from the axes of its operands: it returns a
+`Relation`. Most primitives only move axes about, and their rules are a list of links. Where a
+parameter meets data, the rule says what that makes of the parameter's axes; where activations meet
+in an inner product, it couples the axes that are contracted.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ def same(operand: int, axes: Iterable[int], result: int = 0) -> list[Link]:
 def layout(facts: Facts, step: Step, links: list[Link], **more: Any) -> Relation:
     """Axes are moved about; nothing is used."""
     ins = facts.inputs(step)
-    return Relation(links, kind=max(value.kind for value in ins), is_rows=ins[0].is_rows, **more)
+    kind = max((value.kind for value in ins), default=Kind.CONSTANT)
+    more.setdefault("keeps", {i for i, value in enumerate(ins) if value.is_weight})
+    more.setdefault("drops", False)
+    more.setdefault("is_summary", all(value.is_summary for value in ins if value.is_weight))
+    return Relation(links, kind=kind, **more)
 
 
 def unknown(facts: Facts, step: Step) -> Relation:
     """No rule: harmless where neither parameters nor what they make come in."""
     ins = facts.inputs(step)
     kind = max((value.kind for value in ins), default=Kind.CONSTANT)
-    touched = any(value.is_weight or any(value.features) for value in ins)
+    touched = any(value.is_weight or value.has_features for value in ins)
     return Relation(kind=Kind.DATA if touched else kind, unread=touched)
