@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Value
+from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Trail, Value
 from optax_adam_mini.partition.dataflow.groups import (
     ALONE,
     UNSEEN,
@@ -23,15 +23,16 @@ from optax_adam_mini.partition.dataflow.groups import (
 from optax_adam_mini.partition.dataflow.program import Step
 
 
-def find_groups(facts: Facts) -> list[list[Label]]:
+def find_groups(facts: Facts, trail: Trail) -> list[list[Label]]:
     """For every value that is a parameter still, the groups of each axis."""
-    return _Backward(facts).run()
+    return _Backward(facts, trail).run()
 
 
 class _Backward:
     """One pass, repeated until loops have settled, with the groups that it makes."""
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: Facts, trail: Trail):
+        self.trail = trail
         self.facts, self.values = facts, facts.values
         self.groups = Groups()
         self.coupled: list[np.ndarray | None] = [None] * len(self.values)
@@ -50,7 +51,7 @@ class _Backward:
             before = self.labels, [*self.coupled], [*self.spent]
             # Refined anew, from what is known of the others by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
-            for step, relation in reversed(self.facts.trail):
+            for step, relation in reversed(self.trail):
                 self._give_back(step, relation)
             if _equal(before, (self.labels, self.coupled, self.spent)):
                 return self.labels
@@ -76,7 +77,7 @@ class _Backward:
                 self._refine(
                     place, self._of_outputs(found, relation, operand, value, coupled, shape)
                 )
-        for operand in relation.keeps:
+        for operand in relation.keeps - relation.uses.keys():
             if any(self.spent[place] for place in step.outputs):
                 self._spend(step, relation, operand)
         for operand in relation.spent:

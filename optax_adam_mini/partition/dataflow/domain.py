@@ -32,6 +32,13 @@ from optax_adam_mini.partition.dataflow.program import Program, Step
 
 Axes = tuple[int, ...]
 
+# Element-wise functions that are not linear, and that layers are followed by.
+FUNCTIONS = {
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "erf", "erfc",
+    "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min", "pow", "rsqrt",
+    "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+}  # fmt: skip
+
 
 class Kind(enum.IntEnum):
     """What a value depends on."""
@@ -42,13 +49,21 @@ class Kind(enum.IntEnum):
     DATA = 2
 
 
+class Part(NamedTuple):
+    """Which outputs of a use lie along an axis, if all are counted through, the last axis fastest."""
+
+    distance: int
+    """Between neighbours along the axis."""
+    start: int
+    stop: int
+
+
 class Factor(NamedTuple):
     """What is known of an axis, or of one of several axes that were merged into it."""
 
     size: int
-    features: Mapping[int, int] = {}
-    """The uses of parameters whose free axes it comes from, with the distance between neighbours
-    when those free axes are counted through, the last one fastest."""
+    features: Mapping[int, Part] = {}
+    """The uses of parameters whose free axes it comes from."""
     own: frozenset[tuple[int, int]] = frozenset()
     """The axes of parameters, `(parameter, axis)`, that it still is."""
     moves: bool = False
@@ -78,8 +93,9 @@ def union(a: Factor, b: Factor) -> Factor:
     features = a.features
     if b.features and b.features is not features:
         features = {**a.features}
-        for use, distance in b.features.items():
-            features[use] = min(features.get(use, distance), distance)
+        for use, part in b.features.items():
+            old = features.get(use, part)
+            features[use] = Part(*map(min, old[:2], part[:2]), max(old.stop, part.stop))
         features = a.features if features == a.features else features
     return Factor(
         a.size,
@@ -142,7 +158,10 @@ def regrouped(factors: Sequence[Factor], sizes: Sequence[int]) -> list[Factors]:
                 left //= factor.size
             elif factor.size % left == 0:
                 inner = factor.size // left
-                slow = {use: distance * inner for use, distance in factor.features.items()}
+                slow = {
+                    use: part._replace(distance=part.distance * inner)
+                    for use, part in factor.features.items()
+                }
                 own.append(factor._replace(size=left, features=slow))
                 rest.append(factor._replace(size=inner))
                 left = 1
@@ -191,7 +210,7 @@ class Value:
         factors = self.axes[axis]
         return factors[0] if len(factors) == 1 else whole(factors, self.shape[axis])
 
-    def features(self, axis: int) -> Mapping[int, int]:
+    def features(self, axis: int) -> Mapping[int, Part]:
         """The features of an axis."""
         return self.whole(axis).features
 
@@ -265,14 +284,20 @@ class Relation:
     """The axis along which parts of one parameter's outputs are put side by side."""
     counts: int | None = None
     """The axis along which the result counts."""
+    drops_counts: bool = False
+    """Where the operands count, the result does not."""
     one_hot: int | None = None
     """The axis along which the result is one-hot."""
+    drops_one_hot: bool = False
+    """Where some operands are one-hot, the result is not."""
     spectrum: Axes = ()
     """Axes whose indices become frequencies."""
     is_product: bool = False
     """It is an element-wise product, whose sum would be an inner product."""
     drops: bool = True
     """What the operands are the product of, the result is not."""
+    is_stopped: bool = False
+    """No gradient goes back through it: the result is data."""
     made: int | None = None
     is_summary: bool = False
     is_mixture: bool = False
@@ -288,6 +313,10 @@ class Relation:
     """For each operand that is used, the operand that it meets."""
 
 
+Trail = list[tuple[Step, Relation]]
+"""Steps and what the rules say of them, in order."""
+
+
 class Use(NamedTuple):
     """A parameter meets data in a step."""
 
@@ -299,6 +328,8 @@ class Use(NamedTuple):
     """The operand that it meets."""
     ran_over: int = 0
     """The uses that ran over the axes of data that are contracted here, each a bit."""
+    of_features: bool = False
+    """The axes of data that are contracted here have features."""
 
 
 class Role(enum.Enum):
@@ -318,7 +349,7 @@ class Facts:
     n_params: int
     """The first so many of the program's inputs are parameters."""
     values: list[Value]
-    trail: list[tuple[Step, Relation]] = dataclasses.field(default_factory=list)
+    trail: Trail = dataclasses.field(default_factory=list)
     """What the rules say of each step, in order."""
     uses: dict[int, Use] = dataclasses.field(default_factory=dict)
     products: dict[int, Step] = dataclasses.field(default_factory=dict)
@@ -343,10 +374,14 @@ class Facts:
         """The numbers that an operand is, where the program says them."""
         return self.program.known.get(step.inputs[operand])
 
-    def made(self, features: Iterable[Mapping[int, int]]) -> set[int]:
+    def made(self, features: Iterable[Mapping[int, Part]]) -> set[int]:
         """The parameters whose outputs these are."""
         numbers = {use for part in features for use in part}
         return set[int]().union(*(self.uses[number].params for number in numbers))
+
+    def goes_through_functions(self, place: int) -> bool:
+        """Whether a function that is not linear is applied to a value, element by element."""
+        return bool(self.program.goes_into(place) & FUNCTIONS)
 
     def makers(self, values: Iterable[Value]) -> set[int]:
         """The parameters that values are, or come from the outputs of."""

@@ -6,7 +6,11 @@ It runs the rules over the steps until what loops carry has settled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
+
+import numpy as np
 
 from optax_adam_mini.partition.dataflow.domain import (
     Factor,
@@ -14,6 +18,7 @@ from optax_adam_mini.partition.dataflow.domain import (
     Facts,
     Kind,
     Link,
+    Part,
     Relation,
     Use,
     Value,
@@ -133,8 +138,10 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
         return value
     found: list[list[Factors]] = [[] for _ in value.shape]
     for link in relation.links:
-        if link.result == result and link.operand not in relation.uses:
-            _follow(link, ins[link.operand], value, found, link.operand in relation.keeps)
+        operand = ins[link.operand]
+        # A parameter that is used has features in its place; data that it is combined with go on.
+        if link.result == result and (link.operand not in relation.uses or operand.is_combined):
+            _follow(link, operand, value, found, link.operand in relation.keeps)
     linked = {axis for link in relation.links if link.result == result for axis in link.result_axes}
     data = value.kind == Kind.DATA
     for axis, parts in enumerate(found):
@@ -158,8 +165,17 @@ def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
     """What is known of a result as such."""
     for axis, factors in enumerate(value.axes):
         changed = factors
+        if relation.is_stopped:
+            changed = tuple(
+                Factor(f.size, moves=f.moves or bool(f.own), one_hot=f.one_hot, counts=f.counts)
+                for f in changed
+            )
         if relation.drops:
             changed = tuple(f._replace(products=frozenset()) for f in changed)
+        if relation.drops_counts:
+            changed = tuple(f._replace(counts=False) for f in changed)
+        if relation.drops_one_hot:
+            changed = tuple(f._replace(one_hot=False) for f in changed)
         if relation.is_product and value.shape[axis] > 1:
             facts.products[id(step)] = step
             tag = frozenset([(id(step), axis)])
@@ -189,18 +205,20 @@ def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value
                         value.axes[axis] = tuple(
                             f._replace(over=f.over | bit) for f in value.axes[axis]
                         )
+        met = (0, False) if partner is None else _contracted(ins[partner], relation, partner)
         facts.uses[number] = Use(
-            step, operand, ins[operand].params, relation.is_lookup, partner,
-            _ran_over(ins[partner], relation, partner) if partner is not None else 0,
-        )  # fmt: skip
-        distance = 1
+            step, operand, ins[operand].params, relation.is_lookup, partner, *met
+        )
+        distance, count = 1, math.prod(value.shape[axis] for axis in axes)
         for axis in reversed(axes):
             size = value.shape[axis]
             if size > 1:
                 found = value.whole(axis)
                 value.axes[axis] = (
                     found._replace(
-                        features={**found.features, number: distance}, moves=True, is_joined=False
+                        features={**found.features, number: Part(distance, 0, count)},
+                        moves=True,
+                        is_joined=False,
                     ),
                 )
             distance *= size
@@ -217,14 +235,15 @@ def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value
         facts.uses[number] = Use(step, operand, ins[operand].params)
 
 
-def _ran_over(value: Value, relation: Relation, operand: int) -> int:
-    """The uses that ran over all axes of an operand that are contracted."""
+def _contracted(value: Value, relation: Relation, operand: int) -> tuple[int, bool]:
+    """The uses that ran over all axes of data that are contracted, and whether these have features."""
     kept = {axis for link in relation.links if link.operand == operand for axis in link.axes}
-    found = -1
-    for axis in range(len(value.shape)):
-        if axis not in kept and value.shape[axis] > 1:
-            found &= value.whole(axis).over
-    return 0 if found == -1 else found
+    gone = [axis for axis, size in enumerate(value.shape) if axis not in kept and size > 1]
+    over = [value.whole(axis).over for axis in gone]
+    return (
+        functools.reduce(operator.and_, over) if over else 0,
+        any(value.features(axis) for axis in gone),
+    )
 
 
 def _follow(
@@ -245,13 +264,31 @@ def _follow(
         one = whole(tuple(sources))._replace(products=frozenset(), one_hot=False)
         new = [(one._replace(size=size),) for size in sizes]
     elif link.positions is not None:
-        new = [(whole(tuple(sources))._replace(size=sizes[0]),)]
+        new = [(_taken(whole(tuple(sources)), link.positions),)]
     elif len(link.axes) == len(link.result_axes) == 1:
         new = [operand.axes[link.axes[0]] if keeps else tuple(sources)]
     else:
         new = regrouped(sources, sizes)
     for axis, factors in zip(link.result_axes, new, strict=True):
         found[axis].append(factors)
+
+
+def _taken(factor: Factor, positions: np.ndarray) -> Factor:
+    """An axis of which some indices are taken."""
+    taken = positions[positions >= 0]
+    if not len(taken):
+        return Factor(len(positions))
+    first, last = int(taken.min()), int(taken.max())
+    features = factor.features
+    if last - first + 1 < factor.size:
+        features = {
+            use: part._replace(
+                start=part.start + first * part.distance,
+                stop=min(part.stop, part.start + (last + 1) * part.distance),
+            )
+            for use, part in features.items()
+        }
+    return factor._replace(size=len(positions), features=features)
 
 
 def _with_what_was(old: Value, new: Value) -> Value:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from optax_adam_mini.partition.dataflow.backward import find_groups
-from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Use
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Trail, Use
 from optax_adam_mini.partition.dataflow.forward import follow
 from optax_adam_mini.partition.dataflow.groups import Label
 from optax_adam_mini.partition.dataflow.program import Step, flatten
@@ -49,8 +49,31 @@ def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
 
 
 def _gathered(facts: Facts) -> Result:
-    labels, roles = find_groups(facts), find_roles(facts)
-    for step, relation in facts.trail:
+    """What the steps say that a gradient goes through.
+
+    Of a parameter that none of these uses, a frozen one, all steps say it.
+    """
+    found = _of_steps(
+        facts, [part for part in facts.trail if id(part[0]) not in facts.program.stopped]
+    )
+    frozen = [index for index in range(facts.n_params) if index not in found.uses]
+    if frozen and facts.program.stopped:
+        every = _of_steps(facts, facts.trail)
+        for index in frozen:
+            found.labels[index], found.roles[index] = every.labels[index], every.roles[index]
+            for mine, theirs in (
+                (found.uses, every.uses),
+                (found.unread, every.unread),
+                (found.coupled, every.coupled),
+            ):
+                if index in theirs:
+                    mine[index] = theirs[index]
+    return found
+
+
+def _of_steps(facts: Facts, trail: Trail) -> Result:
+    labels, roles = find_groups(facts, trail), find_roles(facts, trail)
+    for step, relation in trail:
         for link in relation.links:
             # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
             place = step.outputs[link.result]
@@ -58,7 +81,7 @@ def _gathered(facts: Facts) -> Result:
                 relation.unread |= not roles[place][link.result_axes[0]]
     inputs = facts.program.inputs[: facts.n_params]
     found = Result([labels[place] for place in inputs], [roles[place] for place in inputs])
-    for step, relation in facts.trail:
+    for step, relation in trail:
         ins = facts.inputs(step)
         if relation.unread:
             for param in sorted(facts.makers(ins)):

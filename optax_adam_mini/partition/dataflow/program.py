@@ -23,6 +23,25 @@ CALLS = {
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "compute_on",
     "linear_call", "remat_opt", "xla_call",
 }  # fmt: skip
+# Steps through which a sum goes: sums of their results are sums of their operands.
+LINEAR = {
+    "add", "add_any", "convert_element_type", "copy", "copy_p", "device_put", "div", "mul", "name",
+    "neg", "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reshard",
+    "select_n", "sharding_constraint", "stop_gradient", "sub", "mesh_cast", "layout_constraint",
+    "tie", "xla_metadata_value", "shard_alike", "preduced", "reduced_vary_cast_p", MERGE,
+}  # fmt: skip
+LAYOUT = {
+    "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "rev", "pad",
+    "concatenate", "stack", "split", "scan_slice", "scan_stack", "dynamic_slice",
+    "dynamic_update_slice",
+}  # fmt: skip
+
+# Through which no gradient goes.
+STOPPING = {
+    "stop_gradient", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "is_finite",
+    "argmax", "argmin", "not", "and", "or", "xor",
+}  # fmt: skip
+
 _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
 
 
@@ -59,8 +78,30 @@ class Program:
     """Whole numbers that are the same whatever the function is given: indices."""
     kernels: set[int] = dataclasses.field(default_factory=set)
     """What the kernels of convolutions are made of."""
+    stopped: set[int] = dataclasses.field(default_factory=set)
+    """The steps, by their ids, through which no output has a gradient."""
     unused: list[Step] = dataclasses.field(default_factory=list)
     """Steps on which no output depends."""
+
+    consumers: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
+    """The steps that take in a value."""
+
+    def goes_into(self, place: int) -> set[str]:
+        """The primitives that a value goes into, moved about and scaled as it may be."""
+        seen, todo, found = {place}, [place], set[str]()
+        while todo:
+            place = todo.pop()
+            if place in self.outputs:
+                found.add("output")
+            for step in self.consumers.get(place, ()):
+                if step.is_backward:
+                    continue
+                if step.name not in LINEAR | LAYOUT:
+                    found.add(step.name)
+                    continue
+                todo += set(step.outputs) - seen
+                seen.update(step.outputs)
+        return found
 
     def is_kernel(self, place: int) -> bool:
         """Whether the kernel of a convolution is made of a value."""
@@ -82,6 +123,10 @@ def flatten(closed: ClosedJaxpr) -> Program:
     program.inputs = [program.value(var.aval) for var in closed.jaxpr.invars]
     program.outputs = _inline(program, closed, program.inputs, _Callers())
     _drop_unused(program)
+    program.stopped = _without_gradient(program)
+    for step in program.steps:
+        for place in step.inputs:
+            program.consumers.setdefault(place, []).append(step)
     for step in reversed(program.steps):
         if step.name == "conv_general_dilated":
             program.kernels.add(step.inputs[1])
@@ -112,6 +157,19 @@ def _drop_unused(program: Program) -> None:
     used = [not needed.isdisjoint(step.outputs) for step in program.steps]
     program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
     program.steps = [s for s, is_used in zip(program.steps, used, strict=True) if is_used]
+
+
+def _without_gradient(program: Program) -> set[int]:
+    """The steps whose results reach outputs only where no gradient comes back from there."""
+    reached, before = set(program.outputs), -1
+    steps = [step for step in reversed(program.steps) if step.name not in STOPPING]
+    has_derivative = any(step.is_backward for step in steps)
+    while before != (before := len(reached)):
+        for step in steps:
+            is_kept = has_derivative and step.is_differentiated and not step.is_backward
+            if is_kept or not reached.isdisjoint(step.outputs):
+                reached.update(step.inputs)
+    return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
 @dataclasses.dataclass(frozen=True)

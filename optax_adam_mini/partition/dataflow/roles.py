@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role
+from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Trail
 from optax_adam_mini.partition.dataflow.program import Step
 
 
-def find_roles(facts: Facts) -> list[list[set[Role]]]:
+def find_roles(facts: Facts, trail: Trail) -> list[list[set[Role]]]:
     """The roles of the axes of every value; none for those of data."""
     roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in facts.values]
     count = -1
     while count != (count := sum(len(axis) for axes in roles for axis in axes)):
-        for step, relation in reversed(facts.trail):
+        for step, relation in reversed(trail):
             _give_back(facts, step, relation, roles)
     return roles
 

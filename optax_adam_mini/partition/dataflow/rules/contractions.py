@@ -63,15 +63,16 @@ class Side:
             for axis in self.contracted
         )
 
-    @property
-    def own_outputs(self) -> list[int]:
-        """The free axes that are the parameter's alone."""
+    def has_outputs(self, facts: Facts) -> bool:
+        """Whether free axes are the parameter's, and not those of activations in it."""
         value = self.value
-        return [
-            axis
+        is_activation = facts.is_activation(value, range(len(value.shape)))
+        return any(
+            value.shape[axis] > 1
+            and value.is_own(axis)
+            and not (is_activation and value.moves(axis))
             for axis in self.free
-            if value.shape[axis] > 1 and value.is_own(axis) and not value.moves(axis)
-        ]
+        )
 
 
 def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
@@ -92,16 +93,27 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             and (not has_outputs or kernel.value.made > 0)
             and any(data.value.features(axis) for axis in data.batch)
         )
-    if a.uses(a.contracted) & b.uses(b.contracted):
+    if _meet(a, b):
         # The same outputs on both sides: the norm of a vector, positions that are matched with
         # themselves, or the derivative of a mixture.
         if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
             return False
-        if a.uses(a.contracted) == b.uses(b.contracted) and not (a.free or b.free):
+        if a.uses(a.contracted) != b.uses(b.contracted) or not (a.free or b.free):
             return False
+    kept = [(side, side.featured(side.free)) for side in (a, b)]
+    shared = a.uses(a.free) & b.uses(b.free)
+    are_two = all(axes for _, axes in kept)
     kept = [
-        (side, [axis for axis in side.featured(side.free) if not _is_position(facts, side, axis)])
-        for side in (a, b)
+        (
+            side,
+            [
+                axis
+                for axis in axes
+                if not (side.value.features(axis).keys() <= shared)  # the same positions twice
+                and not _is_position(facts, side, axis, are_two)
+            ],
+        )
+        for side, axes in kept
     ]
     kept = [(side, axes) for side, axes in kept if axes]
     if len(kept) != 1:
@@ -110,24 +122,46 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     # same parameter. (Were they the faster ones, blocks would be strided.)
     ((side, axes),) = kept
     return all(
-        slow.keys() == fast.keys() and all(slow[use] > fast[use] for use in fast)
+        slow.keys() == fast.keys() and all(slow[use].distance > fast[use].distance for use in fast)
         for slow in map(side.value.features, axes)
         for fast in map(side.value.features, side.featured(side.contracted))
     )
 
 
-def _is_position(facts: Facts, side: Side, axis: int) -> bool:
+def _meet(a: Side, b: Side) -> bool:
+    """Whether the same outputs are contracted on both sides."""
+    left, right = (
+        [part for axis in side.contracted for part in side.value.features(axis).items()]
+        for side in (a, b)
+    )
+    return any(
+        use == other and part.start < one.stop and one.start < part.stop
+        for use, part in left
+        for other, one in right
+    )
+
+
+def _is_position(facts: Facts, side: Side, axis: int, are_two: bool) -> bool:
     """Whether an axis with features is one of positions to those that are contracted.
 
-    Either what made these ran over it, as a query's kernel over positions that were mixed; or what
+    Either what made these ran over it, as a query's kernel runs over positions that were mixed:
+    then it is of positions if both sides have such, or if that kernel contracted features. Or what
     made it has mixed positions that they had (the keys of Linformer).
     """
-    contracted = side.uses(side.contracted)
+    contracted = [(use, facts.uses[use]) for use in side.uses(side.contracted)]
     found = side.value.whole(axis)
-    if all(found.over >> use & 1 for use in contracted):
+    if all(
+        found.over >> number & 1
+        and (
+            are_two or (use.of_features and not any(use.ran_over >> f & 1 for f in found.features))
+        )
+        for number, use in contracted
+    ):
         return True
     return all(
-        facts.uses[made].ran_over >> use & 1 for made in found.features for use in contracted
+        facts.uses[made].ran_over >> number & 1
+        for made in found.features
+        for number, _ in contracted
     )
 
 
@@ -185,12 +219,16 @@ def contraction(
     weights = [side for side in sides if side.value.is_weight]
     if not weights:
         _of_data(facts, found, sides, places)
-    elif all(
-        value.kind <= Kind.WEIGHT
-        # A filter that the function closes over, with which the kernel of a convolution is resized.
-        or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
-        for value in values
-    ) and not _is_lookup(sides):
+    elif (
+        not _is_layer_of_constants(facts, step)
+        and all(
+            value.kind <= Kind.WEIGHT
+            # A filter that the function closes over, with which the kernel of a convolution is resized.
+            or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
+            for value in values
+        )
+        and not _is_lookup(sides)
+    ):
         found.kind = Kind.WEIGHT
         _of_parameters(found, sides, places)
     else:
@@ -203,8 +241,20 @@ def contraction(
                 if not side.is_kernel and side.featured(side.contracted)
             ]
         elif not any(side.is_kernel for side in sides):
-            found.is_mixture = True
+            # The norm of a vector, which has nothing left but the batch, mixes nothing.
+            found.is_mixture = any(side.free for side in sides)
     return found
+
+
+def _is_layer_of_constants(facts: Facts, step: Step) -> bool:
+    """Whether constants are what a layer is applied to, and not what its kernel is made with.
+
+    They are where a derivative pushes a basis through the model, and where what comes out goes
+    through a function: a kernel would be contracted before that.
+    """
+    if all(value.kind == Kind.WEIGHT for value in facts.inputs(step)):
+        return False
+    return step.is_differentiated or facts.goes_through_functions(step.outputs[0])
 
 
 def _of_data(
@@ -276,17 +326,19 @@ def _of_a_parameter(
     found.kind = Kind.DATA
     kernels = [i for i in range(2) if _is_kernel(facts, sides[i], sides[1 - i])]
     if len(kernels) == 2:
-        both = [bool(side.own_outputs) for side in sides]
-        pure = [side.value.kind == Kind.WEIGHT for side in sides]
-        if pure[0] != pure[1]:
-            kernels = [0 if pure[0] else 1]
-        elif both[0] != both[1]:
-            kernels = [0 if both[0] else 1]
-        elif all(both):
-            _of_parameters(found, sides, places)
-            found.kind = Kind.DATA
-            return
+        for is_kernel in (
+            [side.value.kind == Kind.WEIGHT for side in sides],
+            [not facts.acts(side.value) for side in sides],
+            [side.has_outputs(facts) for side in sides],
+        ):
+            if is_kernel[0] != is_kernel[1]:
+                kernels = [is_kernel.index(True)]
+                break
         else:
+            if all(side.has_outputs(facts) for side in sides):
+                _of_parameters(found, sides, places)
+                found.kind = Kind.DATA
+                return
             kernels = []
     for operand, side in enumerate(sides):
         other, value = sides[1 - operand], side.value
@@ -315,7 +367,7 @@ def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
     if other.value.kind == Kind.WEIGHT and other.is_contracted:
         return False
     is_activation = facts.is_activation(side.value, range(len(side.value.shape)))
-    return not is_activation or bool(side.own_outputs)
+    return not is_activation or side.has_outputs(facts)
 
 
 def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partner: int) -> None:

@@ -10,17 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Relation, Value
-from optax_adam_mini.partition.dataflow.program import MERGE, Step
+from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, STOPPING, Step
 from optax_adam_mini.partition.dataflow.rules.registry import RULES, same
 
 MULTIPLICATIVE = {"mul", "div"}
-# Sums of these are sums of their operands.
-LINEAR = {
-    "add", "add_any", "convert_element_type", "copy", "copy_p", "device_put", "div", "mul", "name",
-    "neg", "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reshard",
-    "select_n", "sharding_constraint", "stop_gradient", "sub", "mesh_cast", "layout_constraint",
-    "tie", "xla_metadata_value", "shard_alike", "preduced", "reduced_vary_cast_p", MERGE,
-}  # fmt: skip
 ELEMENTWISE = {
     "abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
     "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
@@ -51,17 +44,36 @@ def elementwise(facts: Facts, step: Step) -> Relation:
             )
     if step.name == MERGE:
         return _merge(facts, step, found)
+    if step.name in STOPPING and not (
+        step.name == "stop_gradient" and ins[0].kind == Kind.WEIGHT  # a layer that is frozen
+    ):
+        # A target that the model itself computes is data to what learns from it.
+        found.kind = Kind.DATA if found.kind else Kind.CONSTANT
+        found.is_stopped = True
+        return _with_one_hot(found, step, ins, out)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     if len(ins) == 1:
         found.made = 2 if ins[0].made and step.name not in LINEAR else None
     found.drops = step.name not in LINEAR
+    found.drops_counts = len(ins) > 1 or step.name not in LINEAR
+    if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
+        found.is_product = _is_new_product(ins, found)
+    return found
+
+
+def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value) -> Relation:
+    """Adds that the result is one-hot, where what counts is compared with an index."""
+    found.drops_counts = True
     if step.name == "eq":
         for counted, other in ((ins[0], ins[1]), (ins[1], ins[0])):
             for axis in range(len(out.shape)):
-                if counted.shape and counted.whole(axis).counts and not other.moves(axis):
+                if (
+                    counted.shape
+                    and counted.whole(axis).counts
+                    and not other.moves(axis)
+                    and not any(other.whole(a).counts for a in range(len(other.shape)))
+                ):
                     found.one_hot = axis
-    if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
-        found.is_product = _is_new_product(ins, found)
     return found
 
 
@@ -116,7 +128,11 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
         own = [axis for axis, n in enumerate(value.shape) if n > 1 and value.is_own(axis)]
         if not others:
             found.keeps.add(operand)
-            if not is_product and _is_bias_of_a_parameter(ins, operand, own):
+            if (
+                value.kind == Kind.WEIGHT
+                and not is_product
+                and _is_bias_of_a_parameter(ins, operand, own)
+            ):
                 found.cuts += [(operand, axis) for axis in own]
             continue
         if not own:  # a number: a temperature, a gate

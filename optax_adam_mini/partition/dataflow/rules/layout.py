@@ -149,13 +149,17 @@ def _put_together(facts: Facts, step: Step, along: int) -> Relation:
     """Arrays become parts of one. A parameter among data is used coordinate by coordinate."""
     ins = facts.inputs(step)
     filled = [value for value in ins if 0 not in value.shape]
-    has_data = any(value.kind == Kind.DATA and not value.is_weight for value in filled)
+    has_data = any(
+        value.kind == Kind.DATA and (not value.is_weight or facts.acts(value)) for value in filled
+    )
     found = layout(facts, step, [])
     for operand, value in enumerate(ins):
         if value.kind == Kind.WEIGHT and has_data and value in filled:
             found.keeps.discard(operand)
             found.cuts += [(operand, axis) for axis in range(len(value.shape))]
             found.uses[operand] = ()
+    hot = [any(value.whole(axis).one_hot for axis in range(len(value.shape))) for value in filled]
+    found.drops_one_hot = not all(hot)
     seen: set[int] = set()
     for value in filled:
         own = {use for axis in range(len(value.shape)) for use in value.features(axis)}

@@ -5,8 +5,8 @@ A sum of a product is the contraction of its two factors, whether it is written 
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Link, Relation, Value
-from optax_adam_mini.partition.dataflow.program import Step
+from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
+from optax_adam_mini.partition.dataflow.program import STOPPING, Step
 from optax_adam_mini.partition.dataflow.rules.contractions import Side, contraction
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
 
@@ -18,6 +18,9 @@ def _reduce(facts: Facts, step: Step) -> Relation:
     gone = tuple(step.params.get("axes", step.params.get("dimensions", ())))
     kept = [axis for axis in range(len(value.shape)) if axis not in gone]
     found = layout(facts, step, [])
+    if step.name in STOPPING:
+        found.is_stopped, found.keeps = True, set()
+        found.kind = Kind.DATA if value.kind else Kind.CONSTANT
     found.is_summary |= value.is_weight and any(value.is_own(axis) for axis in gone)
     found.drops = step.name != "reduce_sum"
     for result in range(len(step.outputs)):
@@ -37,6 +40,11 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
     }
     for product in {number for axis in gone for number, _ in tags[axis]}:
         multiplied = facts.products[product]
+        # A product that goes on, coordinate by coordinate, is a gate and no inner product, although
+        # its mean is taken as well: a layer norm does that.
+        goes_into = facts.program.goes_into(multiplied.outputs[0])
+        if goes_into - {"reduce_sum"}:
+            continue
         contracted = {axis for a in gone for number, axis in tags[a] if number == product}
         to = {
             axis: place
