@@ -60,13 +60,15 @@ class _Backward:
         """Brings what is coupled in the results of a step to its operands."""
         links: dict[tuple[int, int], list[Link]] = {}
         for link in relation.links:
+            if link.is_lost:
+                continue
             links.setdefault((link.operand, link.result), []).append(link)
         for (operand, result), found in links.items():
             place, result_place = step.inputs[operand], step.outputs[result]
             value, coupled = self.values[place], self.coupled[result_place]
             shape = self.values[result_place].shape
             if operand not in relation.uses and coupled is not None and value.has_features:
-                groups = self._of_data(found, value, coupled, shape)
+                groups = self._of_data(found, value, coupled, shape, step.name == "scan_slice")
                 if groups is not None:
                     old = self.coupled[place]
                     self.coupled[place] = groups if old is None else self.groups.join(old, groups)
@@ -84,7 +86,8 @@ class _Backward:
             self._spend(step, relation, operand)
         for operand in relation.uses:
             place = step.inputs[operand]
-            self._refine(place, dict.fromkeys(range(len(self.values[place].shape)), WHOLE))
+            sizes = self.values[place].shape
+            self._refine(place, {axis: WHOLE for axis, size in enumerate(sizes) if size > 1})
         for operand, contracted, free in relation.chain:
             # Of two weights that are multiplied, the one that meets the data first has outputs.
             labels = [self.labels[step.outputs[0]][axis] for axis in free]
@@ -122,19 +125,35 @@ class _Backward:
             labels[axis] = self.groups.meet(labels[axis], label)
 
     def _of_data(
-        self, links: list[Link], value: Value, found: np.ndarray, shape: tuple[int, ...]
+        self,
+        links: list[Link],
+        value: Value,
+        found: np.ndarray,
+        shape: tuple[int, ...],
+        each: bool,
     ) -> np.ndarray | None:
-        """The groups of activations from those of a result of `shape`."""
+        """The groups of activations from those of a result of `shape`.
+
+        With `each`, what the result has of an axis that is not linked is each of its indices, as
+        in a loop over heads: then they are apart.
+        """
         apart = [size > 1 for size in value.shape_apart]
         active = [k for k in links if k.positions is not None or any(apart[a] for a in k.axes)]
         linked = {axis for link in active for axis in link.axes}
-        if not active or any(apart[axis] and axis not in linked for axis in range(len(apart))):
+        chosen = [axis for axis, is_apart in enumerate(apart) if is_apart and axis not in linked]
+        if not active or (chosen and not each):
             return None
         grid, axes = self._pulled(active, value, found, shape)
         for index, axis in enumerate(axes):
             if not apart[axis]:
                 grid = self.groups.united(grid, index)
-        return grid.reshape(value.shape_apart)
+        if not chosen:
+            return grid.reshape(value.shape_apart)
+        sizes = [1 if axis in chosen else n for axis, n in enumerate(value.shape_apart)]
+        count = math.prod(value.shape[axis] for axis in chosen)
+        apart_each = self.groups.repeated(grid.ravel(), grid.size, count)
+        apart_each = apart_each.reshape(*(value.shape[axis] for axis in chosen), *sizes)
+        return _placed_along(apart_each, chosen, value.shape_apart)
 
     def _of_outputs(
         self,
@@ -201,8 +220,9 @@ class _Backward:
                 continue
             if link.positions is not None:
                 size = value.shape[link.axes[0]]
-                # One index of several is one of a stack.
-                label = None if shape[link.result_axes[0]] == 1 else given[0]
+                # One index of several, of which nothing else is known, is one of a stack.
+                is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
+                label = None if is_one else given[0]
                 given = [moved(label, link.positions, size)]
             if link.parts > 1:
                 given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]
@@ -212,6 +232,18 @@ class _Backward:
                 given = self.groups.split(given[0], [value.shape[axis] for axis in link.axes])
             labels.update(zip(link.axes, given, strict=True))
         return labels
+
+
+def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Axes that stand first, each to where one of size 1 stands for it."""
+    first, rest = list(range(len(axes))), list(range(len(axes), grid.ndim))
+    order = [first[axes.index(a)] if a in axes else rest[a] for a in range(len(shape))]
+    left = [rest[axis] for axis in axes]
+    return grid.transpose([*order, *left]).reshape(shape)
+
+
+def _is_unseen(label: Label) -> bool:
+    return isinstance(label, int) and label == UNSEEN
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Kind(enum.IntEnum):
 
 
 class Part(NamedTuple):
-    """Which outputs of a use lie along an axis, if all are counted through, the last axis fastest."""
+    """Which outputs of a use lie along an axis, all counted through, the last axis fastest."""
 
     distance: int
     """Between neighbours along the axis."""
@@ -86,6 +87,9 @@ class Factor(NamedTuple):
         return bool(self.features) or self.is_joined
 
 
+NOTHING = Factor(1)
+
+
 def union(a: Factor, b: Factor) -> Factor:
     """What is known of an axis from two sides."""
     if a is b:
@@ -114,6 +118,7 @@ def union(a: Factor, b: Factor) -> Factor:
 Factors = tuple[Factor, ...]
 
 
+@functools.cache
 def blank(size: int) -> Factors:
     """An axis of which nothing is known."""
     return (Factor(size),)
@@ -187,6 +192,8 @@ class Value:
     """Parameters were summed over axes of their own to make it: a norm, a penalty."""
     is_plain: bool = False
     """A loop carries something else than parameters in it, sooner or later."""
+    dropped: Factor = NOTHING
+    """What is known of the axes of size 1 that were left out."""
     is_fixed: bool = False
     """It is made of constants and of arrays that the function closes over."""
     mixtures: int = 0
@@ -225,7 +232,7 @@ class Value:
 
     def moves(self, axis: int) -> bool:
         """Whether data vary along an axis."""
-        return any(factor.moves for factor in self.axes[axis])
+        return self.shape[axis] > 1 and any(factor.moves for factor in self.axes[axis])
 
     @property
     def has_features(self) -> bool:
@@ -255,6 +262,8 @@ class Link:
     """The result has one of so many parts of the operand's axis, all with the same groups."""
     is_mixed: bool = False
     """Every index of the operand's axes goes into every index of the result's."""
+    is_lost: bool = False
+    """Which index goes where is not known: features stay features, and couple nothing."""
 
 
 @dataclasses.dataclass
@@ -294,6 +303,8 @@ class Relation:
     """Axes whose indices become frequencies."""
     is_product: bool = False
     """It is an element-wise product, whose sum would be an inner product."""
+    keeps_dropped: bool = False
+    """What is known of axes that were left out is known of the result."""
     drops: bool = True
     """What the operands are the product of, the result is not."""
     is_stopped: bool = False
@@ -303,8 +314,8 @@ class Relation:
     is_mixture: bool = False
     """Activations are contracted with activations."""
     is_plain: bool = False
-    unread: bool = False
-    """Nothing is known of the primitive."""
+    unread: set[int] = dataclasses.field(default_factory=set)
+    """Operands of which it is not known what the primitive makes of them."""
     chain: tuple[tuple[int, Axes, Axes], ...] = ()
     """Of a product of weights: (operand, its contracted axes, the result's axes from it)."""
     sums: list[tuple[Step, Relation]] = dataclasses.field(default_factory=list)

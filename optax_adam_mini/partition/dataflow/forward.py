@@ -13,6 +13,7 @@ import operator
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.domain import (
+    NOTHING,
     Factor,
     Factors,
     Facts,
@@ -25,6 +26,7 @@ from optax_adam_mini.partition.dataflow.domain import (
     blank,
     merged,
     regrouped,
+    union,
     whole,
 )
 from optax_adam_mini.partition.dataflow.program import MERGE, Program, Step
@@ -107,7 +109,12 @@ def _fits(facts: Facts, step: Step, relation: Relation) -> bool:
         if link.positions is not None:
             good = math.prod(sizes[1]) == len(link.positions)
         else:
-            good = link.is_mixed or link.parts > 1 or math.prod(sizes[0]) == math.prod(sizes[1])
+            good = (
+                link.is_mixed
+                or link.is_lost
+                or link.parts > 1
+                or math.prod(sizes[0]) == math.prod(sizes[1])
+            )
         if not good:
             return False
     return True
@@ -152,9 +159,31 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
         for part in parts:
             factors = part if factors == blank(value.shape[axis]) else merged(factors, part)
         value.axes[axis] = factors
+    if relation.keeps_dropped:
+        for operand in ins:
+            value.dropped = union(value.dropped, operand.dropped)
+        if step.name in _RESHAPING:
+            _drop_axes(step, ins[0], value)
     _flag(facts, step, relation, value)
     _use(facts, step, relation, result, value)
     return value
+
+
+_RESHAPING = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
+
+
+def _drop_axes(step: Step, operand: Value, value: Value) -> None:
+    """Axes of size 1 that are left out and come back: an array is iterated over, and stacked."""
+    before, after = (sum(n == 1 for n in v.shape) for v in (operand, value))
+    if step.name != "broadcast_in_dim" and before > after:
+        for axis, size in enumerate(operand.shape):
+            if size == 1:
+                value.dropped = union(value.dropped, operand.whole(axis))
+    elif before < after and value.dropped != NOTHING:
+        new = [axis for axis, size in enumerate(value.shape) if size == 1]
+        for axis in new:
+            if value.axes[axis] == blank(1):
+                value.axes[axis] = (value.dropped,)
 
 
 # Primitives whose results' new axes are copies.
@@ -236,7 +265,7 @@ def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value
 
 
 def _contracted(value: Value, relation: Relation, operand: int) -> tuple[int, bool]:
-    """The uses that ran over all axes of data that are contracted, and whether these have features."""
+    """The uses that ran over all axes of data that are contracted, and if these have features."""
     kept = {axis for link in relation.links if link.operand == operand for axis in link.axes}
     gone = [axis for axis, size in enumerate(value.shape) if axis not in kept and size > 1]
     over = [value.whole(axis).over for axis in gone]
@@ -252,15 +281,16 @@ def _follow(
     """What is known of a result's axes from those of the operand's."""
     sources = [factor for axis in link.axes for factor in operand.axes[axis]]
     if not keeps:
-        sources = [f._replace(own=frozenset(), moves=f.moves or bool(f.own)) for f in sources]
+        sources = [f._replace(own=frozenset(), moves=True) if f.own else f for f in sources]
     if not sources:  # a new axis of which an operand has one index
         (axis,) = link.result_axes
         own = frozenset((param, -1) for param in operand.params) if keeps else frozenset()
         moves = operand.kind == Kind.DATA
-        found[axis].append((Factor(result.shape[axis], own=own, moves=moves),))
+        was = operand.dropped._replace(size=result.shape[axis], moves=moves)
+        found[axis].append((was._replace(own=was.own | own if keeps else own),))
         return
     sizes = [result.shape[axis] for axis in link.result_axes]
-    if link.is_mixed or link.parts > 1:
+    if link.is_mixed or link.is_lost or link.parts > 1:
         one = whole(tuple(sources))._replace(products=frozenset(), one_hot=False)
         new = [(one._replace(size=size),) for size in sizes]
     elif link.positions is not None:

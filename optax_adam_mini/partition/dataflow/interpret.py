@@ -53,11 +53,10 @@ def _gathered(facts: Facts) -> Result:
 
     Of a parameter that none of these uses, a frozen one, all steps say it.
     """
-    found = _of_steps(
-        facts, [part for part in facts.trail if id(part[0]) not in facts.program.stopped]
-    )
+    stopped = facts.program.stopped
+    found = _of_steps(facts, [part for part in facts.trail if id(part[0]) not in stopped])
     frozen = [index for index in range(facts.n_params) if index not in found.uses]
-    if frozen and facts.program.stopped:
+    if frozen and stopped:
         every = _of_steps(facts, facts.trail)
         for index in frozen:
             found.labels[index], found.roles[index] = every.labels[index], every.roles[index]
@@ -77,14 +76,15 @@ def _of_steps(facts: Facts, trail: Trail) -> Result:
         for link in relation.links:
             # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
             place = step.outputs[link.result]
-            if link.parts > 1 and facts.values[place].shape[link.result_axes[0]] == 1:
-                relation.unread |= not roles[place][link.result_axes[0]]
+            shape = facts.values[place].shape
+            if link.parts > 1 and shape[link.result_axes[0]] == 1:
+                relation.unread |= set() if roles[place][link.result_axes[0]] else {link.operand}
     inputs = facts.program.inputs[: facts.n_params]
     found = Result([labels[place] for place in inputs], [roles[place] for place in inputs])
     for step, relation in trail:
         ins = facts.inputs(step)
         if relation.unread:
-            for param in sorted(facts.makers(ins)):
+            for param in sorted(facts.makers(ins[operand] for operand in relation.unread)):
                 found.unread.setdefault(param, []).append(step)
         for operand, axes in relation.couplings:
             for param in facts.made(ins[operand].features(axis) for axis in axes):

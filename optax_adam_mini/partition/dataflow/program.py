@@ -42,6 +42,10 @@ STOPPING = {
     "argmax", "argmin", "not", "and", "or", "xor",
 }  # fmt: skip
 
+_EFFECTS = {"WriteEffect", "AccumEffect"}  # of references, which are arrays that change
+
+RESHAPES = {"reshape", "squeeze", "expand_dims"}
+
 _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
 
 
@@ -59,6 +63,8 @@ class Step:
     """It is of the backward pass of a derivative."""
     is_differentiated: bool = False
     """It is of a forward pass whose derivative is taken."""
+    has_effect: bool = False
+    """It changes what another step reads."""
 
 
 @dataclasses.dataclass
@@ -74,6 +80,8 @@ class Program:
     arrays: list[int] = dataclasses.field(default_factory=list)
     """Arrays that the function closes over."""
     outputs: list[int] = dataclasses.field(default_factory=list)
+    reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
+    """What was reshaped into a value."""
     known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     """Whole numbers that are the same whatever the function is given: indices."""
     kernels: set[int] = dataclasses.field(default_factory=set)
@@ -141,35 +149,32 @@ def _drop_unused(program: Program) -> None:
     The forward pass behind a derivative is kept whole: it says what a parameter is that only the
     derivative goes through.
     """
-    needed = set(program.outputs)
-    while True:
-        before = len(needed)
-        has_derivative = any(
-            step.is_backward and not needed.isdisjoint(step.outputs) for step in program.steps
-        )
-        for step in reversed(program.steps):
-            is_kept = has_derivative and step.is_differentiated and not step.is_backward
-            if is_kept or not needed.isdisjoint(step.outputs):
-                needed.update(step.inputs)
-                needed.update(step.outputs)
-        if len(needed) == before:
-            break
-    used = [not needed.isdisjoint(step.outputs) for step in program.steps]
+    needed = _reached(program, program.steps)
+    used = [step.has_effect or not needed.isdisjoint(step.outputs) for step in program.steps]
     program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
     program.steps = [s for s, is_used in zip(program.steps, used, strict=True) if is_used]
 
 
 def _without_gradient(program: Program) -> set[int]:
     """The steps whose results reach outputs only where no gradient comes back from there."""
-    reached, before = set(program.outputs), -1
-    steps = [step for step in reversed(program.steps) if step.name not in STOPPING]
-    has_derivative = any(step.is_backward for step in steps)
-    while before != (before := len(reached)):
-        for step in steps:
-            is_kept = has_derivative and step.is_differentiated and not step.is_backward
-            if is_kept or not reached.isdisjoint(step.outputs):
-                reached.update(step.inputs)
+    steps = [step for step in program.steps if step.name not in STOPPING]
+    reached = _reached(program, steps)
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
+
+
+def _reached(program: Program, steps: Sequence[Step]) -> set[int]:
+    """The values that outputs depend on through these steps."""
+    reached, before = set(program.outputs), -1
+    while before != (before := len(reached)):
+        has_derivative = any(
+            step.is_backward and not reached.isdisjoint(step.outputs) for step in steps
+        )
+        for step in reversed(steps):
+            is_kept = has_derivative and step.is_differentiated and not step.is_backward
+            if is_kept or step.has_effect or not reached.isdisjoint(step.outputs):
+                reached.update(step.inputs)
+                reached.update(step.outputs)
+    return reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +240,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
 
     name, params = eqn.primitive.name, eqn.params
     here = callers.of(eqn)
+    has_effect = any(type(effect).__name__ in _EFFECTS for effect in eqn.effects)
 
     def inline(called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
         return _inline(program, called, inputs, here)
@@ -244,7 +250,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     ) -> None:
         program.steps.append(
             Step(name, inputs, outputs, params or {}, here.tracebacks, here.is_backward,
-                 here.is_differentiated)
+                 here.is_differentiated, has_effect)
         )  # fmt: skip
 
     def results() -> list[int]:
@@ -330,6 +336,10 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         step("broadcast_in_dim", operands, [copies], {"broadcast_dimensions": old})
         step("reshape", [copies], outs)
         return outs
+    if name in RESHAPES and program.shapes[outs[0]] and program.shapes[operands[0]]:
+        # Of a reshape of a reshape, what lies between does not matter.
+        operands = [program.reshaped.get(operands[0], operands[0])]
+        program.reshaped[outs[0]] = operands[0]
     step(name, operands, outs, params)
     if len(outs) == 1 and all(place in program.known for place in operands):
         numbers = folded(

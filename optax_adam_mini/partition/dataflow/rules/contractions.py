@@ -223,7 +223,7 @@ def contraction(
         not _is_layer_of_constants(facts, step)
         and all(
             value.kind <= Kind.WEIGHT
-            # A filter that the function closes over, with which the kernel of a convolution is resized.
+            # A filter that the function closes over, with which a convolution's kernel is resized.
             or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
             for value in values
         )
@@ -417,23 +417,17 @@ def _conv(facts: Facts, step: Step) -> Relation:
     if groups == data.shape[channels] == kernel.shape[outputs] > 1:  # depthwise: channels stay
         found.links.append(Link(0, (channels,), (out_channels,)))
     found.links.append(Link(1, (outputs,), (out_channels,)))
+    if data.is_combined:
+        found.spent.add(0)
+    elif data.is_weight:  # a parameter as the image: nothing is known of its pixels
+        found.unread.add(0)
     if kernel.is_weight:
         found.kind = Kind.DATA
         found.uses[1] = (out_channels,)
         found.partner[1] = 0
-        if data.is_weight:
-            # A parameter as the image: nothing is known of its pixels.
-            found.unread = not data.is_combined or not facts.acts(data)
-            found.spent.add(0)
-        return found
-    found.unread = data.is_weight and not data.is_combined
-    if data.is_weight and not found.unread:
-        found.spent.add(0)
-    if found.in_groups:
-        found.unread |= kernel.has_features
         return found
     sides = [Side(data, (channels,), (), (batch,)), Side(kernel, (inputs,), (), (outputs,))]
-    if is_inner_product(facts, *sides):
+    if not found.in_groups and is_inner_product(facts, *sides):
         found.couplings += [(0, (channels,)), (1, (inputs,))]
     else:
         found.is_mixture = True

@@ -43,11 +43,12 @@ def _moved_across(facts: Facts, step: Step) -> Relation:
     ]
     found = layout(facts, step, links)
     kept = [link.axes[0] for link in links]
-    found.unread = any(
+    if any(
         value.features(axis) or value.is_own(axis)
         for axis, size in enumerate(value.shape)
         if axis not in kept and size > 1
-    )
+    ):
+        found.unread = {0}
     return found
 
 

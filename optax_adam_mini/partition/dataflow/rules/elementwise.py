@@ -32,16 +32,17 @@ ELEMENTWISE = {
 def elementwise(facts: Facts, step: Step) -> Relation:
     """Axes of the result's size stay what they are."""
     ins, out = facts.inputs(step), facts.outputs(step)[0]
-    found = Relation(kind=max(value.kind for value in ins))
+    found = Relation(kind=max(value.kind for value in ins), keeps_dropped=True)
     for operand, value in enumerate(ins):
         if len(value.shape) == len(out.shape):
             found.links += same(
                 operand, [a for a, size in enumerate(value.shape) if size == out.shape[a]]
             )
-            found.unread |= value.is_weight and any(  # pooled
+            if value.is_weight and any(  # pooled
                 1 < size != out.shape[axis] and value.is_own(axis)
                 for axis, size in enumerate(value.shape)
-            )
+            ):
+                found.unread.add(operand)
     if step.name == MERGE:
         return _merge(facts, step, found)
     if step.name in STOPPING and not (
@@ -55,7 +56,7 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     if len(ins) == 1:
         found.made = 2 if ins[0].made and step.name not in LINEAR else None
     found.drops = step.name not in LINEAR
-    found.drops_counts = len(ins) > 1 or step.name not in LINEAR
+    found.drops_counts = step.name not in LINEAR or sum(bool(v.shape) for v in ins) > 1
     if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
         found.is_product = _is_new_product(ins, found)
     return found

@@ -33,13 +33,17 @@ def _gather(facts: Facts, step: Step) -> Relation:
         known is not None
         and not value.is_weight
         and not paired
-        and len(numbers.start_index_map) == len(batch) == 1
+        and len(numbers.start_index_map) == 1
+        and len(batch) < 2
         and numbers.collapsed_slice_dims == numbers.start_index_map
     ):
-        (axis,), (place,) = numbers.start_index_map, batch
+        (axis,) = numbers.start_index_map
         links = [Link(0, (a,), (to,)) for a, to in whole.items()]
         positions = np.clip(known.reshape(-1), 0, value.shape[axis] - 1)
-        links.append(Link(0, (axis,), (place,), positions=positions))
+        lost = len(set(positions.tolist())) < len(positions)
+        links.append(
+            Link(0, (axis,), tuple(batch), positions=None if lost else positions, is_lost=lost)
+        )
         return layout(facts, step, links)
     shared = {
         axis: batch[index if index < numbers_axis(indices) else index - 1]
@@ -68,7 +72,12 @@ def chosen(
     """
     value = facts.inputs(step)[0]
     shared = shared or {}
-    found = layout(facts, step, [Link(0, (a,), (to,)) for a, to in (shared | whole).items()])
+    links = [Link(0, (a,), (to,)) for a, to in (shared | whole).items()]
+    indexed = [a for a in range(len(value.shape)) if a not in (shared | whole)]
+    for place in range(len(step_shape(facts, step))):  # features that were chosen are features
+        if place not in (shared | whole).values() and not value.is_weight:
+            links += [Link(0, (a,), (place,), is_lost=True) for a in indexed if value.features(a)]
+    found = layout(facts, step, links)
     found.keeps &= {0}
     found.kind = max(v.kind for v in facts.inputs(step))
     if value.is_weight:
@@ -110,6 +119,9 @@ def _scatter(facts: Facts, step: Step) -> Relation:
         for axis, place in zip(inside, numbers.update_window_dims, strict=True)
         if updates.shape[place] == value.shape[axis]
     }
+    if step.name == "scatter" and len(window) == len(value.shape):  # all over what there was
+        links = [Link(2, (place,), (axis,)) for place, axis in window.items()]
+        return layout(facts, step, links, keeps={2} if updates.is_weight else set())
     return _placed(facts, step, 2, window)
 
 

@@ -40,7 +40,8 @@ def _of_matrices(facts: Facts, step: Step) -> Relation:
     for operand, value in enumerate(ins):
         linked = {a for link in found.links if link.operand == operand for a in link.axes}
         own = [a for a, n in enumerate(value.shape) if n > 1 and value.is_own(a)]
-        found.unread |= any(axis not in linked for axis in own)
+        if any(axis not in linked for axis in own):
+            found.unread.add(operand)
         if value.is_weight:
             found.kind = Kind.DATA
             found.spent.add(operand)

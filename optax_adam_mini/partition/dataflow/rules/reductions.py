@@ -8,7 +8,7 @@ from __future__ import annotations
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
 from optax_adam_mini.partition.dataflow.program import STOPPING, Step
 from optax_adam_mini.partition.dataflow.rules.contractions import Side, contraction
-from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
+from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
@@ -95,11 +95,10 @@ def _sort(facts: Facts, step: Step) -> Relation:
     ins = facts.inputs(step)
     along = step.params.get("dimension", step.params.get("reduction_dimension", -1))
     links: list[Link] = []
+    rank = len(ins[0].shape)
     for result in range(len(step.outputs)):
-        rank = len(ins[0].shape)
         operand = min(result, len(ins) - 1)
-        links += [link for link in same(operand, range(rank), result)
-                  if link.axes[0] != along % rank]  # fmt: skip
+        links += [Link(operand, (a,), (a,), result, is_lost=a == along % rank) for a in range(rank)]
     # The coordinates of a parameter that is sorted are who knows where.
-    mixed = any(value.is_weight and value.is_own(along) for value in ins if value.shape)
+    mixed = {i for i, v in enumerate(ins) if v.shape and v.is_weight and v.is_own(along % rank)}
     return layout(facts, step, links, unread=mixed)

@@ -40,6 +40,7 @@ def layout(facts: Facts, step: Step, links: list[Link], **more: Any) -> Relation
     kind = max((value.kind for value in ins), default=Kind.CONSTANT)
     more.setdefault("keeps", {i for i, value in enumerate(ins) if value.is_weight})
     more.setdefault("drops", False)
+    more.setdefault("keeps_dropped", True)
     more.setdefault("is_summary", all(value.is_summary for value in ins if value.is_weight))
     return Relation(links, kind=kind, **more)
 
@@ -48,5 +49,5 @@ def unknown(facts: Facts, step: Step) -> Relation:
     """No rule: harmless where neither parameters nor what they make come in."""
     ins = facts.inputs(step)
     kind = max((value.kind for value in ins), default=Kind.CONSTANT)
-    touched = any(value.is_weight or value.has_features for value in ins)
+    touched = {i for i, value in enumerate(ins) if value.is_weight or value.has_features}
     return Relation(kind=Kind.DATA if touched else kind, unread=touched)
