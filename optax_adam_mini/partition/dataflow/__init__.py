@@ -1,12 +1,13 @@
 """Block specs read off the model's own computation.
 
-What is known of every value is in `rules`, with one rule for each primitive; `interpreter` runs the
-rules over the steps of a `program`, forward and backward; `groups` is the arithmetic of what is
-coupled; `infer` makes specs of it.
+`infer` and `explain` take the question, `interpret` runs the passes: `program` writes the jaxpr
+out, `forward` follows what every value is made of with the `rules`, one for each primitive,
+`backward` what is coupled, `roles` what the axes are, and `specs` makes block specs of it. `domain`
+has the words, `groups` the arithmetic of what is coupled.
 """
 
+from optax_adam_mini.partition.dataflow.explain import explain
 from optax_adam_mini.partition.dataflow.infer import (
-    explain,
     infer_block_specs,
     infer_muon_dimension_numbers,
 )

@@ -99,7 +99,11 @@ def union(a: Factor, b: Factor) -> Factor:
         features = {**a.features}
         for use, part in b.features.items():
             old = features.get(use, part)
-            features[use] = Part(*map(min, old[:2], part[:2]), max(old.stop, part.stop))
+            features[use] = Part(
+                min(old.distance, part.distance),
+                min(old.start, part.start),
+                max(old.stop, part.stop),
+            )
         features = a.features if features == a.features else features
     return Factor(
         a.size,

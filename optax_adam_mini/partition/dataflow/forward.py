@@ -279,6 +279,8 @@ def _follow(
     link: Link, operand: Value, result: Value, found: list[list[Factors]], keeps: bool
 ) -> None:
     """What is known of a result's axes from those of the operand's."""
+    if not link.result_axes:
+        return
     sources = [factor for axis in link.axes for factor in operand.axes[axis]]
     if not keeps:
         sources = [f._replace(own=frozenset(), moves=True) if f.own else f for f in sources]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from optax_adam_mini.labels import path_str
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Trail, Use
 from optax_adam_mini.partition.dataflow.forward import follow
@@ -20,6 +23,7 @@ from optax_adam_mini.partition.dataflow.roles import find_roles
 class Result:
     """What was found of the parameters, each an index into the program's inputs."""
 
+    facts: Facts
     labels: list[list[Label]]
     """For each parameter the groups of each axis."""
     roles: list[list[set[Role]]]
@@ -31,11 +35,16 @@ class Result:
     """The inner products that couple a parameter's outputs."""
 
 
-def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
-    """What the computation says of the leaves of `params`."""
+def interpret(name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
+    """What the computation says of the leaves of `params`; `name` is who asks.
+
+    Raises:
+        TypeError: if `fn` is no function, or a leaf of `params` no array.
+    """
+    _check(name, fn, params)
     leaves, treedef = jax.tree.flatten(params)
     rest, rest_def = jax.tree.flatten((args, kwargs))
-    traced = [i for i, leaf in enumerate(rest) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    traced = [i for i, leaf in enumerate(rest) if _is_array(leaf)]
 
     def flat(leaves: list[Any], arrays: list[Any]) -> Any:
         filled = list(rest)
@@ -46,6 +55,37 @@ def interpret(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) ->
 
     closed = jax.make_jaxpr(flat)(leaves, [rest[i] for i in traced])
     return _gathered(follow(flatten(closed), len(leaves)))
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _check(name: str, fn: Any, params: Any) -> None:
+    """Refuses what is no function, and parameters that hold something else than arrays."""
+    if not callable(fn) or isinstance(params, FunctionType):
+        raise TypeError(
+            f"{name}: fn must be the loss or the forward pass, got {type(fn).__name__}, and params "
+            f"their pytree, got {type(params).__name__}: call {name}(fn, params, *args)"
+        )
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found = None
+        if not _is_array(leaf):
+            found = f"{_short(leaf)} of type {type(leaf).__name__}"
+        elif jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            found = f"an array of dtype {leaf.dtype}"
+        if found is not None:
+            raise TypeError(
+                f"{name}: {path_str(keys) or 'params'}: expected an array of numbers or a "
+                f"jax.ShapeDtypeStruct, got {found}: pass the parameters alone, in NNX those of "
+                "nnx.split(model, nnx.Param, ...), in Equinox those of "
+                "eqx.filter(model, eqx.is_inexact_array)"
+            )
+
+
+def _short(leaf: Any) -> str:
+    text = repr(leaf)
+    return text if len(text) < 60 else text[:60] + "..."
 
 
 def _gathered(facts: Facts) -> Result:
@@ -60,13 +100,9 @@ def _gathered(facts: Facts) -> Result:
         every = _of_steps(facts, facts.trail)
         for index in frozen:
             found.labels[index], found.roles[index] = every.labels[index], every.roles[index]
-            for mine, theirs in (
-                (found.uses, every.uses),
-                (found.unread, every.unread),
-                (found.coupled, every.coupled),
-            ):
-                if index in theirs:
-                    mine[index] = theirs[index]
+            found.uses |= {index: every.uses[index]} if index in every.uses else {}
+            found.unread |= {index: every.unread[index]} if index in every.unread else {}
+            found.coupled |= {index: every.coupled[index]} if index in every.coupled else {}
     return found
 
 
@@ -80,7 +116,7 @@ def _of_steps(facts: Facts, trail: Trail) -> Result:
             if link.parts > 1 and shape[link.result_axes[0]] == 1:
                 relation.unread |= set() if roles[place][link.result_axes[0]] else {link.operand}
     inputs = facts.program.inputs[: facts.n_params]
-    found = Result([labels[place] for place in inputs], [roles[place] for place in inputs])
+    found = Result(facts, [labels[place] for place in inputs], [roles[place] for place in inputs])
     for step, relation in trail:
         ins = facts.inputs(step)
         if relation.unread:

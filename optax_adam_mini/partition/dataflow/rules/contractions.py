@@ -366,8 +366,7 @@ def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
         return True
     if other.value.kind == Kind.WEIGHT and other.is_contracted:
         return False
-    is_activation = facts.is_activation(side.value, range(len(side.value.shape)))
-    return not is_activation or side.has_outputs(facts)
+    return not facts.is_activation(side.value, side.contracted) or side.has_outputs(facts)
 
 
 def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partner: int) -> None:

@@ -83,7 +83,7 @@ def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
 
     What scales a product that is there already, and what has nothing to contract, is no factor.
     """
-    factors = [value for i, value in enumerate(ins) if value.has_features or value.is_weight]
+    factors = [value for value in ins if value.has_features or value.is_weight]
     if any(value.kind == Kind.CONSTANT for value in ins) or not factors:
         return False
     old = [any(factor.products for factors in value.axes for factor in factors) for value in ins]

@@ -121,7 +121,9 @@ def _scatter(facts: Facts, step: Step) -> Relation:
     }
     if step.name == "scatter" and len(window) == len(value.shape):  # all over what there was
         links = [Link(2, (place,), (axis,)) for place, axis in window.items()]
-        return layout(facts, step, links, keeps={2} if updates.is_weight else set())
+        found = layout(facts, step, links, keeps={2} if updates.is_weight else set())
+        found.kind = updates.kind
+        return found
     return _placed(facts, step, 2, window)
 
 

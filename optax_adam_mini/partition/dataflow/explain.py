@@ -1,0 +1,205 @@
+"""`explain`: why a parameter is cut as it is, and the words of what cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from optax_adam_mini.labels import check_used, path_str, some
+from optax_adam_mini.partition.dataflow.backward import find_groups
+from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
+from optax_adam_mini.partition.dataflow.interpret import Result, interpret
+from optax_adam_mini.partition.dataflow.program import LAYOUT, LINEAR, Step
+from optax_adam_mini.partition.dataflow.specs import spec_of
+
+# Where the code of libraries is, in which no user looks for a layer.
+_LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
+_MANY = 8  # uses, of which each is tried alone
+
+
+def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **kwargs: Any) -> str:
+    """Why a parameter is cut as `infer_block_specs` cuts it.
+
+    Args:
+        fn: as in [`infer_block_specs`][], with its arguments.
+        params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        *args: further arguments of `fn`.
+        parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.
+        **kwargs: further keyword arguments of `fn`.
+
+    Returns:
+        A few lines of text: the grid; each place where the parameter meets data, with what, which
+        of its axes are contracted there, and which of several uses made the finest cut; each inner
+        product that couples its outputs; and what was passed over, as unused or as the backward
+        pass of a derivative. With file and line in your code.
+
+    Raises:
+        ValueError: if there is no parameter of this path.
+        TypeError: if a leaf of `params` is no array.
+
+    Examples:
+        >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
+        ...               parameter="w"))  # doctest: +ELLIPSIS
+        w (2, 3): 1 x 3 blocks
+          used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [path_str(keys) for keys, _ in leaves]
+    check_used("explain: parameter", lambda path: path == parameter, parameter, params)
+    index = paths.index(parameter)
+    result = interpret("explain", fn, params, *args, **kwargs)
+    shape = leaves[index][1].shape
+    grid = " x ".join(map(str, spec_of(shape, result, index).grid(shape)))
+    lines = [f"{parameter} {shape}: {grid or 1} block{'s' if grid not in ('', '1') else ''}"]
+    if not shape:
+        lines[0] += ": a number has one"
+    lines += _uses(shape, result, index)
+    coupled = dict.fromkeys(
+        f"{step.name} at {place(step)}, of {_shapes(result.facts, step)}"
+        for step in result.coupled.get(index, [])
+    )
+    lines += [f"  outputs coupled by the inner product in {where}" for where in coupled]
+    lines += [
+        f"  not read in {step.name} at {place(step)}" for step in result.unread.get(index, [])
+    ]
+    if index not in result.uses:
+        lines.append("  meets no data in fn that an output depends on")
+    lines += [f"  passed over: {words}" for words in dict.fromkeys(_passed_over(result, index))]
+    return "\n".join(lines)
+
+
+def place(step: Step) -> str:
+    """File and line of a step in the user's code."""
+    frames = [frame for found in step.tracebacks if found is not None for frame in found.frames]
+    own = [frame for frame in frames if not _LIBRARIES.search(frame.file_name)]
+    if not own:
+        return "an unknown place"
+    return f"{own[0].file_name}:{own[0].line_num}"
+
+
+def why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> str:
+    """Why it is not known what a parameter does; empty if it is."""
+    if steps := result.unread.get(index, ()):
+        where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
+        return f"{path} {tuple(shape)}: goes into {some(list(where))}, which there is no rule for"
+    if index not in result.uses and math.prod(shape) > 1:
+        where = dict.fromkeys(f"{s.name} at {place(s)}" for s in _takers(result.facts, index))
+        return (
+            f"{path} {tuple(shape)}: meets no data in fn that an output depends on; goes into "
+            + (some(list(where)) or "nothing")
+        )
+    return ""
+
+
+def _uses(shape: Sequence[int], result: Result, index: int) -> list[str]:
+    """A line for each use of a parameter."""
+    uses = result.uses.get(index, [])
+    words = [f"  {_words(result.facts, use, index)}" for use in uses]
+    sizes = [
+        math.prod(_alone(shape, result, index, use)) if 1 < len(uses) <= _MANY else 0
+        for use in uses
+    ]
+    if len(set(sizes)) > 1:
+        words = [
+            f"{line} (the finest cut)" if size == max(sizes) else line
+            for line, size in zip(words, sizes, strict=True)
+        ]
+    return list(dict.fromkeys(words))
+
+
+def _alone(shape: Sequence[int], result: Result, index: int, use: Use) -> tuple[int, ...]:
+    """The grid that one use of a parameter would give it."""
+
+    def without(step: Step, relation: Relation) -> Relation:
+        others = {
+            other.operand
+            for other in result.uses[index]
+            if other.step is step and (other.step, other.operand) != (use.step, use.operand)
+        }
+        return dataclasses.replace(
+            relation,
+            uses={
+                operand: axes for operand, axes in relation.uses.items() if operand not in others
+            },
+            cuts=[(operand, axis) for operand, axis in relation.cuts if operand not in others],
+            spent=relation.spent - others,
+            keeps=relation.keeps - others,
+        )
+
+    trail = [(step, without(step, relation)) for step, relation in result.facts.trail]
+    labels = find_groups(result.facts, trail)[result.facts.program.inputs[index]]
+    alone = dataclasses.replace(result, labels=[*result.labels])
+    alone.labels[index] = labels
+    return spec_of(shape, alone, index).grid(shape)
+
+
+def _words(facts: Facts, use: Use, index: int) -> str:
+    """What a use is."""
+    step, operand = use.step, use.operand
+    relation = next(found for other, found in facts.trail if other is step)
+    value = facts.values[step.inputs[operand]]
+    where = f"{step.name} at {place(step)}"
+    own = [sorted(a for f in factors for p, a in f.own if p == index) for factors in value.axes]
+    linked = {a for link in relation.links if link.operand == operand for a in link.axes}
+    cut = {axis for found, axis in relation.cuts if found == operand}
+    if operand in relation.spent:
+        return f"taken as data in {where}"
+    if operand not in relation.uses:
+        return f"combined with data in {where}"
+    if use.is_lookup:
+        axes = sorted({a for axis in cut for a in own[axis]})
+        return f"used in {where}: rows are chosen along {_axes(axes, 'axis')}"
+    if use.partner is None or not set(range(len(value.shape))) - linked:
+        return f"used in {where}: " + ("each coordinate by itself" if cut else "as a gain")
+    met = facts.values[step.inputs[use.partner]].shape
+    roles = {
+        "contracted": [a for axis in range(len(own)) if axis not in linked for a in own[axis]],
+        "batch": [a for axis in sorted(cut & linked) for a in own[axis]],
+        "free": [a for axis in sorted(linked - cut) for a in own[axis]],
+    }
+    said = [f"{_axes(axes, 'axis')} {_is(axes)} {role}" for role, axes in roles.items() if axes]
+    return f"used in {where}: with {met}, " + ", ".join(said)
+
+
+def _axes(axes: Sequence[int], word: str) -> str:
+    return f"{word if len(set(axes)) < 2 else 'axes'} {', '.join(map(str, dict.fromkeys(axes)))}"
+
+
+def _is(axes: Sequence[int]) -> str:
+    return "is" if len(set(axes)) < 2 else "are"
+
+
+def _shapes(facts: Facts, step: Step) -> str:
+    return " and ".join(str(value.shape) for value in facts.inputs(step)[:2])
+
+
+def _takers(facts: Facts, index: int) -> list[Step]:
+    """The steps that take in a parameter, those on which no output depends included."""
+    found = facts.program.inputs[index]
+    steps = [*facts.program.steps, *facts.program.unused]
+    return [step for step in steps if found in step.inputs]
+
+
+def _passed_over(result: Result, index: int) -> list[str]:
+    """What takes in a parameter and is no use of it."""
+    facts = result.facts
+    words: list[str] = []
+    for step in facts.program.steps:
+        if any(index in value.params for value in facts.inputs(step)):
+            if step.is_backward:
+                words.append(f"{step.name} at {place(step)}, of a derivative")
+            elif id(step) in facts.program.stopped and step.name not in LINEAR | LAYOUT:
+                words.append(f"{step.name} at {place(step)}, through which goes no gradient")
+    unused = {facts.program.inputs[index]}
+    for step in facts.program.unused:
+        if not unused.isdisjoint(step.inputs):
+            if step.name in LINEAR | LAYOUT:
+                unused.update(step.outputs)
+            else:
+                words.append(f"{step.name} at {place(step)}, on which no output depends")
+    return words
