@@ -40,9 +40,10 @@ LAYERS = [
     ["convert"],
 ]  # fmt: skip
 # Within dataflow, module by module.
-DATAFLOW = ["kernels", "folding", "program", "groups", "domain", "rules", "forward", "backward",
+DATAFLOW = ["kernels", "folding", "program", "groups", "axes", "domain", "rules", "forward", "backward",
             "roles", "interpret", "specs", "explain", "infer"]  # fmt: skip
-RULES = ["registry", "elementwise", "layout", "linalg", "contractions", "reductions", "indexing",
+RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
+         "contractions", "reductions", "indexing",
          "devices", "loops"]  # fmt: skip
 # A method of BlockSpec is the name, on a spec, of a function that is built on specs.
 CALLED_LATE = {("blocks", "sums")}

@@ -23,12 +23,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from optax_adam_mini.partition.dataflow.axes import (
+    NOTHING,
+    Factor,
+    Factors,
+    Part,
+    blank,
+    whole,
+)
 from optax_adam_mini.partition.dataflow.program import Program, Step
 
 Axes = tuple[int, ...]
@@ -48,137 +55,6 @@ class Kind(enum.IntEnum):
     WEIGHT = 1
     """On parameters only."""
     DATA = 2
-
-
-class Part(NamedTuple):
-    """Which outputs of a use lie along an axis, all counted through, the last axis fastest."""
-
-    distance: int
-    """Between neighbours along the axis."""
-    start: int
-    stop: int
-
-
-class Factor(NamedTuple):
-    """What is known of an axis, or of one of several axes that were merged into it."""
-
-    size: int
-    features: Mapping[int, Part] = {}
-    """The uses of parameters whose free axes it comes from."""
-    own: frozenset[tuple[int, int]] = frozenset()
-    """The axes of parameters, `(parameter, axis)`, that it still is."""
-    moves: bool = False
-    is_joined: bool = False
-    """Parts of one parameter's outputs were put side by side along it."""
-    over: int = 0
-    """The uses that ran over it, each a bit."""
-    one_hot: bool = False
-    """Vectors along it are one-hot."""
-    counts: bool = False
-    """It counts 0, 1, 2, ..."""
-    products: frozenset[tuple[int, int]] = frozenset()
-    """The element-wise products, `(step, axis)`, of which this is an axis."""
-    is_spectrum: bool = False
-    """Its indices are frequencies."""
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether its indices may be in different groups."""
-        return bool(self.features) or self.is_joined
-
-
-NOTHING = Factor(1)
-
-
-def union(a: Factor, b: Factor) -> Factor:
-    """What is known of an axis from two sides."""
-    if a is b:
-        return a
-    features = a.features
-    if b.features and b.features is not features:
-        features = {**a.features}
-        for use, part in b.features.items():
-            old = features.get(use, part)
-            features[use] = Part(
-                min(old.distance, part.distance),
-                min(old.start, part.start),
-                max(old.stop, part.stop),
-            )
-        features = a.features if features == a.features else features
-    return Factor(
-        a.size,
-        features,
-        a.own | b.own,
-        a.moves or b.moves,
-        a.is_joined or b.is_joined,
-        a.over | b.over,
-        a.one_hot or b.one_hot,
-        a.counts or b.counts,
-        a.products | b.products,
-        a.is_spectrum or b.is_spectrum,
-    )
-
-
-Factors = tuple[Factor, ...]
-
-
-@functools.cache
-def blank(size: int) -> Factors:
-    """An axis of which nothing is known."""
-    return (Factor(size),)
-
-
-def whole(factors: Factors, size: int | None = None) -> Factor:
-    """What is known of an axis as one, or of another axis of this size that comes from it."""
-    found = factors[0]
-    for factor in factors[1:]:
-        found = union(found, factor)
-    size = size if size is not None else int(np.prod([factor.size for factor in factors]))
-    return found if found.size == size else found._replace(size=size)
-
-
-def merged(a: Factors, b: Factors) -> Factors:
-    """What is known of an axis from two arrays, element by element."""
-    if a is b or b == a:
-        return a
-    if len(a) == len(b) and all(x.size == y.size for x, y in zip(a, b, strict=True)):
-        return tuple(map(union, a, b))
-    for one, other in ((a, b), (b, a)):
-        if len(one) == 1 and one[0]._replace(moves=False) == Factor(one[0].size):
-            # Nothing but that it moves: what was merged can still be told apart.
-            return tuple(f._replace(moves=f.moves or one[0].moves) for f in other)
-    return (union(whole(a), whole(b)),)
-
-
-def regrouped(factors: Sequence[Factor], sizes: Sequence[int]) -> list[Factors]:
-    """Axes that are merged and split again: the factors of each of the new axes.
-
-    A factor that is split is in all its parts. Where the borders do not fit, all is in all.
-    """
-    rest = [factor for factor in factors if factor.size != 1][::-1]
-    found: list[Factors] = []
-    for size in sizes:
-        own: list[Factor] = []
-        left = size
-        while left > 1 and rest:
-            factor = rest.pop()
-            if left % factor.size == 0:
-                own.append(factor)
-                left //= factor.size
-            elif factor.size % left == 0:
-                inner = factor.size // left
-                slow = {
-                    use: part._replace(distance=part.distance * inner)
-                    for use, part in factor.features.items()
-                }
-                own.append(factor._replace(size=left, features=slow))
-                rest.append(factor._replace(size=inner))
-                left = 1
-            else:
-                every = whole(tuple(factors))
-                return [(every._replace(size=size),) for size in sizes]
-        found.append(tuple(own) or blank(size))
-    return found
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,23 +12,18 @@ import operator
 
 import numpy as np
 
-from optax_adam_mini.partition.dataflow.domain import (
+from optax_adam_mini.partition.dataflow.axes import (
     NOTHING,
     Factor,
     Factors,
-    Facts,
-    Kind,
-    Link,
     Part,
-    Relation,
-    Use,
-    Value,
     blank,
     merged,
     regrouped,
     union,
     whole,
 )
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
 from optax_adam_mini.partition.dataflow.program import MERGE, Program, Step
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
 from optax_adam_mini.partition.dataflow.program import STOPPING, Step
-from optax_adam_mini.partition.dataflow.rules.contractions import Side, contraction
+from optax_adam_mini.partition.dataflow.rules.contractions import contraction
+from optax_adam_mini.partition.dataflow.rules.inner_products import Side
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
 
 

@@ -1,0 +1,148 @@
+"""Inner products: contractions whose coordinates act through one number, and so are coupled.
+
+The scores of attention are such, and similarities of two embeddings. A layer whose weights happen
+to be computed, a mixture of values or of experts, is none: it keeps the features of one side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Value
+
+
+@dataclasses.dataclass
+class Side:
+    """An operand of a contraction and the roles of its axes."""
+
+    value: Value
+    contracted: Axes
+    batch: Axes
+    free: Axes
+    is_kernel: bool = False
+    """It is a parameter that meets data here."""
+    is_written_out: bool = False
+    """Of a product and its sum: an axis of size 1 is one that the other side has alone."""
+
+    def uses(self, axes: Axes) -> set[int]:
+        """The uses that made these axes."""
+        return {use for axis in axes for use in self.value.features(axis)}
+
+    def featured(self, axes: Axes) -> list[int]:
+        """Those of the axes that outputs of parameters lie along, or the kernel's own."""
+        return [
+            axis
+            for axis in axes
+            if self.value.features(axis) or (self.is_kernel and self.value.is_own(axis))
+        ]
+
+    @property
+    def is_contracted(self) -> bool:
+        """Whether a parameter is contracted, not only what it was repeated along."""
+        value = self.value
+        return bool(self.contracted) and any(
+            (value.shape[axis] == 1 and not self.is_written_out)
+            or (value.shape[axis] > 1 and value.is_own(axis))
+            for axis in self.contracted
+        )
+
+    def has_outputs(self, facts: Facts) -> bool:
+        """Whether free axes are the parameter's, and not those of activations in it."""
+        value = self.value
+        is_activation = facts.is_activation(value, range(len(value.shape)))
+        return any(
+            value.shape[axis] > 1
+            and value.is_own(axis)
+            and not (is_activation and value.moves(axis))
+            for axis in self.free
+        )
+
+
+def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
+    """Whether the contracted coordinates act through one number, and so are coupled.
+
+    Then no features are left but those of heads and of positions. Where the other side keeps its
+    own, the contraction is a layer whose weights happen to be computed.
+    """
+    if not a.featured(a.contracted) or not b.featured(b.contracted):
+        return False
+    if a.is_kernel or b.is_kernel:
+        kernel, data = (a, b) if a.is_kernel else (b, a)
+        # A layer without outputs of its own, one number for each head, as GAT's attention has; or
+        # queries that are made of parameters alone.
+        has_outputs = any(kernel.value.is_own(axis) for axis in kernel.free)
+        return (
+            not data.is_kernel
+            and (not has_outputs or kernel.value.made > 0)
+            and any(data.value.features(axis) for axis in data.batch)
+        )
+    if _meet(a, b):
+        # The same outputs on both sides: the norm of a vector, positions that are matched with
+        # themselves, or the derivative of a mixture.
+        if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
+            return False
+        if a.uses(a.contracted) != b.uses(b.contracted) or not (a.free or b.free):
+            return False
+    kept = [(side, side.featured(side.free)) for side in (a, b)]
+    shared = a.uses(a.free) & b.uses(b.free)
+    are_two = all(axes for _, axes in kept)
+    kept = [
+        (
+            side,
+            [
+                axis
+                for axis in axes
+                if not (side.value.features(axis).keys() <= shared)  # the same positions twice
+                and not _is_position(facts, side, axis, are_two)
+            ],
+        )
+        for side, axes in kept
+    ]
+    kept = [(side, axes) for side, axes in kept if axes]
+    if len(kept) != 1:
+        return not kept
+    # One side keeps features: several heads share the other, if they are the slower axes of the
+    # same parameter. (Were they the faster ones, blocks would be strided.)
+    ((side, axes),) = kept
+    return all(
+        slow.keys() == fast.keys() and all(slow[use].distance > fast[use].distance for use in fast)
+        for slow in map(side.value.features, axes)
+        for fast in map(side.value.features, side.featured(side.contracted))
+    )
+
+
+def _meet(a: Side, b: Side) -> bool:
+    """Whether the same outputs are contracted on both sides."""
+    left, right = (
+        [part for axis in side.contracted for part in side.value.features(axis).items()]
+        for side in (a, b)
+    )
+    return any(
+        use == other and part.start < one.stop and one.start < part.stop
+        for use, part in left
+        for other, one in right
+    )
+
+
+def _is_position(facts: Facts, side: Side, axis: int, are_two: bool) -> bool:
+    """Whether an axis with features is one of positions to those that are contracted.
+
+    Either what made these ran over it, as a query's kernel runs over positions that were mixed:
+    then it is of positions if both sides have such, or if that kernel contracted features. Or what
+    made it has mixed positions that they had (the keys of Linformer).
+    """
+    contracted = [(use, facts.uses[use]) for use in side.uses(side.contracted)]
+    found = side.value.whole(axis)
+    if all(
+        found.over >> number & 1
+        and (
+            are_two or (use.of_features and not any(use.ran_over >> f & 1 for f in found.features))
+        )
+        for number, use in contracted
+    ):
+        return True
+    return all(
+        facts.uses[made].ran_over >> number & 1
+        for made in found.features
+        for number, _ in contracted
+    )
