@@ -38,6 +38,11 @@ class _Backward:
         self.coupled: list[np.ndarray | None] = [None] * len(self.values)
         """The groups of all coordinates of activations together, with an axis of size 1 for each
         that need not be told apart; None where nothing is coupled."""
+        self.taken: list[np.ndarray | bool] = [False] * len(self.values)
+        """Which coordinates of activations are used: all, none, or an array as of groups, ALONE
+        where they are not."""
+        for place in facts.program.outputs:
+            self.taken[place] = True
         self.labels: list[list[Label]] = []
         self.spent = [False] * len(self.values)
         """What parameters are combined in as data."""
@@ -48,12 +53,12 @@ class _Backward:
     def run(self) -> list[list[Label]]:
         """What `find_groups` gives."""
         while True:
-            before = self.labels, [*self.coupled], [*self.spent]
+            before = self.labels, [*self.coupled], [*self.spent], [*self.taken]
             # Refined anew, from what is known of the others by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
             for step, relation in reversed(self.trail):
                 self._give_back(step, relation)
-            if _equal(before, (self.labels, self.coupled, self.spent)):
+            if _equal(before, (self.labels, self.coupled, self.spent, self.taken)):
                 return self.labels
 
     def _give_back(self, step: Step, relation: Relation) -> None:
@@ -63,6 +68,9 @@ class _Backward:
             if link.is_lost:
                 continue
             links.setdefault((link.operand, link.result), []).append(link)
+        for operand, place in enumerate(step.inputs):
+            if self.values[place].has_features and self.taken[place] is not True:
+                self._take(step, relation, operand)
         for (operand, result), found in links.items():
             place, result_place = step.inputs[operand], step.outputs[result]
             value, coupled = self.values[place], self.coupled[result_place]
@@ -76,9 +84,8 @@ class _Backward:
                 labels = self._of_weight(found, value, self.labels[result_place], shape)
                 self._refine(place, labels)
             elif operand in relation.uses:
-                self._refine(
-                    place, self._of_outputs(found, relation, operand, value, coupled, shape)
-                )
+                labels = self._of_outputs(found, relation, operand, value, coupled, shape)
+                self._refine(place, self._of_taken(labels, found, value, result_place))
         for operand in relation.keeps - relation.uses.keys():
             if any(self.spent[place] for place in step.outputs):
                 self._spend(step, relation, operand)
@@ -99,6 +106,33 @@ class _Backward:
             place = step.inputs[operand]
             groups, old = self._coupling(step, operand, axes), self.coupled[place]
             self.coupled[place] = groups if old is None else self.groups.join(old, groups)
+
+    def _take(self, step: Step, relation: Relation, operand: int) -> None:
+        """What a step uses of an operand: what is used of what it makes of it."""
+        place = step.inputs[operand]
+        value = self.values[place]
+        apart = {axis for axis, size in enumerate(value.shape_apart) if size > 1}
+        for result, result_place in enumerate(step.outputs):
+            links = [k for k in relation.links if (k.operand, k.result) == (operand, result)]
+            made = self.values[result_place]
+            shape = made.shape
+            # It is followed as long as there are features: what has none is used, being there.
+            taken = self.taken[result_place] if made.has_features else True
+            if taken is False and links:
+                continue
+            drops = taken is not True or any(k.positions is not None for k in links)
+            is_plain = not any(k.is_lost or k.is_mixed or k.parts > 1 for k in links)
+            if not (drops and is_plain and apart <= {a for k in links for a in k.axes}):
+                self.taken[place] = True
+                return
+            if taken is True:
+                taken = np.ones(made.shape_apart, np.int64)
+            found = self._of_data(links, value, np.asarray(taken), shape, each=False)
+            if found is None or (found != ALONE).all():
+                self.taken[place] = True
+                return
+            old = self.taken[place]
+            self.taken[place] = found if isinstance(old, bool) else np.maximum(found, old)
 
     def _spend(self, step: Step, relation: Relation, operand: int) -> None:
         """A combined value was data: what is no factor in it is a bias."""
@@ -174,6 +208,23 @@ class _Backward:
             return dict.fromkeys(axis for link in links for axis in link.axes)
         grid, axes = self._pulled(links, value, found, shape)
         return dict(zip(axes, self.groups.along_axes(grid), strict=True))
+
+    def _of_taken(
+        self, labels: dict[int, Label], links: list[Link], value: Value, result: int
+    ) -> dict[int, Label]:
+        """The groups of a parameter's axes, nothing known of outputs that nothing uses."""
+        taken = self.taken[result]
+        links = [link for link in links if set(link.axes) <= labels.keys()]
+        if isinstance(taken, bool) or not links:
+            return labels
+        grid, axes = self._pulled(links, value, taken, self.values[result].shape)
+        for index, axis in enumerate(axes):
+            others = tuple(i for i in range(grid.ndim) if i != index)
+            is_seen, label = (grid != ALONE).any(others), labels[axis]
+            label = np.full(len(is_seen), ALONE if label is None else label) if not isinstance(
+                label, np.ndarray) else label  # fmt: skip
+            labels[axis] = np.where(is_seen, label, UNSEEN)
+        return labels
 
     def _pulled(
         self, links: list[Link], value: Value, found: np.ndarray, shape: tuple[int, ...]

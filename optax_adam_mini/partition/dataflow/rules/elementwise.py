@@ -137,7 +137,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
                 found.cuts += [(operand, axis) for axis in own]
             continue
         if not own:  # a number: a temperature, a gate
-            if not value.is_summary:
+            if is_product or not value.is_summary:  # a penalty is added, and no use
                 found.uses[operand] = ()
             continue
         aligned = [other for other in others if len(other.shape) == len(value.shape)]

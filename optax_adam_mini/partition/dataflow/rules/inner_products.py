@@ -64,8 +64,13 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     Then no features are left but those of heads and of positions. Where the other side keeps its
     own, the contraction is a layer whose weights happen to be computed.
     """
-    if not a.featured(a.contracted) or not b.featured(b.contracted):
-        return False
+    # Where examples or positions are summed over as well, it is a mean of many products.
+    summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
+    for side in (a, b):
+        if not summed or len(side.featured(tuple(side.contracted[i] for i in summed))) < len(
+            summed
+        ):
+            return False
     if a.is_kernel or b.is_kernel:
         kernel, data = (a, b) if a.is_kernel else (b, a)
         # A layer without outputs of its own, one number for each head, as GAT's attention has; or
