@@ -24,8 +24,11 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
-from optax_adam_mini.partition.dataflow.program import MERGE, Program, Step
+from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
+
+# Primitives whose results' new axes are copies.
+_RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 
 
 def follow(program: Program, n_params: int) -> Facts:
@@ -150,7 +153,7 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
         # Of an axis that comes from nowhere it is not known that data do not vary along it.
         factors = blank(value.shape[axis])
         if data and axis not in linked and value.shape[axis] > 1:
-            factors = (Factor(value.shape[axis], moves=step.name not in _REPEATING),)
+            factors = (Factor(value.shape[axis], moves=step.name not in _RESHAPING),)
         for part in parts:
             factors = part if factors == blank(value.shape[axis]) else merged(factors, part)
         value.axes[axis] = factors
@@ -162,9 +165,6 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
     _flag(facts, step, relation, value)
     _use(facts, step, relation, result, value)
     return value
-
-
-_RESHAPING = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
 
 
 def _drop_axes(step: Step, operand: Value, value: Value) -> None:
@@ -179,10 +179,6 @@ def _drop_axes(step: Step, operand: Value, value: Value) -> None:
         for axis in new:
             if value.axes[axis] == blank(1):
                 value.axes[axis] = (value.dropped,)
-
-
-# Primitives whose results' new axes are copies.
-_REPEATING = {"broadcast_in_dim", "tile", "expand_dims", "reshape"}
 
 
 def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
