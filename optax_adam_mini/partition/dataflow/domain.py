@@ -43,8 +43,8 @@ Axes = tuple[int, ...]
 # Element-wise functions that are not linear, and that layers are followed by.
 FUNCTIONS = {
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "erf", "erfc",
-    "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min", "pow", "rsqrt",
-    "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+    "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "log2", "logistic", "max", "min", "pow",
+    "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 }  # fmt: skip
 
 

@@ -21,14 +21,16 @@ MERGE = "merge"
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "compute_on",
-    "linear_call", "remat_opt", "xla_call",
+    "linear_call", "remat_opt", "eval_jaxpr", "call",
 }  # fmt: skip
 # Steps through which a sum goes: sums of their results are sums of their operands.
 LINEAR = {
     "add", "add_any", "convert_element_type", "copy", "copy_p", "device_put", "div", "mul", "name",
     "neg", "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reshard",
     "select_n", "sharding_constraint", "stop_gradient", "sub", "mesh_cast", "layout_constraint",
-    "tie", "xla_metadata_value", "shard_alike", "preduced", "reduced_vary_cast_p", MERGE,
+    "tie", "xla_metadata_value", "shard_alike", "preduced", "reduced_vary_cast_p",
+    "reduced_vary_cast", "vary_unreduced_cast_p", "vary_unreduced_cast", "relayout",
+    "with_memory_space_constraint", "pin", "unpin", MERGE,
 }  # fmt: skip
 LAYOUT = {
     "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "rev", "pad",

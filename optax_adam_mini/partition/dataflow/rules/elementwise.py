@@ -19,12 +19,14 @@ ELEMENTWISE = {
     "bessel_i1e", "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj",
     "cos", "cosh", "digamma", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
     "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite",
-    "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max", "min", "mulhi",
-    "ne", "nextafter", "not", "or", "polygamma", "population_count", "pow",
+    "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic", "lt", "lt_to", "max", "min",
+    "mulhi", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial",
+    "population_count", "pow",
     "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta",
     "random_wrap", "random_unwrap", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
     "reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum",
+    "select_and_gather_add",
     *LINEAR,
 }  # fmt: skip
 
