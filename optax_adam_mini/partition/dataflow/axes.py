@@ -92,6 +92,8 @@ def whole(factors: Factors, size: int | None = None) -> Factor:
     found = factors[0]
     for factor in factors[1:]:
         found = union(found, factor)
+    if len(factors) > 1:
+        found = found._replace(one_hot=all(factor.one_hot for factor in factors))
     size = size if size is not None else int(np.prod([factor.size for factor in factors]))
     return found if found.size == size else found._replace(size=size)
 

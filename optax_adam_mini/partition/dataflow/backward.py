@@ -46,6 +46,10 @@ class _Backward:
         self.labels: list[list[Label]] = []
         self.spent = [False] * len(self.values)
         """What parameters are combined in as data."""
+        self.gains = [False] * len(self.values)
+        """Parameters that scale data along their own axes, sooner or later."""
+        self.open = [False] * len(self.values)
+        """Parameters whose coordinates act alone, unless a step has seen them together."""
         for place in facts.program.outputs:
             self.spent[place] = facts.acts(self.values[place])
         self._couplings: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
@@ -59,6 +63,11 @@ class _Backward:
             for step, relation in reversed(self.trail):
                 self._give_back(step, relation)
             if _equal(before, (self.labels, self.coupled, self.spent, self.taken)):
+                for place, is_open in enumerate(self.open):
+                    if is_open:
+                        self.labels[place] = [
+                            None if _is_unseen(label) else label for label in self.labels[place]
+                        ]
                 return self.labels
 
     def _give_back(self, step: Step, relation: Relation) -> None:
@@ -86,6 +95,14 @@ class _Backward:
             elif operand in relation.uses:
                 labels = self._of_outputs(found, relation, operand, value, coupled, shape)
                 self._refine(place, self._of_taken(labels, found, value, result_place))
+        for operand in relation.keeps:
+            place = step.inputs[operand]
+            self.gains[place] |= operand in relation.gains or any(
+                self.gains[out] for out in step.outputs
+            )
+            self.open[place] |= self._acts_alone(step, relation, operand) or any(
+                self.open[out] for out in step.outputs
+            )
         for operand in relation.keeps - relation.uses.keys():
             if any(self.spent[place] for place in step.outputs):
                 self._spend(step, relation, operand)
@@ -98,14 +115,21 @@ class _Backward:
         for operand, contracted, free in relation.chain:
             # Of two weights that are multiplied, the one that meets the data first has outputs.
             labels = [self.labels[step.outputs[0]][axis] for axis in free]
-            if labels and all(isinstance(label, int) and label != UNSEEN for label in labels):
-                self._refine(step.inputs[operand], dict.fromkeys(contracted))
+            if labels and not any(map(_is_unseen, labels)):
+                is_first = all(isinstance(label, int) for label in labels)
+                label = None if is_first else WHOLE
+                self._refine(step.inputs[operand], dict.fromkeys(contracted, label))
         for operand, axis in relation.cuts:
             self._refine(step.inputs[operand], {axis: None})
         for operand, axes in relation.couplings:
             place = step.inputs[operand]
             groups, old = self._coupling(step, operand, axes), self.coupled[place]
             self.coupled[place] = groups if old is None else self.groups.join(old, groups)
+
+    def _acts_alone(self, step: Step, relation: Relation, operand: int) -> bool:
+        """Whether each coordinate of a parameter acts alone, if the result is data."""
+        is_gain = any(self.gains[place] for place in step.outputs)
+        return operand in relation.shifts or (operand in relation.scaled and not is_gain)
 
     def _take(self, step: Step, relation: Relation, operand: int) -> None:
         """What a step uses of an operand: what is used of what it makes of it."""
@@ -138,7 +162,7 @@ class _Backward:
         """A combined value was data: what is no factor in it is a bias."""
         place = step.inputs[operand]
         self.spent[place] = True
-        if operand in relation.shifts:
+        if self._acts_alone(step, relation, operand):
             own = [a for a in range(len(self.values[place].shape)) if self.values[place].is_own(a)]
             self._refine(place, dict.fromkeys(own))
 

@@ -160,6 +160,11 @@ class Relation:
     its free axes, in its own order."""
     shifts: set[int] = dataclasses.field(default_factory=set)
     """Operands, parameters, that are no factors here: biases, where the result is spent."""
+    scaled: set[int] = dataclasses.field(default_factory=set)
+    """Operands, parameters, that data scale by one number: layers of one input, where the result is
+    spent, unless they are gains in between."""
+    gains: set[int] = dataclasses.field(default_factory=set)
+    """Operands, parameters or combined, that scale data along their own axes."""
     spent: set[int] = dataclasses.field(default_factory=set)
     """Combined operands that are data here, and no parameters any more."""
     is_lookup: bool = False

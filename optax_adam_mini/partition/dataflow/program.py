@@ -82,6 +82,10 @@ class Program:
     arrays: list[int] = dataclasses.field(default_factory=list)
     """Arrays that the function closes over."""
     outputs: list[int] = dataclasses.field(default_factory=list)
+    zeros: set[int] = dataclasses.field(default_factory=set)
+    """Values that are zero."""
+    made: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
+    """The results of each step that was seen before, by what it is and takes in."""
     reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
     """What was reshaped into a value."""
     known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -169,7 +173,7 @@ def _reached(program: Program, steps: Sequence[Step]) -> set[int]:
     reached, before = set(program.outputs), -1
     while before != (before := len(reached)):
         has_derivative = any(
-            step.is_backward and not reached.isdisjoint(step.outputs) for step in steps
+            step.is_differentiated and not reached.isdisjoint(step.outputs) for step in steps
         )
         for step in reversed(steps):
             is_kept = has_derivative and step.is_differentiated and not step.is_backward
@@ -197,7 +201,8 @@ class _Callers:
         }
         return _Callers(
             (info.traceback, *self.tracebacks),
-            self.is_backward or "transpose" in transforms,
+            # A function that is linear, and transposed as such, is a layer.
+            self.is_backward or {"transpose", "jvp"} <= transforms,
             self.is_differentiated or "jvp" in transforms,
         )
 
@@ -225,16 +230,48 @@ def _inline(
     def read(atom: Any) -> int:
         if not isinstance(atom, Literal):
             return where[atom]
-        place = program.value(atom.aval)
-        if is_index(atom.aval):
-            program.known[place] = np.asarray(atom.val)
-        return place
+        key = ("literal", np.asarray(atom.val).tobytes(), str(atom.aval))
+        if key not in program.made:
+            place = program.value(atom.aval)
+            program.made[key] = [place]
+            if is_index(atom.aval):
+                program.known[place] = np.asarray(atom.val)
+            if not np.any(np.asarray(atom.val)):
+                program.zeros.add(place)
+        return program.made[key][0]
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         results = _inline_eqn(program, eqn, operands, callers)
         where.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+# What is zero where an operand is, and where the first or all operands are.
+_ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
+_ZERO_IF_ALL = {
+    *LAYOUT, "add", "add_any", "sub", "neg", "convert_element_type", "copy", "reduce_sum", "tanh",
+    "sin", "abs", "square", "integer_pow", "tile",
+} - {"pad"}  # fmt: skip
+
+
+def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:
+    """Whether nothing but zeros comes out, whatever parameters go in."""
+    are_zero = [place in program.zeros for place in operands]
+    return bool(operands) and (
+        (name in _ZERO_IF_ANY and any(are_zero)) or (name in _ZERO_IF_ALL and all(are_zero))
+    )
+
+
+def _key(name: str, operands: Sequence[int], params: Any, here: Any, shape: Any) -> Any:
+    """What two steps that do the same have alike; None where that cannot be said."""
+    key = name, tuple(operands), tuple(sorted(params.items(), key=lambda item: item[0]))
+    key = *key, here.is_backward, here.is_differentiated, shape
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Callers) -> list[int]:
@@ -342,6 +379,13 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         # Of a reshape of a reshape, what lies between does not matter.
         operands = [program.reshaped.get(operands[0], operands[0])]
         program.reshaped[outs[0]] = operands[0]
+    if _is_zero(program, name, operands):
+        program.zeros.update(outs)
+    key = _key(name, operands, params, here, program.shapes[outs[0]] if outs else ())
+    if key is not None and not eqn.effects:
+        if key in program.made:  # the same again, as where a model is called twice
+            return program.made[key]
+        program.made[key] = outs
     step(name, operands, outs, params)
     if len(outs) == 1 and all(place in program.known for place in operands):
         numbers = folded(

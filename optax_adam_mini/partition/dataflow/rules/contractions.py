@@ -111,6 +111,8 @@ def _is_layer_of_constants(facts: Facts, step: Step) -> bool:
     """
     if all(value.kind == Kind.WEIGHT for value in facts.inputs(step)):
         return False
+    if not facts.program.zeros.isdisjoint(step.inputs):  # an initial state
+        return True
     return step.is_differentiated or facts.goes_through_functions(step.outputs[0])
 
 
@@ -140,6 +142,15 @@ def _is_lookup(sides: Sequence[Side]) -> bool:
         for axis in side.contracted
         if not side.value.is_weight
     )
+
+
+def _chosen(side: Side, other: Side) -> list[int]:
+    """The contracted axes of which one index is chosen, by one-hot vectors."""
+    return [
+        axis
+        for axis, met in zip(side.contracted, other.contracted, strict=True)
+        if not other.value.is_weight and other.value.whole(met).one_hot
+    ]
 
 
 def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Places]) -> None:
@@ -205,8 +216,9 @@ def _of_a_parameter(
             side.is_kernel = True
             place = places[operand]
             _use_kernel(found, operand, side, place, 1 - operand)
-            if _is_lookup([other]):
-                found.cuts += [(operand, axis) for axis in side.contracted if value.is_own(axis)]
+            chosen = _chosen(side, other)
+            found.cuts += [(operand, axis) for axis in chosen if value.is_own(axis)]
+            if chosen and all(axis in chosen or value.shape[axis] == 1 for axis in side.contracted):
                 found.is_lookup = True
                 found.keeps.add(operand)
         elif not side.is_contracted and not kernels:
@@ -254,6 +266,8 @@ def _multiply(
     combine(facts, met, aligned, is_product=True)
     if operand in met.keeps:
         found.keeps.add(operand)
+        found.gains |= met.gains & {operand}
+        found.scaled |= met.scaled & {operand}
     elif operand in met.uses:
         found.uses[operand] = ()
         found.partner[operand] = 1 - operand

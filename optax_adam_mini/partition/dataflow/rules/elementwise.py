@@ -126,7 +126,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             for i, other in enumerate(ins)
             if i != operand
             and other.kind == Kind.DATA
-            and (not other.is_weight or facts.acts(other))
+            and (not is_product or not other.is_weight or facts.acts(other))
         ]
         own = [axis for axis, n in enumerate(value.shape) if n > 1 and value.is_own(axis)]
         if not others:
@@ -167,13 +167,19 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             found.cuts += [(operand, axis) for axis in own if axis not in frequencies]
         elif is_product and is_copied and len(covered) == len(own):
             found.uses[operand] = ()
-        elif not is_product and is_copied and covered:
+        elif not is_product and covered and not facts.acts(value):
             found.uses[operand] = ()  # not followed: a bias makes no features
             found.cuts += [(operand, axis) for axis in own]
         else:
             found.keeps.add(operand)
             if not is_product and not facts.acts(value):
                 found.shifts.add(operand)
+            if is_product and any(other.moves(axis) for other in aligned for axis in own):
+                found.gains.add(operand)
+            elif is_product and not facts.acts(
+                value
+            ):  # a number of data times all: a gain later, or a layer of one input
+                found.scaled.add(operand)
     weights = [value for value in ins if value.is_weight]
     found.is_summary = bool(weights) and all(value.is_summary for value in weights)
 

@@ -80,6 +80,15 @@ def chosen(
     found = layout(facts, step, links)
     found.keeps &= {0}
     found.kind = max(v.kind for v in facts.inputs(step))
+    is_scalar = len(step_shape(facts, step)) == len(shared | whole) or step.name != "gather"
+    if (
+        value.is_weight
+        and is_scalar
+        and all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
+    ):  # a loop counter: one layer of a stack
+        found.cuts = [(0, a) for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
+        found.kind = value.kind
+        return found
     if value.is_weight:
         rest = [a for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
         found.cuts = [(0, axis) for axis in rest]
