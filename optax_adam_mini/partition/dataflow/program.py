@@ -84,8 +84,6 @@ class Program:
     outputs: list[int] = dataclasses.field(default_factory=list)
     zeros: set[int] = dataclasses.field(default_factory=set)
     """Values that are zero."""
-    made: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
-    """The results of each step that was seen before, by what it is and takes in."""
     reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
     """What was reshaped into a value."""
     known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -230,15 +228,12 @@ def _inline(
     def read(atom: Any) -> int:
         if not isinstance(atom, Literal):
             return where[atom]
-        key = ("literal", np.asarray(atom.val).tobytes(), str(atom.aval))
-        if key not in program.made:
-            place = program.value(atom.aval)
-            program.made[key] = [place]
-            if is_index(atom.aval):
-                program.known[place] = np.asarray(atom.val)
-            if not np.any(np.asarray(atom.val)):
-                program.zeros.add(place)
-        return program.made[key][0]
+        place = program.value(atom.aval)
+        if is_index(atom.aval):
+            program.known[place] = np.asarray(atom.val)
+        if not np.any(np.asarray(atom.val)):
+            program.zeros.add(place)
+        return place
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
@@ -261,17 +256,6 @@ def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:
     return bool(operands) and (
         (name in _ZERO_IF_ANY and any(are_zero)) or (name in _ZERO_IF_ALL and all(are_zero))
     )
-
-
-def _key(name: str, operands: Sequence[int], params: Any, here: Any, shape: Any) -> Any:
-    """What two steps that do the same have alike; None where that cannot be said."""
-    key = name, tuple(operands), tuple(sorted(params.items(), key=lambda item: item[0]))
-    key = *key, here.is_backward, here.is_differentiated, shape
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
 
 
 def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Callers) -> list[int]:
@@ -381,11 +365,6 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         program.reshaped[outs[0]] = operands[0]
     if _is_zero(program, name, operands):
         program.zeros.update(outs)
-    key = _key(name, operands, params, here, program.shapes[outs[0]] if outs else ())
-    if key is not None and not eqn.effects:
-        if key in program.made:  # the same again, as where a model is called twice
-            return program.made[key]
-        program.made[key] = outs
     step(name, operands, outs, params)
     if len(outs) == 1 and all(place in program.known for place in operands):
         numbers = folded(

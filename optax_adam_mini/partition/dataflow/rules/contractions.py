@@ -192,6 +192,12 @@ def _of_a_parameter(
 ) -> None:
     """A parameter, alone or combined, with data."""
     found.kind = Kind.DATA
+    if sides[0].value.params == sides[1].value.params and not any(
+        facts.acts(side.value) for side in sides
+    ):  # a norm, a proximal term: what a parameter makes with itself is no use of it
+        _of_parameters(found, sides, places)
+        found.kind = max(side.value.kind for side in sides)
+        return
     kernels = [i for i in range(2) if _is_kernel(facts, sides[i], sides[1 - i])]
     if len(kernels) == 2:
         for is_kernel in (

@@ -154,6 +154,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             for axis in range(len(value.shape))
             if axis not in own and not value.moves(axis)
         )
+        scales = any(value.moves(axis) for axis in own)  # as a gain that data were scaled by
         frequencies = [
             axis
             for axis in own
@@ -167,7 +168,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             found.cuts += [(operand, axis) for axis in own if axis not in frequencies]
         elif is_product and is_copied and len(covered) == len(own):
             found.uses[operand] = ()
-        elif not is_product and covered and not facts.acts(value):
+        elif not is_product and covered and not (facts.acts(value) and scales):
             found.uses[operand] = ()  # not followed: a bias makes no features
             found.cuts += [(operand, axis) for axis in own]
         else:
