@@ -1,0 +1,148 @@
+"""What `explain` says, and what is refused before anything is read."""
+
+import pathlib
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from optax_adam_mini import (
+    adam_mini,
+    block_table,
+    explain,
+    from_adam_state,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+)
+from tests.partition.dataflow.models.parts import X, shape
+
+LINES = pathlib.Path(__file__).read_text().splitlines()
+
+
+def line_of(text):
+    return 1 + next(i for i, line in enumerate(LINES) if text in line)
+
+
+def energy(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"]) @ p["u"])  # the energy
+
+
+def forces(p, x):
+    return jnp.sum(jax.grad(energy, argnums=1)(p, x) ** 2)
+
+
+def tied(p, tokens):
+    h = p["e"][tokens]  # rows
+    jnp.sort(p["e"])  # a metric that is dropped
+    target = jax.lax.stop_gradient(jnp.tanh(h @ p["e"].T))  # the target
+    return (jax.nn.log_softmax(h @ p["e"].T) * target).sum()  # the head
+
+
+def test_what_is_contracted_and_what_is_passed_over():
+    text = explain(forces, {"w": shape(32, 7), "u": shape(7, 1)}, X, parameter="w")
+    here = line_of("# the energy")
+    assert text.splitlines()[0] == "w (32, 7): 1 x 7 blocks"
+    assert re.search(
+        rf"used in dot_general at \S*test_explain.py:{here}: with \(2, 6, 32\), axis 0 is "
+        r"contracted, axis 1 is free\n",
+        text,
+    )
+    assert re.search(
+        rf"passed over: dot_general at \S*test_explain.py:{here}, of a derivative", text
+    )
+
+
+def test_the_finest_cut_and_what_has_no_gradient():
+    text = explain(tied, {"e": shape(11, 32)}, shape(3, dtype="int32"), parameter="e")
+    for where, said in {
+        "# rows": "used in gather at {}: rows are chosen along axis 0",
+        "# the head": "used in dot_general at {}: with (3, 32), axis 1 is contracted, axis 0 is free",
+        "# a metric": "passed over: sort at {}, on which no output depends",
+        "# the target": "passed over: dot_general at {}, through which goes no gradient",
+    }.items():
+        pattern = re.escape(said).replace(r"\{\}", rf"\S*test_explain.py:{line_of(where)}")
+        assert re.search(pattern, text), (said, text)
+    # By neuron (outputs by column), and by row: two cuts, of which the second is finer.
+    twice = lambda p, x: (
+        jnp.tanh(x @ p["w"]).sum() + (x.mean((0, 1)) @ p["w"].reshape(32, 2, 8)[:, 0])[0]
+    )
+    lines = explain(twice, {"w": shape(32, 16)}, X, parameter="w").splitlines()
+    assert [line for line in lines if "(the finest cut)" in line], lines
+
+
+def test_numbers_and_parameters_that_meet_no_data():
+    text = explain(lambda p, x: x * p["s"], {"s": shape()}, X, parameter="s")
+    assert text.startswith("s (): 1 block: a number has one\n  used in mul at ")
+    compared = lambda p, x: (x @ p["w"]).sum() + (p["lost"] > 0).sum()  # compared
+    params = {"w": shape(32, 5), "lost": shape(4)}
+    assert "meets no data in fn" in explain(compared, params, X, parameter="lost")
+    with pytest.raises(ValueError, match="meets no data in fn") as error:
+        infer_block_specs(compared, params, X)
+    where = rf"goes into gt at \S*test_explain.py:{line_of('# compared')}\n"
+    assert re.search(where, str(error.value))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.dropout = nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+
+MLP = eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
+WRONG = {
+    "a string": ({"w": shape(4, 2), "name": "a"}, "name: .*got 'a' of type str"),
+    "a whole Equinox model": (MLP, "activation: .*eqx.filter"),
+    "a whole NNX model": (nnx.split(Net(nnx.Rngs(0)))[1], "dropout/rngs/key.*nnx.Param"),
+    "a number of Python": ({"w": 1.0}, "w: expected an array"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
+def test_what_is_no_array_is_named(name, function):
+    params, message = WRONG[name]
+    with pytest.raises(TypeError, match=rf"{function.__name__}: {message}"):
+        function(lambda p, x: x, params, X)
+
+
+def test_explain_names_what_is_no_array():
+    with pytest.raises(TypeError, match="explain: name: .*got 'a' of type str"):
+        explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w")
+
+
+@pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
+@pytest.mark.parametrize("params", [{"w": jnp.ones(3)}, MLP])
+def test_swapped_arguments(function, params):
+    with pytest.raises(TypeError, match=rf"call {function.__name__}\(fn, params, \*args\)"):
+        function(params, lambda p, x: x, X)
+
+
+def test_dimension_numbers_of_what_cannot_be_read():
+    fn = lambda p, x: x @ jnp.sort(p["w"]) @ p["u"]
+    params = {"w": shape(32, 5), "u": shape(5, 3)}
+    with pytest.raises(ValueError, match="unreadable=None"):
+        infer_muon_dimension_numbers(fn, params, X)
+    given = optax.contrib.MuonDimensionNumbers((0,), (1,))
+    for unreadable in (None, given):
+        found = infer_muon_dimension_numbers(fn, params, X, unreadable=unreadable)
+        assert found == {"w": unreadable, "u": given}
+    with pytest.raises(TypeError, match="unreadable must be MuonDimensionNumbers, or None"):
+        infer_muon_dimension_numbers(fn, params, X, unreadable="adam")
+
+
+def test_a_tree_of_specs_that_is_callable_is_a_tree():
+    params, static = eqx.partition(MLP, eqx.is_inexact_array)
+    loss = lambda p, x: jnp.tanh(jax.vmap(eqx.combine(p, static))(x)).sum()
+    x = jnp.ones((3, 4))
+    specs = infer_block_specs(loss, params, x)
+    assert callable(specs)
+    tx = adam_mini(1e-3, block_specs=specs)
+    state = tx.init(params)
+    assert state[0].nu.layers[0].weight.shape == (8, 1)
+    tx.update(jax.grad(loss)(params, x), state, params)
+    assert "layers/1/weight" in block_table(params, specs).columns[0].cells
+    switched = from_adam_state(optax.adamw(1e-3).init(params), params, specs)
+    assert switched[0].nu.layers[0].weight.shape == (8, 1)
