@@ -109,7 +109,7 @@ def test_what_is_no_array_is_named(name, function):
 
 
 def test_explain_names_what_is_no_array():
-    with pytest.raises(TypeError, match="explain: name: .*got 'a' of type str"):
+    with pytest.raises(TypeError, match=r"explain: name: .*got 'a' of type str"):
         explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w")
 
 

@@ -161,8 +161,10 @@ NOOPS = {
     "in both branches": lambda y, data: lax.cond(True, lambda y: y * 1, lambda y: y / 1, y),
 }
 
-TIMES = [name for name in NOOPS if name.startswith(("times", "ones times"))]
-LAYOUT = ["in a loop of one", "set in zeros", "written into zeros", "one of a stack of two"]
+NUMBERS = [
+    "times a one that is closed over", "times ones that are closed over",
+    "times a one that is data", "times ones that are data",
+]  # fmt: skip
 # What does nothing, and yet changes the blocks of a model.
 KNOWN = {
     # What is called back, or sorted, for nothing is read all the same, where a parameter is used
@@ -170,23 +172,23 @@ KNOWN = {
     **{
         model: ["also called back", "also sorted"]
         for model in (*losses.DERIVATIVES, "branch and trunk, its slope")
+        if model not in ("learned start, first order", "sharpness", "adversary")
     },
     # A one-hot choice is none any more once it is written beside zeros.
-    "one-hot embedding": LAYOUT,
-    "bias by iota": LAYOUT,
+    "one-hot embedding": ["one of a stack of two"],
+    "bias by iota": ["one of a stack of two"],
     # A parameter, or a mixture of parameters, times numbers is a gain.
-    "tiled": TIMES,
-    "sink": TIMES,
-    "vision transformer": TIMES,
-    "low rank, scanned": TIMES,
-    "orthogonality": TIMES,
-    "weight norm of all": TIMES,
-    "convolution modulated, scaled": TIMES,
-    "resized convolution": ["rolled", *TIMES],
+    "tiled": ["times ones that are closed over"],
+    "vision transformer": ["times ones that are closed over"],
+    "sink": NUMBERS,
+    "low rank, scanned": NUMBERS,
+    "orthogonality": NUMBERS,
+    "convolution modulated, scaled": NUMBERS,
+    "resized convolution": ["rolled", *NUMBERS],
     # A product is that of an inner product only if its sum comes next.
-    "graph attention": TIMES,
-    "graph attention, flat": [*TIMES, *LAYOUT],
-    "summed by hand": LAYOUT,
+    "graph attention": NUMBERS,
+    "graph attention, flat": ["in a loop of one", "set in zeros", *NUMBERS],
+    "summed by hand": ["in a loop of one", "set in zeros"],
     # A sum over one example is one over features.
     **{
         model: ["summed over one"]
@@ -195,8 +197,8 @@ KNOWN = {
             "gated, squeezed", "gated residual",
         )
     },
-    "between two": ["iterated over and stacked"],
-    "twins": ["repeated once", *LAYOUT],
+    # Members that share their inputs, before the outputs are made.
+    "twins": ["repeated once", "one of a stack of two"],
 }  # fmt: skip
 
 # --- a model with one of them put in --------------------------------------------------------------
