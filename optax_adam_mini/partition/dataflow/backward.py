@@ -6,6 +6,7 @@ nothing else: a table or a mask that heads share joins no heads.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,6 +22,8 @@ from optax_adam_mini.partition.dataflow.groups import (
     moved,
 )
 from optax_adam_mini.partition.dataflow.program import Step
+
+_MANY = 20  # passes, after which what has not settled will not
 
 
 def find_groups(facts: Facts, trail: Trail) -> list[list[Label]]:
@@ -43,6 +46,8 @@ class _Backward:
         where they are not."""
         for place in facts.program.outputs:
             self.taken[place] = True
+        self.given_up: set[int] = set()
+        """Values whose groups did not settle: nothing is coupled in them."""
         self.labels: list[list[Label]] = []
         self.spent = [False] * len(self.values)
         """What parameters are combined in as data."""
@@ -56,7 +61,7 @@ class _Backward:
 
     def run(self) -> list[list[Label]]:
         """What `find_groups` gives."""
-        while True:
+        for count in itertools.count():
             before = self.labels, [*self.coupled], [*self.spent], [*self.taken]
             # Refined anew, from what is known of the others by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
@@ -69,10 +74,16 @@ class _Backward:
                             None if _is_unseen(label) else label for label in self.labels[place]
                         ]
                 return self.labels
+            if count > _MANY:  # a loop that mixes ever more: finer than it has to be
+                for place, (old, new) in enumerate(zip(before[1], self.coupled, strict=True)):
+                    if not _equal(old, new):
+                        self.given_up.add(place)
+                        self.coupled[place] = None
 
     def _give_back(self, step: Step, relation: Relation) -> None:
         """Brings what is coupled in the results of a step to its operands."""
         links: dict[tuple[int, int], list[Link]] = {}
+        told: dict[int, set[int]] = {}
         for link in relation.links:
             if link.is_lost:
                 continue
@@ -84,7 +95,12 @@ class _Backward:
             place, result_place = step.inputs[operand], step.outputs[result]
             value, coupled = self.values[place], self.coupled[result_place]
             shape = self.values[result_place].shape
-            if operand not in relation.uses and coupled is not None and value.has_features:
+            if (
+                operand not in relation.uses
+                and coupled is not None
+                and value.has_features
+                and place not in self.given_up
+            ):
                 groups = self._of_data(found, value, coupled, shape, step.name == "scan_slice")
                 if groups is not None:
                     old = self.coupled[place]
@@ -95,6 +111,7 @@ class _Backward:
             elif operand in relation.uses:
                 labels = self._of_outputs(found, relation, operand, value, coupled, shape)
                 self._refine(place, self._of_taken(labels, found, value, result_place))
+                told[operand] = told.get(operand, set()) | labels.keys()
         for operand in relation.keeps:
             place = step.inputs[operand]
             self.gains[place] |= operand in relation.gains or any(
@@ -111,7 +128,8 @@ class _Backward:
         for operand in relation.uses:
             place = step.inputs[operand]
             sizes = self.values[place].shape
-            self._refine(place, {axis: WHOLE for axis, size in enumerate(sizes) if size > 1})
+            rest = set(range(len(sizes))) - told.get(operand, set())
+            self._refine(place, {axis: WHOLE for axis in rest if sizes[axis] > 1})
         for operand, contracted, free in relation.chain:
             # Of two weights that are multiplied, the one that meets the data first has outputs.
             labels = [self.labels[step.outputs[0]][axis] for axis in free]
@@ -123,6 +141,8 @@ class _Backward:
             self._refine(step.inputs[operand], {axis: None})
         for operand, axes in relation.couplings:
             place = step.inputs[operand]
+            if place in self.given_up:
+                continue
             groups, old = self._coupling(step, operand, axes), self.coupled[place]
             self.coupled[place] = groups if old is None else self.groups.join(old, groups)
 

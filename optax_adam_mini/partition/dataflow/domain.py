@@ -250,6 +250,8 @@ class Facts:
     uses: dict[int, Use] = dataclasses.field(default_factory=dict)
     products: dict[int, Step] = dataclasses.field(default_factory=dict)
     """The steps that are element-wise products, by their ids."""
+    given: set[int] = dataclasses.field(default_factory=set)
+    """What loops carry and branches end with, as far as it was given."""
     summed: dict[tuple[int, int], Step] = dataclasses.field(default_factory=dict)
     """Products that are summed, each a step of its own, by their ids and those of the sums."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)

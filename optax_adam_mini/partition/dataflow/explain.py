@@ -131,7 +131,7 @@ def _alone(shape: Sequence[int], result: Result, index: int, use: Use) -> tuple[
             keeps=relation.keeps - others,
         )
 
-    trail = [(step, without(step, relation)) for step, relation in result.facts.trail]
+    trail = [(step, without(step, relation)) for step, relation in result.trail]
     labels = find_groups(result.facts, trail)[result.facts.program.inputs[index]]
     alone = dataclasses.replace(result, labels=[*result.labels])
     alone.labels[index] = labels

@@ -70,7 +70,9 @@ def _pass(facts: Facts) -> bool:
             value = _result(facts, step, relation, result)
             if step.name == MERGE:
                 old = facts.values[place]
-                value = _with_what_was(old, value)
+                if place in facts.given:
+                    value = _with_what_was(old, value)
+                facts.given.add(place)
                 again |= place in read and _differs(old, value)
             facts.values[place] = value
         for summed, product in relation.sums:
@@ -316,10 +318,14 @@ def _taken(factor: Factor, positions: np.ndarray) -> Factor:
 
 def _with_what_was(old: Value, new: Value) -> Value:
     """What several steps give to one value: what loops carry, what branches end with."""
-    if old.kind == Kind.CONSTANT and not old.mixtures:
-        return new
     params = frozenset[int]() if old.is_plain or new.is_plain else old.params | new.params
-    axes = list(map(merged, old.axes, new.axes))
+    axes = [
+        tuple(f._replace(one_hot=f.one_hot and both) for f in factors)
+        for factors, both in (
+            (merged(a, b), whole(a).one_hot and whole(b).one_hot)
+            for a, b in zip(old.axes, new.axes, strict=True)
+        )
+    ]
     if not params:
         axes = [tuple(f._replace(own=frozenset()) for f in factors) for factors in axes]
     return dataclasses.replace(
@@ -330,15 +336,13 @@ def _with_what_was(old: Value, new: Value) -> Value:
         made=max(old.made, new.made),
         is_summary=old.is_summary and new.is_summary,
         is_plain=old.is_plain or new.is_plain,
+        is_fixed=old.is_fixed and new.is_fixed,
+        dropped=union(old.dropped, new.dropped),
         mixtures=old.mixtures | new.mixtures,
     )
 
 
 def _differs(a: Value, b: Value) -> bool:
-    return (a.kind, a.params, a.axes, a.is_plain, a.mixtures) != (
-        b.kind,
-        b.params,
-        b.axes,
-        b.is_plain,
-        b.mixtures,
+    return any(
+        getattr(a, field.name) != getattr(b, field.name) for field in dataclasses.fields(Value)
     )

@@ -24,6 +24,8 @@ class Result:
     """What was found of the parameters, each an index into the program's inputs."""
 
     facts: Facts
+    trail: Trail
+    """The steps that say it."""
     labels: list[list[Label]]
     """For each parameter the groups of each axis."""
     roles: list[list[set[Role]]]
@@ -116,10 +118,12 @@ def _of_steps(facts: Facts, trail: Trail) -> Result:
             if link.parts > 1 and shape[link.result_axes[0]] == 1:
                 relation.unread |= set() if roles[place][link.result_axes[0]] else {link.operand}
     inputs = facts.program.inputs[: facts.n_params]
-    found = Result(facts, [labels[place] for place in inputs], [roles[place] for place in inputs])
+    found = Result(
+        facts, trail, [labels[place] for place in inputs], [roles[place] for place in inputs]
+    )
     for step, relation in trail:
         ins = facts.inputs(step)
-        if relation.unread:
+        if relation.unread and id(step) not in facts.program.implied:
             for param in sorted(facts.makers(ins[operand] for operand in relation.unread)):
                 found.unread.setdefault(param, []).append(step)
         for operand, axes in relation.couplings:

@@ -90,6 +90,8 @@ class Program:
     """Whole numbers that are the same whatever the function is given: indices."""
     kernels: set[int] = dataclasses.field(default_factory=set)
     """What the kernels of convolutions are made of."""
+    implied: set[int] = dataclasses.field(default_factory=set)
+    """The steps, by their ids, that are kept only because a derivative of theirs is used."""
     stopped: set[int] = dataclasses.field(default_factory=set)
     """The steps, by their ids, through which no output has a gradient."""
     unused: list[Step] = dataclasses.field(default_factory=list)
@@ -108,7 +110,10 @@ class Program:
             for step in self.consumers.get(place, ()):
                 if step.is_backward:
                     continue
-                if step.name not in LINEAR | LAYOUT:
+                sums_nothing = step.name == "reduce_sum" and all(
+                    self.shapes[step.inputs[0]][axis] == 1 for axis in step.params["axes"]
+                )
+                if step.name not in LINEAR | LAYOUT and not sums_nothing:
                     found.add(step.name)
                     continue
                 todo += set(step.outputs) - seen
@@ -154,6 +159,8 @@ def _drop_unused(program: Program) -> None:
     derivative goes through.
     """
     needed = _reached(program, program.steps)
+    strictly = _reached(program, program.steps, with_implied=False)
+    program.implied = {id(s) for s in program.steps if strictly.isdisjoint(s.outputs)}
     used = [step.has_effect or not needed.isdisjoint(step.outputs) for step in program.steps]
     program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
     program.steps = [s for s, is_used in zip(program.steps, used, strict=True) if is_used]
@@ -166,7 +173,7 @@ def _without_gradient(program: Program) -> set[int]:
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
-def _reached(program: Program, steps: Sequence[Step]) -> set[int]:
+def _reached(program: Program, steps: Sequence[Step], with_implied: bool = True) -> set[int]:
     """The values that outputs depend on through these steps."""
     reached, before = set(program.outputs), -1
     while before != (before := len(reached)):
@@ -175,6 +182,7 @@ def _reached(program: Program, steps: Sequence[Step]) -> set[int]:
         )
         for step in reversed(steps):
             is_kept = has_derivative and step.is_differentiated and not step.is_backward
+            is_kept &= with_implied
             if is_kept or step.has_effect or not reached.isdisjoint(step.outputs):
                 reached.update(step.inputs)
                 reached.update(step.outputs)
@@ -242,7 +250,7 @@ def _inline(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-# What is zero where an operand is, and where the first or all operands are.
+# What is zero where any operand is, and where all are.
 _ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
 _ZERO_IF_ALL = {
     *LAYOUT, "add", "add_any", "sub", "neg", "convert_element_type", "copy", "reduce_sum", "tanh",

@@ -198,6 +198,12 @@ def _of_a_parameter(
         _of_parameters(found, sides, places)
         found.kind = max(side.value.kind for side in sides)
         return
+    if all(
+        side.is_contracted and not facts.acts(side.value) and side.has_outputs(facts)
+        for side in sides
+    ):  # factors of a kernel, whatever they were scaled with
+        _of_parameters(found, sides, places)
+        return
     kernels = [i for i in range(2) if _is_kernel(facts, sides[i], sides[1 - i])]
     if len(kernels) == 2:
         for is_kernel in (

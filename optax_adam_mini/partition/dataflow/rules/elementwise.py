@@ -57,6 +57,7 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     if len(ins) == 1:
         found.made = 2 if ins[0].made and step.name not in LINEAR else None
+    found.drops_one_hot = not _keeps_one_hot(facts, step, ins)
     found.drops = step.name not in LINEAR
     found.drops_counts = step.name not in LINEAR or sum(bool(v.shape) for v in ins) > 1
     if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
@@ -80,13 +81,30 @@ def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value)
     return found
 
 
+def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
+    """Whether vectors that are one-hot still choose rows: scaled, smoothed by constants, masked."""
+    hot = [any(f.one_hot for factors in value.axes for f in factors) for value in ins]
+    if step.name not in LINEAR or not any(hot):
+        return False
+    if step.name in MULTIPLICATIVE or len(ins) == 1:
+        return True
+    cases = list(zip(ins, hot, step.inputs, strict=True))[step.name == "select_n" :]
+    if step.name == "sub" and not hot[0]:
+        return False
+    is_smoothed = step.name in ("add", "add_any", "sub")
+    return all(
+        is_hot or place in facts.program.zeros or (is_smoothed and value.kind == Kind.CONSTANT)
+        for value, is_hot, place in cases
+    )
+
+
 def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
     """Whether a sum over it would contract the two operands.
 
     What scales a product that is there already, and what has nothing to contract, is no factor.
     """
-    factors = [value for value in ins if value.has_features or value.is_weight]
-    if any(value.kind == Kind.CONSTANT for value in ins) or not factors:
+    is_one = any(value.is_weight for value in ins) or all(value.has_features for value in ins)
+    if any(value.kind == Kind.CONSTANT for value in ins) or not is_one:
         return False
     old = [any(factor.products for factors in value.axes for factor in factors) for value in ins]
     return not any(

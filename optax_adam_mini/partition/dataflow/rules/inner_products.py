@@ -75,7 +75,9 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         kernel, data = (a, b) if a.is_kernel else (b, a)
         # A layer without outputs of its own, one number for each head, as GAT's attention has; or
         # queries that are made of parameters alone.
-        has_outputs = any(kernel.value.is_own(axis) for axis in kernel.free)
+        has_outputs = any(
+            kernel.value.is_own(axis) or kernel.value.shape[axis] == 1 for axis in kernel.free
+        )
         return (
             not data.is_kernel
             and (not has_outputs or kernel.value.made > 0)

@@ -154,12 +154,16 @@ def _put_together(facts: Facts, step: Step, along: int) -> Relation:
     )
     found = layout(facts, step, [])
     for operand, value in enumerate(ins):
-        if value.kind == Kind.WEIGHT and has_data and value in filled:
+        if value.is_weight and not facts.acts(value) and has_data and value in filled:
             found.keeps.discard(operand)
             found.cuts += [(operand, axis) for axis in range(len(value.shape))]
             found.uses[operand] = ()
-    hot = [any(value.whole(axis).one_hot for axis in range(len(value.shape))) for value in filled]
-    found.drops_one_hot = not all(hot)
+    found.drops_one_hot = not all(
+        place in facts.program.zeros
+        or 0 in value.shape
+        or any(value.whole(axis).one_hot for axis in range(len(value.shape)))
+        for place, value in zip(step.inputs, ins, strict=True)
+    )
     seen: set[int] = set()
     for value in filled:
         own = {use for axis in range(len(value.shape)) for use in value.features(axis)}

@@ -75,6 +75,8 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
                 step.tracebacks or multiplied.tracebacks,
             ),
         )
+        if id(step) in facts.program.stopped:
+            facts.program.stopped.add(id(summed))
         relation = contraction(facts, summed, sides, [to, to])
         if relation.chain or relation.unread:
             continue
