@@ -39,6 +39,8 @@ class Factor(NamedTuple):
     """The element-wise products, `(step, axis)`, of which this is an axis."""
     is_spectrum: bool = False
     """Its indices are frequencies."""
+    is_stack: bool = False
+    """Each of its indices has met a kernel of its own: members of an ensemble, experts."""
 
     @property
     def is_apart(self) -> bool:
@@ -75,6 +77,7 @@ def union(a: Factor, b: Factor) -> Factor:
         a.counts or b.counts,
         a.products | b.products,
         a.is_spectrum or b.is_spectrum,
+        a.is_stack or b.is_stack,
     )
 
 

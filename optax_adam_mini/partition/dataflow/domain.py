@@ -184,6 +184,8 @@ class Relation:
     """The axis along which the result is one-hot."""
     drops_one_hot: bool = False
     """Where some operands are one-hot, the result is not."""
+    stacks: set[int] = dataclasses.field(default_factory=set)
+    """Axes of the result along which each index has a kernel of its own."""
     spectrum: Axes = ()
     """Axes whose indices become frequencies."""
     is_product: bool = False

@@ -208,6 +208,8 @@ def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
             changed = tuple(f._replace(counts=True) for f in changed)
         if relation.one_hot == axis:
             changed = tuple(f._replace(one_hot=True) for f in changed)
+        if axis in relation.stacks:
+            changed = tuple(f._replace(is_stack=True) for f in changed)
         if axis in relation.spectrum:
             changed = tuple(f._replace(is_spectrum=True) for f in changed)
         value.axes[axis] = changed
@@ -279,7 +281,8 @@ def _follow(
         sources = [f._replace(own=frozenset(), moves=True) if f.own else f for f in sources]
     if not sources:  # a new axis of which an operand has one index
         (axis,) = link.result_axes
-        own = frozenset((param, -1) for param in operand.params) if keeps else frozenset()
+        is_parameter = keeps and operand.kind == Kind.WEIGHT
+        own = frozenset((param, -1) for param in operand.params if is_parameter)
         moves = operand.kind == Kind.DATA
         was = operand.dropped._replace(size=result.shape[axis], moves=moves)
         found[axis].append((was._replace(own=was.own | own if keeps else own),))

@@ -35,7 +35,7 @@ LINEAR = {
 LAYOUT = {
     "transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "rev", "pad",
     "concatenate", "stack", "split", "scan_slice", "scan_stack", "dynamic_slice",
-    "dynamic_update_slice",
+    "dynamic_update_slice", "scatter",
 }  # fmt: skip
 
 # Through which no gradient goes.
@@ -367,6 +367,11 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         step("broadcast_in_dim", operands, [copies], {"broadcast_dimensions": old})
         step("reshape", [copies], outs)
         return outs
+    if name == "reshape" and params.get("dimensions") is not None:  # in another order of the axes
+        order = tuple(params["dimensions"])
+        turned = program.array([program.shapes[operands[0]][axis] for axis in order])
+        step("transpose", operands, [turned], {"permutation": order})
+        operands, params = [turned], {**params, "dimensions": None}
     if name in RESHAPES and program.shapes[outs[0]] and program.shapes[operands[0]]:
         # Of a reshape of a reshape, what lies between does not matter.
         operands = [program.reshaped.get(operands[0], operands[0])]

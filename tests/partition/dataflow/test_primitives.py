@@ -629,6 +629,8 @@ PROGRAMS = {
 
 # Primitives that are in no function of a user's model.
 NEVER = {
+    # Of several processes, and known only once they are asked for
+    "global_array_to_host_local_array", "host_local_array_to_global_array",
     # What others are lowered to
     "cudnn_fusion", "dot_product_attention_bwd", "dot_product_attention_fwd", "eq_to", "geqp3",
     "iota_2x32_shape", "le_to", "lt_to", "philox2x32", "philox4x32", "scaled_matmul",

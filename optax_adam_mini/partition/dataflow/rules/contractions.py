@@ -179,7 +179,8 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
             _use_kernel(found, 1 - operand, other, places[1 - operand], operand)
             return None
     found.made = 1
-    if not all(side.value.made for side in sides):
+    are_two = sides[0].value.params != sides[1].value.params
+    if are_two and not all(side.value.made for side in sides):
         found.chain = tuple(
             (operand, side.contracted, tuple(place[axis] for axis in side.free if axis in place))
             for operand, (side, place) in enumerate(zip(sides, places, strict=True))
@@ -197,12 +198,6 @@ def _of_a_parameter(
     ):  # a norm, a proximal term: what a parameter makes with itself is no use of it
         _of_parameters(found, sides, places)
         found.kind = max(side.value.kind for side in sides)
-        return
-    if all(
-        side.is_contracted and not facts.acts(side.value) and side.has_outputs(facts)
-        for side in sides
-    ):  # factors of a kernel, whatever they were scaled with
-        _of_parameters(found, sides, places)
         return
     kernels = [i for i in range(2) if _is_kernel(facts, sides[i], sides[1 - i])]
     if len(kernels) == 2:
@@ -237,6 +232,10 @@ def _of_a_parameter(
             _multiply(facts, found, operand, sides, places)
         elif kernels or facts.is_activation(value, side.contracted):
             found.spent.add(operand)
+            if not facts.acts(value) and side.has_outputs(facts):
+                # One example, or a factor of the kernel that was scaled: it cannot be told.
+                found.cuts += [(operand, axis) for axis in range(len(value.shape))
+                               if value.is_own(axis)]  # fmt: skip
 
 
 def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
@@ -252,7 +251,9 @@ def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
 
 def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partner: int) -> None:
     value = side.value
-    found.cuts += [(operand, axis) for axis in side.batch if value.is_own(axis)]
+    batch = [axis for axis in side.batch if value.is_own(axis)]
+    found.cuts += [(operand, axis) for axis in batch]
+    found.stacks |= {place[axis] for axis in batch if axis in place}
     outputs = [axis for axis in side.free if axis in place and _is_output(value, axis)]
     found.uses[operand] = tuple(place[axis] for axis in outputs)
     found.partner[operand] = partner

@@ -55,7 +55,19 @@ def _moved_across(facts: Facts, step: Step) -> Relation:
 @rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast",
       "unreduced_psum")  # fmt: skip
 def _across(facts: Facts, step: Step) -> Relation:
-    """Arrays of all devices combined, or exchanged, element by element."""
+    """Arrays of all devices combined, or exchanged, element by element.
+
+    An axis that vmap has named is one of the array: it goes, as in a sum.
+    """
+    named = step.params.get("axes", ())
+    gone = {axis for axis in named if isinstance(axis, int)} if isinstance(named, tuple) else set()
+    if gone:
+        links = [
+            Link(i, (a,), (place,), i)
+            for i, value in enumerate(facts.inputs(step))
+            for place, a in enumerate(a for a in range(len(value.shape)) if a not in gone)
+        ]
+        return layout(facts, step, links)
     return layout(facts, step, [
         link for i, value in enumerate(facts.inputs(step))
         for link in [Link(i, (a,), (a,), i) for a in range(len(value.shape))]

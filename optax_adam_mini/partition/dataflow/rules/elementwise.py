@@ -118,7 +118,7 @@ def _merge(facts: Facts, step: Step, found: Relation) -> Relation:
     A parameter that is something else in the next round is used coordinate by coordinate.
     """
     (value,), out = facts.inputs(step), facts.outputs(step)[0]
-    found.made, found.is_summary = value.made, value.is_summary
+    found.made, found.is_summary, found.drops = value.made, value.is_summary, False
     if value.kind == Kind.DATA and not value.is_weight:
         found.is_plain = True
     if not value.is_weight:
@@ -178,6 +178,10 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             for axis in own
             if value.whole(axis).is_spectrum and any(o.whole(axis).is_spectrum for o in aligned)
         ]
+        if is_product:  # each member of an ensemble has a gain of its own
+            found.cuts += [
+                (operand, axis) for axis in own if any(o.whole(axis).is_stack for o in aligned)
+            ]
         if facts.is_rows(value):  # used where they were chosen; what is data still scales them
             if not covered:
                 found.keeps.add(operand)

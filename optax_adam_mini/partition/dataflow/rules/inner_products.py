@@ -81,7 +81,7 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         return (
             not data.is_kernel
             and (not has_outputs or kernel.value.made > 0)
-            and any(data.value.features(axis) for axis in data.batch)
+            and bool(data.uses(data.batch) & data.uses(data.contracted))
         )
     if _meet(a, b):
         # The same outputs on both sides: the norm of a vector, positions that are matched with

@@ -19,6 +19,19 @@ def _fft(facts: Facts, step: Step) -> Relation:
     return layout(facts, step, links, spectrum=tuple(transformed))
 
 
+@rule("custom_linear_solve")
+def _linear_solve(facts: Facts, step: Step) -> Relation:
+    """What is solved for has the axes of the right-hand side, the last operands."""
+    first = len(step.inputs) - len(step.outputs)
+    links = [
+        Link(first + result, (axis,), (axis,), result, is_lost=True)
+        for result, out in enumerate(facts.outputs(step))
+        for axis in range(len(out.shape))
+    ]
+    weights = {i for i, value in enumerate(facts.inputs(step)) if value.is_weight}
+    return layout(facts, step, links, keeps=set(), unread=weights)
+
+
 @rule("cholesky", "cholesky_update", "lu", "qr", "eigh", "eig", "svd", "schur", "hessenberg",
       "tridiagonal", "householder_product", "geqrf", "geqp3", "lu_pivots_to_permutation",
       "triangular_solve", "tridiagonal_solve")  # fmt: skip

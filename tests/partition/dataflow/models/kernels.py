@@ -374,6 +374,9 @@ MODELS = {
     "convolution modulated, grouped": (
         modulated(modulated_grouped), MODULATED, STYLED, MODULATED_GRIDS,
     ),
+    "convolution modulated, mapped": (
+        modulated(modulated_mapped), MODULATED, STYLED, MODULATED_GRIDS,
+    ),
     "convolution modulated, scaled": (
         modulated(modulated_scaled), MODULATED, STYLED, MODULATED_GRIDS,
     ),
@@ -465,8 +468,5 @@ FINER = {
     "convolutions mixed": (
         convs_mixed, shapes(r=(4, 3), w=(3, 3, 3, 3, 7), o=(7, 2)), [IMAGE, shape(B, 4)],
         {"r": (1, 3), "w": (1, 1, 1, 1, 7), "o": (1, 2)}, {"w": (1, 3, 3, 3, 7)},
-    ),
-    "convolution modulated, mapped": (
-        modulated(modulated_mapped), MODULATED, STYLED, MODULATED_GRIDS, {"w": (3, 3, 5, 7)},
     ),
 }  # fmt: skip
