@@ -169,6 +169,7 @@ NUMBERS = [
 KNOWN = {
     # One example, or a factor of a kernel: that it was scaled makes the cut finer.
     "low rank, scanned": NUMBERS,
+    "features of one": NUMBERS,
     # A filter that is no constant any more is a layer of its own.
     "resized convolution": ["rolled", *NUMBERS],
     # The norm of a modulated kernel, scaled, is read as another use of both.
