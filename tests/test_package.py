@@ -40,7 +40,7 @@ LAYERS = [
     ["convert"],
 ]  # fmt: skip
 # Within dataflow, module by module.
-DATAFLOW = ["kernels", "folding", "program", "groups", "axes", "domain", "rules", "forward", "backward",
+DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "rules", "forward", "backward",
             "roles", "interpret", "specs", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",

@@ -6,7 +6,6 @@ nothing else: a table or a mask that heads share joins no heads.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -61,7 +60,9 @@ class _Backward:
 
     def run(self) -> list[list[Label]]:
         """What `find_groups` gives."""
-        for count in itertools.count():
+        count = 0
+        while True:
+            count += 1
             before = self.labels, [*self.coupled], [*self.spent], [*self.taken]
             # Refined anew, from what is known of the others by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]

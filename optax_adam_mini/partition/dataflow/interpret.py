@@ -15,7 +15,8 @@ from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Trail, Use
 from optax_adam_mini.partition.dataflow.forward import follow
 from optax_adam_mini.partition.dataflow.groups import Label
-from optax_adam_mini.partition.dataflow.program import Step, flatten
+from optax_adam_mini.partition.dataflow.inline import flatten
+from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.roles import find_roles
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax._src.interpreters import mlir
+from jax._src.lax import lax as lax_internal
 from jax._src.lax.windowed_reductions import _select_and_scatter
 from jax._src.state.discharge import run_state
 from jax.ad_checkpoint import checkpoint_name
@@ -283,6 +284,9 @@ CUMULATIVE = "cumlogsumexp cummax cummin cumprod cumsum"
 UNSIGNED = """mulhi shift_left shift_right_arithmetic shift_right_logical"""
 
 PROGRAMS = {
+    **{  # of a total order, as in sorting
+        name: mixed(getattr(lax_internal, f"{name}_p").bind) for name in ("eq_to", "le_to", "lt_to")
+    },
     # Element by element
     **each(UNARY),
     **each(BINARY, mixed),
@@ -634,8 +638,8 @@ NEVER = {
     # Of several processes, and known only once they are asked for
     "global_array_to_host_local_array", "host_local_array_to_global_array",
     # What others are lowered to
-    "cudnn_fusion", "dot_product_attention_bwd", "dot_product_attention_fwd", "eq_to", "geqp3",
-    "iota_2x32_shape", "le_to", "lt_to", "philox2x32", "philox4x32", "scaled_matmul",
+    "cudnn_fusion", "dot_product_attention_bwd", "dot_product_attention_fwd", "geqp3",
+    "iota_2x32_shape", "philox2x32", "philox4x32", "scaled_matmul",
     "threefry4x32", "dot_product_attention_fp8_bwd", "dot_product_attention_fp8_fwd",
     # No public function makes them: asynchronous collectives, kernels' references, fp8
     "all_gather_done", "all_gather_reduced_start", "all_gather_start", "all_to_all_done",

@@ -1,0 +1,252 @@
+"""A jaxpr with all that it calls written out in one list of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optax_adam_mini.partition.dataflow.folding import folded, is_index
+from optax_adam_mini.partition.dataflow.kernels import written_out
+from optax_adam_mini.partition.dataflow.program import (
+    LAYOUT,
+    MERGE,
+    RESHAPES,
+    Program,
+    Step,
+    drop_unused,
+    without_gradient,
+)
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# Primitives that do no more than call a jaxpr with their own operands.
+CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
+    "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "compute_on",
+    "linear_call", "remat_opt", "eval_jaxpr", "call",
+}  # fmt: skip
+_EFFECTS = {"WriteEffect", "AccumEffect"}  # of references, which are arrays that change
+
+
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
+
+
+def flatten(closed: ClosedJaxpr) -> Program:
+    """The program of a closed jaxpr."""
+    program = Program()
+    program.inputs = [program.value(var.aval) for var in closed.jaxpr.invars]
+    program.outputs = _inline(program, closed, program.inputs, _Callers())
+    drop_unused(program)
+    program.stopped = without_gradient(program)
+    for step in program.steps:
+        for place in step.inputs:
+            program.consumers.setdefault(place, []).append(step)
+    for step in reversed(program.steps):
+        if step.name == "conv_general_dilated":
+            program.kernels.add(step.inputs[1])
+        elif not program.kernels.isdisjoint(step.outputs):
+            program.kernels.update(step.inputs)
+    return program
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callers:
+    """What called a jaxpr, as far as its steps must know."""
+
+    tracebacks: tuple[Any, ...] = ()
+    is_backward: bool = False
+    is_differentiated: bool = False
+
+    def of(self, eqn: Any) -> _Callers:
+        """The callers of what an equation calls, itself included."""
+        info = eqn.source_info
+        transforms = {
+            part.name
+            for part in info.name_stack.stack
+            if type(part).__name__ == "Transform"  # names that users give are scopes
+        }
+        return _Callers(
+            (info.traceback, *self.tracebacks),
+            # A function that is linear, and transposed as such, is a layer.
+            self.is_backward or {"transpose", "jvp"} <= transforms,
+            self.is_differentiated or "jvp" in transforms,
+        )
+
+
+def _inline(
+    program: Program,
+    called: ClosedJaxpr | Jaxpr,
+    inputs: Sequence[int],
+    callers: _Callers,
+) -> list[int]:
+    """Appends the steps of a jaxpr; its results."""
+    from jax.extend.core import ClosedJaxpr, Literal  # takes as long to load as all of ours
+
+    jaxpr, consts = (
+        (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else (called, [])
+    )
+    where: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        where[var] = program.value(var.aval)
+        if getattr(const, "ndim", 0):
+            program.arrays.append(where[var])
+        if is_index(var.aval):
+            program.known[where[var]] = np.asarray(const)
+
+    def read(atom: Any) -> int:
+        if not isinstance(atom, Literal):
+            return where[atom]
+        place = program.value(atom.aval)
+        if is_index(atom.aval):
+            program.known[place] = np.asarray(atom.val)
+        if not np.any(np.asarray(atom.val)):
+            program.zeros.add(place)
+        return place
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        results = _inline_eqn(program, eqn, operands, callers)
+        where.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+# What is zero where any operand is, and where all are.
+_ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
+_ZERO_IF_ALL = {
+    *LAYOUT, "add", "add_any", "sub", "neg", "convert_element_type", "copy", "reduce_sum", "tanh",
+    "sin", "abs", "square", "integer_pow", "tile",
+} - {"pad"}  # fmt: skip
+
+
+def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:
+    """Whether nothing but zeros comes out, whatever parameters go in."""
+    are_zero = [place in program.zeros for place in operands]
+    return bool(operands) and (
+        (name in _ZERO_IF_ANY and any(are_zero)) or (name in _ZERO_IF_ALL and all(are_zero))
+    )
+
+
+def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Callers) -> list[int]:
+    from jax.extend.core import ClosedJaxpr
+
+    name, params = eqn.primitive.name, eqn.params
+    here = callers.of(eqn)
+    has_effect = any(type(effect).__name__ in _EFFECTS for effect in eqn.effects)
+
+    def inline(called: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
+        return _inline(program, called, inputs, here)
+
+    def step(
+        name: str, inputs: list[int], outputs: list[int], params: dict[str, Any] | None = None
+    ) -> None:
+        program.steps.append(
+            Step(name, inputs, outputs, params or {}, here.tracebacks, here.is_backward,
+                 here.is_differentiated, has_effect)
+        )  # fmt: skip
+
+    def results() -> list[int]:
+        return [program.value(var.aval) for var in eqn.outvars]
+
+    if name in CALLS:
+        called = next((params[key] for key in _CALLED if key in params), None)
+        if called is not None and len(called.jaxpr.invars if isinstance(called, ClosedJaxpr)
+                                      else called.invars) == len(operands):  # fmt: skip
+            return inline(called, operands)
+    if name == "cond":
+        outs = results()
+        for branch in params["branches"]:
+            for given, out in zip(inline(branch, operands[1:]), outs, strict=True):
+                step(MERGE, [given], [out])
+        return outs
+    if name == "while":
+        consts = params["cond_nconsts"], params["body_nconsts"]
+        of_cond, of_body = operands[: consts[0]], operands[consts[0] : sum(consts)]
+        carry = results()
+        for given, out in zip(operands[sum(consts) :], carry, strict=True):
+            step(MERGE, [given], [out])
+        inline(params["cond_jaxpr"], [*of_cond, *carry])
+        for given, out in zip(inline(params["body_jaxpr"], [*of_body, *carry]), carry, strict=True):
+            step(MERGE, [given], [out])
+        return carry
+    if name == "scan":
+        body = params["jaxpr"]
+        # What the loop runs over, and what it collects, has an axis less inside.
+        rank = lambda atom: len(atom.aval.shape)
+        n_stacks = sum(
+            rank(a) > rank(b) for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True)
+        )
+        n_carry = sum(
+            rank(a) == rank(b) for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True)
+        )
+        n_consts = len(operands) - n_carry - n_stacks
+        consts, initial, stacks = (
+            operands[:n_consts],
+            operands[n_consts : n_consts + n_carry],
+            operands[n_consts + n_carry :],
+        )
+        outs = results()
+        carry, stacked = outs[:n_carry], outs[n_carry:]
+        for given, out in zip(initial, carry, strict=True):
+            step(MERGE, [given], [out])
+        slices = [program.value(var.aval) for var in body.jaxpr.invars[n_consts + n_carry :]]
+        for given, out in zip(stacks, slices, strict=True):
+            step("scan_slice", [given], [out])
+        found = inline(body, [*consts, *carry, *slices])
+        for given, out in zip(found[:n_carry], carry, strict=True):
+            step(MERGE, [given], [out])
+        for given, out in zip(found[n_carry:], stacked, strict=True):
+            step("scan_stack", [given], [out])
+        return outs
+    if name == "shard_map":
+        inner = params["jaxpr"]
+        shards = [program.value(var.aval) for var in inner.invars]
+        for given, out in zip(operands, shards, strict=True):
+            step("shard", [given], [out])
+        outs = results()
+        for given, out in zip(inline(inner, shards), outs, strict=True):
+            step("unshard", [given], [out])
+        return outs
+    if (kernel := written_out(eqn)) is not None:
+        return inline(kernel, operands)
+    outs = results()
+    if name == "unstack":  # to iterate over an array is to index it
+        axis, shape = params["axis"], program.shapes[operands[0]]
+        for index, out in enumerate(outs):
+            start = [index if a == axis else 0 for a in range(len(shape))]
+            limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
+            one = program.array([b - a for a, b in zip(start, limit, strict=True)])
+            where = {"start_indices": start, "limit_indices": limit, "strides": None}
+            step("slice", operands, [one], where)
+            step("squeeze", [one], [out], {"dimensions": (axis,)})
+        return outs
+    if name == "tile":  # copies side by side: a new axis that is merged into the old one
+        shape, reps = program.shapes[operands[0]], params["reps"]
+        sizes = [n for pair in zip(reps, shape, strict=True) for n in pair]
+        copies = program.array(sizes)
+        old = tuple(range(1, len(sizes), 2))
+        step("broadcast_in_dim", operands, [copies], {"broadcast_dimensions": old})
+        step("reshape", [copies], outs)
+        return outs
+    if name == "reshape" and params.get("dimensions") is not None:  # in another order of the axes
+        order = tuple(params["dimensions"])
+        turned = program.array([program.shapes[operands[0]][axis] for axis in order])
+        step("transpose", operands, [turned], {"permutation": order})
+        operands, params = [turned], {**params, "dimensions": None}
+    if name in RESHAPES and program.shapes[outs[0]] and program.shapes[operands[0]]:
+        # Of a reshape of a reshape, what lies between does not matter.
+        operands = [program.reshaped.get(operands[0], operands[0])]
+        program.reshaped[outs[0]] = operands[0]
+    if _is_zero(program, name, operands):
+        program.zeros.update(outs)
+    step(name, operands, outs, params)
+    if len(outs) == 1 and all(place in program.known for place in operands):
+        numbers = folded(
+            name, [program.known[place] for place in operands], params, eqn.outvars[0].aval
+        )
+        if numbers is not None:
+            program.known[outs[0]] = numbers
+    return outs
