@@ -12,6 +12,7 @@ from optax_adam_mini.partition.dataflow.folding import folded, is_index
 from optax_adam_mini.partition.dataflow.kernels import written_out
 from optax_adam_mini.partition.dataflow.program import (
     LAYOUT,
+    LINEAR,
     MERGE,
     RESHAPES,
     Program,
@@ -117,9 +118,8 @@ def _inline(
 # What is zero where any operand is, and where all are.
 _ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
 _ZERO_IF_ALL = {
-    *LAYOUT, "add", "add_any", "sub", "neg", "convert_element_type", "copy", "reduce_sum", "tanh",
-    "sin", "abs", "square", "integer_pow", "tile",
-} - {"pad"}  # fmt: skip
+    *LAYOUT, *LINEAR, "reduce_sum", "tanh", "sin", "abs", "square", "integer_pow", "tile",
+} - {"pad", "div"}  # fmt: skip
 
 
 def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:

@@ -169,7 +169,9 @@ NUMBERS = [
 KNOWN = {
     # One example, or a factor of a kernel: that it was scaled makes the cut finer.
     "low rank, scanned": NUMBERS,
-    "features of one": NUMBERS,
+    "features of one": ["stopped and not", *NUMBERS],
+    # A layer of one input whose outputs are scaled one by one looks like a gain.
+    "times": NUMBERS,
     # A filter that is no constant any more is a layer of its own.
     "resized convolution": ["rolled", *NUMBERS],
     # The norm of a modulated kernel, scaled, is read as another use of both.
