@@ -10,6 +10,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
+from optax_adam_mini.outer import outer
 from optax_adam_mini.partition.by_path import by_path
 from optax_adam_mini.partition.dataflow import (
     explain,
@@ -38,6 +39,7 @@ __all__ = [
     "infer_block_specs",
     "infer_muon_dimension_numbers",
     "opt_state_shardings",
+    "outer",
     "per_element",
     "per_head",
     "per_neuron",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -125,6 +126,21 @@ class BlockSpec:
         """
         return tuple(sum(n for n, _ in runs) for runs in self.runs(shape))
 
+    def size(self, shape: Sequence[int]) -> int:
+        """How many numbers `nu` has.
+
+        Args:
+            shape: the parameter's shape.
+
+        Raises:
+            ValueError: as [`BlockSpec.runs`][].
+
+        Examples:
+            >>> per_head(12).size((768, 768))
+            12
+        """
+        return math.prod(self.grid(shape))
+
     def cut_along(self, axis: int) -> Cut:
         """The cut of `axis`, spelt as in `cuts`."""
         return dict(self.cuts).get(axis, self.rest)
@@ -155,12 +171,18 @@ class BlockSpec:
 
         return block_mean(x, self.runs(x.shape), of)
 
-    def spread(self, nu: Inexact[Array, "*grid"], shape: Sequence[int]) -> Inexact[Array, "*shape"]:
+    def spread(
+        self,
+        nu: Inexact[Array, "*grid"],
+        shape: Sequence[int],
+        of: Callable[[Array], Array] | None = None,
+    ) -> Inexact[Array, "*shape"]:
         """The array of `shape` that holds, at every coordinate, its block's entry of `nu`.
 
         Args:
             nu: one number per block, of shape `self.grid(shape)`.
             shape: the parameter's shape.
+            of: an elementwise function, taken of each entry, once for the block.
 
         Returns:
             An array of `shape` and of `nu`'s dtype. Only as much of it as has a block of its own is
@@ -180,7 +202,7 @@ class BlockSpec:
             )
         from optax_adam_mini.sums import spread  # built on this module
 
-        return spread(nu, self.runs(shape), shape)
+        return spread(nu if of is None else of(nu), self.runs(shape), shape)
 
     def __str__(self) -> str:
         def word(cut: Cut) -> str:
@@ -311,6 +333,19 @@ def fused(
             )
     cuts, rest = others[0]
     return BlockSpec(((axis, parts), *cuts, *_each((), stacked)), rest=rest, unit="block")
+
+
+def stacked_along(spec: BlockSpec, stacked: int | Sequence[int]) -> BlockSpec:
+    """The same cuts in each of several layers, stacked along some axes.
+
+    Raises:
+        ValueError: if one of these axes is cut already.
+
+    Examples:
+        >>> stacked_along(per_neuron(), 0).grid((32, 768, 3072))
+        (32, 1, 3072)
+    """
+    return dataclasses.replace(spec, cuts=(*spec.cuts, *_each((), stacked)))
 
 
 def _each(axis: int | Sequence[int], stacked: int | Sequence[int]) -> tuple[tuple[int, None], ...]:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs
+from optax_adam_mini.outer import OuterMoments, Spec
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def from_adam_state(
-    state: PyTree, params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn
+    state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn
 ) -> PyTree:
     """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
 
@@ -35,7 +35,7 @@ def from_adam_state(
 
     Returns:
         The same structure with a [`ScaleByAdamMiniState`][] in place of each `ScaleByAdamState`;
-        `nu` is the mean over each block, float32 or wider. It is the state of the same optimizer
+        `nu` has the means over blocks, float32 or wider. It is the state of the same optimizer
         with `scale_by_adam_mini` for `scale_by_adam`; so `adam_mini` takes over from `adamw`.
 
     Raises:
@@ -51,7 +51,7 @@ def from_adam_state(
         (1, 6)
     """
 
-    def mean(spec: BlockSpec, nu: Any, param: Any) -> Any:
+    def mean(spec: Spec, nu: Any, param: Any) -> Any:
         if nu.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {nu.shape}, the parameter {jnp.shape(param)}")
         return spec.block_mean(nu.astype(widen(nu.dtype)))
@@ -60,9 +60,9 @@ def from_adam_state(
 
 
 def to_adam_state(
-    state: PyTree, params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn
+    state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn
 ) -> PyTree:
-    """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `nu`.
+    """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `v`.
 
     Args:
         state: optimizer state that holds one [`ScaleByAdamMiniState`][] or more.
@@ -84,7 +84,7 @@ def to_adam_state(
         (4, 6)
     """
 
-    def spread(spec: BlockSpec, nu: Any, param: Any) -> Any:
+    def spread(spec: Spec, nu: Any, param: Any) -> Any:
         return spec.spread(nu, jnp.shape(param)).astype(jnp.result_type(param))
 
     return _convert(
@@ -98,7 +98,7 @@ def _convert(
     block_specs: Any,
     old: type,
     new: Callable[..., Any],
-    convert_nu: Callable[[BlockSpec, Any, Any], Any],
+    convert_nu: Callable[[Spec, Any, Any], Any],
 ) -> Any:
     labels = dict(resolve_block_specs(block_specs, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -121,7 +121,8 @@ def _convert(
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
             return node
-        nu = jax.tree_util.tree_map_with_path(convert_leaf, node.nu)
+        is_outer = lambda x: isinstance(x, OuterMoments)
+        nu = jax.tree_util.tree_map_with_path(convert_leaf, node.nu, is_leaf=is_outer)
         return new(count=node.count, mu=node.mu, nu=nu)
 
     is_old = lambda node: isinstance(node, old)

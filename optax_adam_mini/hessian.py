@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import LabelFn, resolve_block_specs
+from optax_adam_mini.outer import Spec
+from optax_adam_mini.sums import spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree
@@ -42,7 +43,7 @@ class BlockShare:
 def block_shares(
     loss: Callable[..., Any],
     params: PyTree[Array],
-    block_specs: PyTree[BlockSpec] | LabelFn,
+    block_specs: PyTree[Spec] | LabelFn,
     *args: Any,
 ) -> dict[str, BlockShare]:
     """How much of the Hessian of each parameter lies inside its blocks.
@@ -77,7 +78,7 @@ def block_shares(
     labels = resolve_block_specs(block_specs, params)
     measured = {}  # the paths, by index
     for index, ((path, spec), leaf) in enumerate(zip(labels, leaves, strict=True)):
-        grid = spec.grid(jnp.shape(leaf))
+        grid = _grid(spec, jnp.shape(leaf))
         if math.prod(grid) in (1, jnp.size(leaf)) or not _is(leaf, jnp.inexact):
             continue
         if _is(leaf, jnp.complexfloating):
@@ -104,7 +105,7 @@ def block_shares(
 
 
 def block_share(
-    matrix: Float[Array, "n n"], block_spec: BlockSpec, shape: Sequence[int]
+    matrix: Float[Array, "n n"], block_spec: Spec, shape: Sequence[int]
 ) -> BlockShare:
     """How much of the Hessian of one parameter lies inside its blocks.
 
@@ -138,11 +139,12 @@ def block_share(
     return BlockShare(float(inside / total) if total else math.nan, float(chance))
 
 
-def block_numbers(block_spec: BlockSpec, shape: Sequence[int]) -> np.ndarray:
+def block_numbers(block_spec: Spec, shape: Sequence[int]) -> np.ndarray:
     """The number of the block that each coordinate is in.
 
     Args:
-        block_spec: how a parameter is cut.
+        block_spec: how a parameter is cut; of an [`outer`][], the blocks that hold a row and a
+            column each.
         shape: the parameter's shape, of `n` coordinates.
 
     Returns:
@@ -155,9 +157,9 @@ def block_numbers(block_spec: BlockSpec, shape: Sequence[int]) -> np.ndarray:
         >>> block_numbers(per_head(2), (2, 4)).tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
     """
-    grid = block_spec.grid(shape)
+    grid = _grid(block_spec, shape)
     numbers = jnp.arange(math.prod(grid)).reshape(grid)
-    return np.asarray(block_spec.spread(numbers, shape)).ravel()
+    return np.asarray(spread(numbers, block_spec.runs(shape), shape)).ravel()
 
 
 def hessians(
@@ -193,6 +195,10 @@ def hessians(
         return np.asarray(batched())
 
     return jax.tree.unflatten(treedef, [hessian(index) for index in range(len(leaves))])
+
+
+def _grid(block_spec: Spec, shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sum(n for n, _ in runs) for runs in block_spec.runs(shape))
 
 
 def _is(leaf: Any, kind: Any) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.outer import Outer, Spec
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def is_label_function(block_specs: Any) -> bool:
     return bool(leaves) and all(map(callable, leaves))
 
 
-def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockSpec]]:
+def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]:
     """The path and the spec of every leaf of `params`, checked against the leaf's shape.
 
     Args:
@@ -61,7 +62,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockS
         else:
             leaves[path_of(keys)] = leaf
 
-    found: list[tuple[str, BlockSpec]] = []
+    found: list[tuple[str, Spec]] = []
     used: set[tuple[str, ...]] = set()
     missing: list[str] = []
     wrong: list[str] = []
@@ -97,14 +98,14 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, BlockS
     return found
 
 
-def spec_leaves(labels: Any) -> dict[tuple[str, ...], BlockSpec]:
+def spec_leaves(labels: Any) -> dict[tuple[str, ...], Spec]:
     """The specs of a pytree of specs by their paths.
 
     Raises:
         TypeError: if a leaf is not a `BlockSpec`.
     """
-    is_spec = lambda x: isinstance(x, BlockSpec)
-    specs: dict[tuple[str, ...], BlockSpec] = {}
+    is_spec = lambda x: isinstance(x, Spec)
+    specs: dict[tuple[str, ...], Spec] = {}
     for keys, spec in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_spec):
         if not is_spec(spec):
             raise TypeError(
@@ -179,7 +180,7 @@ def check_default(what: str, default: Any) -> None:
     Raises:
         TypeError: if it is not, nor None.
     """
-    is_one = isinstance(default, BlockSpec) or is_label_function(default)
+    is_one = isinstance(default, Spec) or is_label_function(default)
     if default is not None and not is_one:
         raise TypeError(f"{what}: default must be a BlockSpec or a label function, got {default!r}")
 
@@ -187,8 +188,8 @@ def check_default(what: str, default: Any) -> None:
 def completed(
     what: str,
     params: Any,
-    specs: Sequence[BlockSpec | None],
-    default: BlockSpec | LabelFn | None,
+    specs: Sequence[Spec | None],
+    default: Spec | LabelFn | None,
     seen: Callable[[Any, Any], Any],
 ) -> Any:
     """A pytree of the specs of `params`, with the default's where they are None.
@@ -218,7 +219,7 @@ def completed(
 
 
 def compiled_rules(
-    what: str, rules: Sequence[tuple[str, T]], types: tuple[type, ...] = (BlockSpec,)
+    what: str, rules: Sequence[tuple[str, T]], types: tuple[type, ...] = (BlockSpec, Outer)
 ) -> list[tuple[re.Pattern[str], T]]:
     """Rules over paths, their regular expressions compiled; they give a value of one of `types`.
 

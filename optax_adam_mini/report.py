@@ -12,6 +12,7 @@ import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, period
 from optax_adam_mini.labels import LabelFn, resolve_block_specs
+from optax_adam_mini.outer import Outer, Spec
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Table:
+def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
     """A table of how every parameter is cut, and of what that saves.
 
     Args:
@@ -61,7 +62,7 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
     table.add_column("bytes of v", justify="right", no_wrap=True)
     v_before = v_after = mu_bytes = nu_bytes = 0
     for (_, shape, dtype, spec, note), paths in rows.items():
-        size, blocks = len(paths) * math.prod(shape), len(paths) * math.prod(spec.grid(shape))
+        size, blocks = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
         row_bytes = blocks * widen(_real(dtype)).itemsize
         times = f"{len(paths)} x " if len(paths) > 1 else ""
         table.add_row(
@@ -85,7 +86,7 @@ def block_table(params: PyTree, block_specs: PyTree[BlockSpec] | LabelFn) -> Tab
     return table
 
 
-def describe(spec: BlockSpec, shape: tuple[int, ...]) -> str:
+def describe(spec: Spec, shape: tuple[int, ...]) -> str:
     """The cut of an array of `shape` in words.
 
     Args:
@@ -102,6 +103,8 @@ def describe(spec: BlockSpec, shape: tuple[int, ...]) -> str:
         >>> describe(per_head(12), (768, 768))
         '12 heads x (768, 64)'
     """
+    if isinstance(spec, Outer):
+        return f"{spec.a.size(shape):,} rows + {spec.b.size(shape):,} columns"
     for i, (axis, cut) in enumerate(spec.cuts):
         if isinstance(cut, tuple):
             words: list[str] = []
@@ -114,7 +117,7 @@ def describe(spec: BlockSpec, shape: tuple[int, ...]) -> str:
             repeats, unit = period(words)
             joined = " + ".join(unit)
             return joined if repeats == 1 else f"{repeats} x [{joined}]"
-    blocks = math.prod(spec.grid(shape))
+    blocks = spec.size(shape)
     block = tuple(runs[0][1] if runs else 0 for runs in spec.runs(shape))
     return f"{blocks:,} {spec.unit}{'' if blocks == 1 else 's'} x {block}"
 

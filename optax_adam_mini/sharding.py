@@ -12,6 +12,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.labels import path_of, some
+from optax_adam_mini.outer import OuterMoments
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -73,7 +74,11 @@ def opt_state_shardings(
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
-    def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
+    is_outer = lambda x: isinstance(x, OuterMoments)
+
+    def of_leaf(keys: Any, leaf: Any) -> Any:
+        if is_outer(leaf):
+            return OuterMoments(*(of_leaf(keys, factor) for factor in leaf))
         path = path_of(keys)  # ends with the parameter's, where the leaf is like a parameter
         for start in range(len(path) + 1):
             shape = shapes.get(path[start:])
@@ -83,7 +88,8 @@ def opt_state_shardings(
 
     # Shardings that are in the parameters' own types say nothing here.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, bare))
+    state = jax.eval_shape(tx.init, bare)
+    return jax.tree_util.tree_map_with_path(of_leaf, state, is_leaf=is_outer)
 
 
 def _resolve(

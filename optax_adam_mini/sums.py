@@ -42,7 +42,7 @@ def block_mean(
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             total = _sum_runs(total, axis, runs)
-    return total / _block_sizes(axes)
+    return total / block_sizes(axes)
 
 
 def spread(
@@ -174,7 +174,7 @@ def _repeat_runs(x: Real[Array, "*grid"], axis: int, runs: Runs) -> Real[Array, 
     return jnp.concatenate(parts, axis + 1).reshape(*lead, length, *trail)
 
 
-def _block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
+def block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
     """The coordinates in each block: one number, or an array that broadcasts to the grid."""
     if all(len(runs) == 1 for runs in axes):
         return float(math.prod(runs[0][1] for runs in axes))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.compiled import compiled
 from optax_adam_mini.hyperparams import check_hyperparams, check_mu_dtype, check_scalar_or_schedule
 from optax_adam_mini.labels import LabelFn, is_label_function, resolve_block_specs, spec_leaves
+from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.sums import widen
 
@@ -30,7 +30,8 @@ class ScaleByAdamMiniState(NamedTuple):
         mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`.
         nu: mean of the squared gradient's moving average over each block, a pytree like the
             parameters, float32 or wider; each array has the rank of its parameter and the shape
-            of its grid of blocks.
+            of its grid of blocks. Where the spec is an [`outer`][] it is an
+            [`OuterMoments`][optax_adam_mini.outer.OuterMoments] of two such arrays.
     """
 
     count: 'Int[Array, ""]'  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,7 +47,7 @@ def scale_by_adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    block_specs: "PyTree[BlockSpec] | LabelFn | None" = None,
+    block_specs: "PyTree[Spec] | LabelFn | None" = None,
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment for each block.
 
@@ -102,7 +103,7 @@ def adam_mini(
     mask: "PyTree[bool] | Callable[[Any], Any] | None" = None,
     *,
     nesterov: bool = False,
-    block_specs: "PyTree[BlockSpec] | LabelFn | None" = None,
+    block_specs: "PyTree[Spec] | LabelFn | None" = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
 
@@ -234,7 +235,13 @@ def _scale_by_adam_mini(
             mu=jax.tree.map(  # with a dtype given, so that none is weak
                 lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
             ),
-            nu=jax.tree.unflatten(treedef, list(map(_zeros_beside, blocks, leaves))),
+            nu=jax.tree.unflatten(
+                treedef,
+                [
+                    jax.tree.map(lambda v, leaf=leaf: _zeros_beside(v, leaf), block)
+                    for block, leaf in zip(blocks, leaves, strict=True)
+                ],
+            ),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
@@ -243,25 +250,28 @@ def _scale_by_adam_mini(
 
         # Parameters that are alike are traced once, which halves the time of tracing GPT-2.
         @functools.partial(jax.jit, static_argnums=0)
-        def adam_mini(spec: BlockSpec, g: "Array", m: "Array", v: "Array") -> tuple["Array", ...]:
-            nu = b2 * v + (1 - b2) * spec.block_mean(g, _abs_sq)
+        def adam_mini(spec: Spec, g: "Array", m: "Array", v: Any) -> tuple[Any, ...]:
+            mean = spec.block_mean(g, _abs_sq)
+            nu = jax.tree.map(lambda v, mean: b2 * v + (1 - b2) * mean, v, mean)
+            nu_hat = jax.tree.map(lambda nu: nu / c2, nu)
             g = g.astype(widen(g.dtype))
             kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
             # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
             mu = kept.astype(g.dtype)
             # What is the same for a whole block is computed once for the block, and then spread.
-            step = 1 / (jnp.sqrt(nu / c2 + eps_root) + eps)
+            step = lambda v: 1 / (jnp.sqrt(v + eps_root) + eps)
             if nesterov:
                 c1_next = _bias_correction(b1, count + 1)
-                update = (b1 * mu / c1_next + (1 - b1) * g / c1) * spec.spread(step, g.shape)
+                mean = b1 * mu / c1_next + (1 - b1) * g / c1
+                update = mean * spec.spread(nu_hat, g.shape, step)
             else:
-                update = mu * spec.spread(step / c1, g.shape)
+                update = mu * spec.spread(nu_hat, g.shape, lambda v: step(v) / c1)
             return update, kept, nu
 
-        def update_leaf(path: str, spec: BlockSpec, g: Any, m: Any, v: Any, p: Any) -> Any:
-            if v.shape != spec.grid(m.shape):
+        def update_leaf(path: str, spec: Spec, g: Any, m: Any, v: Any, p: Any) -> Any:
+            if (shapes := jax.tree.map(jnp.shape, v)) != spec.grid(m.shape):
                 raise ValueError(
-                    f"{path}: the state's nu has shape {v.shape}, but {spec} cuts the shape "
+                    f"{path}: the state's nu has shape {shapes}, but {spec} cuts the shape "
                     f"{m.shape} into the grid {spec.grid(m.shape)}: the state was made with other "
                     "block specs; pass those, or init again"
                 )
@@ -271,7 +281,7 @@ def _scale_by_adam_mini(
                 return jnp.zeros(m.shape, p.dtype), m, v
             update, mu, nu = adam_mini(spec, g, m, v)
             dtype = g.dtype if params is None else p.dtype
-            return update.astype(dtype), mu, nu.astype(v.dtype)
+            return update.astype(dtype), mu, jax.tree.map(lambda nu, v: nu.astype(v.dtype), nu, v)
 
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)

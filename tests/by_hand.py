@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adam_mini import per_element, per_neuron
+from optax_adam_mini import outer, per_element, per_neuron
 
 BLOCK_SPECS = {"kernel": per_neuron(), "bias": per_element()}
+OUTER_SPECS = {"kernel": outer(per_neuron(axis=0), per_neuron()), "bias": per_element()}
 
 
 class State(NamedTuple):
@@ -39,7 +40,32 @@ def mean_square(name, g):
     return jnp.mean(g * g, axis=0, keepdims=True) if name == "kernel" else g * g
 
 
-def adam_mini_by_hand(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4):
+def row_and_column(name, g):
+    if name != "kernel":
+        return g * g
+    return jnp.concatenate([jnp.mean(g * g, axis=1), jnp.mean(g * g, axis=0)])
+
+
+def product(name, v):
+    """Of the three rows and four columns of the kernel; its mean is that of the rows."""
+    return v[:3, None] * v[3:] / jnp.mean(v[:3]) if name == "kernel" else v
+
+
+def outer_by_hand(learning_rate, **kwargs):
+    return adam_mini_by_hand(
+        learning_rate, **kwargs, mean_square=row_and_column, second_moment=product
+    )
+
+
+def adam_mini_by_hand(
+    learning_rate,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=1e-4,
+    mean_square=mean_square,
+    second_moment=lambda name, v: v,
+):
     def init(params):
         zeros = {name: jnp.zeros_like(mean_square(name, p)) for name, p in present(params)}
         m = jax.tree.map(jnp.zeros_like, params)
@@ -55,7 +81,7 @@ def adam_mini_by_hand(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e
             m[name] = b1 * state.m[name] + (1 - b1) * g
             v[name] = b2 * state.v[name] + (1 - b2) * mean_square(name, g)
             m_hat = m[name] / (1 - b1**step)
-            v_hat = v[name] / (1 - b2**step)
+            v_hat = second_moment(name, v[name]) / (1 - b2**step)
             direction = m_hat / (jnp.sqrt(v_hat) + eps)
             updates[name] = -learning_rate * (direction + weight_decay * params[name])
         return updates, State(step, m, v)

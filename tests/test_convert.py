@@ -17,7 +17,9 @@ from optax_adam_mini import (
     per_tensor,
     to_adam_state,
 )
-from tests.by_hand import BLOCK_SPECS, gradients, params
+from tests.by_hand import BLOCK_SPECS, OUTER_SPECS, gradients, params
+
+each_spec = pytest.mark.parametrize("specs", [BLOCK_SPECS, OUTER_SPECS], ids=["mean", "outer"])
 
 
 def train(tx, p, state, steps):
@@ -41,16 +43,17 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_takes_over_in_any_wrapper(name):
+@each_spec
+def test_takes_over_in_any_wrapper(name, specs):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
     adam = WRAPPERS[name](optax.adamw(schedule))
-    mini = WRAPPERS[name](adam_mini(schedule, block_specs=BLOCK_SPECS))
+    mini = WRAPPERS[name](adam_mini(schedule, block_specs=specs))
     p, state = train(adam, params(), adam.init(params()), range(4))
-    converted = from_adam_state(state, p, BLOCK_SPECS)
+    converted = from_adam_state(state, p, specs)
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.init(p))
-    back = to_adam_state(converted, p, BLOCK_SPECS)
+    back = to_adam_state(converted, p, specs)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
-    again = from_adam_state(back, p, BLOCK_SPECS)  # a round trip keeps the block means
+    again = from_adam_state(back, p, specs)  # a round trip keeps the block means
     chex.assert_trees_all_close(again, converted, rtol=1e-6)
     train(mini, p, converted, range(4, 6))
 
@@ -70,14 +73,31 @@ def test_exact_where_nu_is_constant_on_blocks():
     )
 
 
-def test_nu_is_what_adam_mini_would_have():
+@each_spec
+def test_nu_is_what_adam_mini_would_have(specs):
     p = params()
-    adam, mini = optax.adamw(0.0), adam_mini(0.0, block_specs=BLOCK_SPECS)
+    adam, mini = optax.adamw(0.0), adam_mini(0.0, block_specs=specs)
     _, adam_state = train(adam, p, adam.init(p), range(5))
     _, mini_state = train(mini, p, mini.init(p), range(5))
     chex.assert_trees_all_close(
-        from_adam_state(adam_state, p, BLOCK_SPECS), mini_state, rtol=1e-5, atol=1e-7
+        from_adam_state(adam_state, p, specs), mini_state, rtol=1e-5, atol=1e-7
     )
+
+
+def test_exact_where_nu_is_a_row_times_a_column():
+    """And there only: the product of the rounded means is what comes back."""
+    row, column = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[4.0, 0.0, 1.0, 2.0]])
+    p = params()
+    adam, mini = optax.adamw(0.1), adam_mini(0.1, block_specs=OUTER_SPECS)
+    state = adam.init(p)
+    grads = {"kernel": row * column, "bias": p["bias"]}
+    for _ in range(3):
+        _, state = adam.update(grads, state, p)
+    expected, _ = adam.update(grads, state, p)
+    converted = from_adam_state(state, p, OUTER_SPECS)
+    updates, _ = mini.update(grads, converted, p)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    chex.assert_trees_all_close(to_adam_state(converted, p, OUTER_SPECS), state, rtol=1e-5)
 
 
 def test_dtypes():

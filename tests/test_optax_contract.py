@@ -10,9 +10,10 @@ import types
 
 import optax
 
-from optax_adam_mini import BlockSpec, adam_mini, per_element, per_neuron, per_tensor
+from optax_adam_mini import adam_mini, per_element, per_neuron, per_tensor
+from optax_adam_mini.outer import Spec
 
-SPECS: dict[str, BlockSpec | None] = {
+SPECS: dict[str, Spec | None] = {
     "default": None,
     "per_tensor": per_tensor(),
     "per_neuron": per_neuron(),

@@ -10,10 +10,26 @@ import optax
 import optax.contrib
 import pytest
 
-from optax_adam_mini import adam_mini, flax_layers, per_element, per_neuron, per_tensor
-from tests.by_hand import BLOCK_SPECS, adam_mini_by_hand, gradients, params
+from optax_adam_mini import (
+    adam_mini,
+    by_path,
+    flax_layers,
+    outer,
+    per_element,
+    per_neuron,
+    per_tensor,
+)
+from tests.by_hand import (
+    BLOCK_SPECS,
+    OUTER_SPECS,
+    adam_mini_by_hand,
+    gradients,
+    outer_by_hand,
+    params,
+)
 
 OURS = functools.partial(adam_mini, block_specs=BLOCK_SPECS)
+each_spec = pytest.mark.parametrize("specs", [BLOCK_SPECS, OUTER_SPECS], ids=["mean", "outer"])
 
 
 def mask(tree):
@@ -62,9 +78,12 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_same_as_by_hand(name, jit):
+@each_spec
+def test_same_as_by_hand(name, jit, specs):
     trajectories = []
-    for optimizer in (OURS, adam_mini_by_hand):
+    ours = functools.partial(adam_mini, block_specs=specs)
+    by_hand = outer_by_hand if specs is OUTER_SPECS else adam_mini_by_hand
+    for optimizer in (ours, by_hand):
         tx = optax.with_extra_args_support(WRAPPERS[name](optimizer))
         p, trajectory = params(), []
         state = tx.init(p)
@@ -167,14 +186,14 @@ def test_flattened_parameters_are_one_nameless_vector():
 def test_injected_hyperparameters():
     inject = optax.inject_hyperparams(adam_mini, static_args=("block_specs", "mu_dtype"))
     schedule = optax.linear_schedule(0.1, 0.0, 5)
-    for specs in (BLOCK_SPECS, lambda tree: BLOCK_SPECS):
+    for specs in (BLOCK_SPECS, OUTER_SPECS, lambda tree: BLOCK_SPECS):
         tx = inject(schedule, b1=optax.linear_schedule(0.5, 0.9, 5), block_specs=specs)
         p = params()
         state = tx.init(p)
         for step in range(5):
             grads = gradients(p, step)
             expected, _ = adam_mini(
-                float(schedule(step)), 0.5 + 0.4 * step / 5, block_specs=BLOCK_SPECS
+                float(schedule(step)), 0.5 + 0.4 * step / 5, block_specs=specs
             ).update(grads, state.inner_state, p)
             updates, state = jax.jit(tx.update)(grads, state, p)
             chex.assert_trees_all_close(updates, expected, rtol=1e-4)
@@ -198,6 +217,16 @@ def test_none_gradients_and_empty_trees():
     assert updates["extra"] is None
 
 
+def test_complex_parameters_in_rows_and_columns():
+    g = jnp.array([[3 + 4j, 1.0], [2j, 1 + 1j]], jnp.complex64)
+    tx = adam_mini(1.0, weight_decay=0.0, block_specs=OUTER_SPECS["kernel"])
+    updates, state = tx.update(g, tx.init(g), g)
+    square = np.abs(g) ** 2
+    v = square.mean(1, keepdims=True) * square.mean(0, keepdims=True) / square.mean()
+    assert {x.dtype for x in state[0].nu} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(updates, -g / np.sqrt(v), rtol=1e-5)
+
+
 def test_complex_parameters():
     g = jnp.array([[3 + 4j, 0.0], [0.0, 1 + 1j]], jnp.complex64)
     tx = adam_mini(1.0, weight_decay=0.0, block_specs=per_neuron())
@@ -207,7 +236,11 @@ def test_complex_parameters():
     np.testing.assert_allclose(updates, -g / np.sqrt([[25 / 2, 2 / 2]]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("specs", [None, per_tensor(), per_element()], ids=str)
+@pytest.mark.parametrize(
+    "specs",
+    [None, per_tensor(), per_element(), by_path([("b$", per_element())], outer(per_neuron(0), per_neuron()))],
+    ids=str,
+)  # fmt: skip
 def test_integer_leaves_are_left_alone(specs):
     p = {"kernel": jnp.ones((2, 3)), "w": jnp.arange(6).reshape(2, 3), "b": jnp.array([True])}
     loss = lambda p: jnp.sum(p["kernel"] ** 2)
@@ -223,8 +256,9 @@ def test_integer_leaves_are_left_alone(specs):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
 
 
-def test_vmap_over_seeds():
-    tx = OURS(0.1)
+@each_spec
+def test_vmap_over_seeds(specs):
+    tx = adam_mini(0.1, block_specs=specs)
     ensemble = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), params())
     states = jax.vmap(tx.init)(ensemble)
     grads = jax.tree.map(lambda x: x + 1, ensemble)
@@ -237,8 +271,9 @@ def test_vmap_over_seeds():
         )
 
 
-def test_pmap():
-    tx = OURS(0.1)
+@each_spec
+def test_pmap(specs):
+    tx = adam_mini(0.1, block_specs=specs)
     n = jax.local_device_count()
     p = params()
     replicated = jax.tree.map(lambda x: jnp.stack([x] * n), p)
@@ -258,8 +293,9 @@ def test_pmap():
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], new), expected, rtol=1e-5)
 
 
-def test_gradient_through_unrolled_updates():
-    tx = functools.partial(adam_mini, eps_root=1e-6, block_specs=BLOCK_SPECS)
+@each_spec
+def test_gradient_through_unrolled_updates(specs):
+    tx = functools.partial(adam_mini, eps_root=1e-6, block_specs=specs)
 
     def final_loss(learning_rate, p):
         optimizer = tx(learning_rate)

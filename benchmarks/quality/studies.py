@@ -14,7 +14,7 @@ are made; after an interruption the same command goes on.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ NO_MATTER = {
     "run",
     "sample_tokens",
     "temperature",
+    "v",
 }
 # AdamW and Adam-mini at every one of these, for the plot of sensitivity.
 SENSITIVITY = {"gpt2": RATES[2:8], "llama": RATES[2:8]}
@@ -170,23 +171,38 @@ def train_once(
     config: TrainingConfig, load_task: Callable[[Any, Path], Task], optimizer: str
 ) -> dict[str, Any]:
     """The held-out metrics at the end of a training, and what it took."""
+    (found,) = train_seeds(config, load_task, optimizer, [config.seed])
+    return found
+
+
+def train_seeds(
+    config: TrainingConfig,
+    load_task: Callable[[Any, Path], Task],
+    optimizer: str,
+    seeds: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    """As `train_once`, with one seed after the other. The step is compiled once: the seed is in the
+    first state and in the batches alone."""
     config.check()
-    with tempfile.TemporaryDirectory() as folder:
-        task = load_task(config, Path(folder))
-        program = task.make_program(optimizer)
-        state = jax.jit(program.init)()
-        facts = {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            "optimizer_bytes": optimizers.state_bytes(state.opt_state),
-        }
-        step = jax.jit(program.step, donate_argnums=0)
-        clock = time.perf_counter()
-        for number in range(1, config.steps + 1):
-            state, loss = step(state, task.batch(number))
-            if number % 20 == 0 and not np.isfinite(loss):
-                break  # it will not come back
-        measured = measure_held_out(task, jax.jit(program.evaluate), state)
-    return {**measured, **facts, "seconds": round(time.perf_counter() - clock, 1)}
+    step = evaluate = None
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            task = load_task(dataclasses.replace(config, seed=seed), Path(folder))
+            program = task.make_program(optimizer)
+            state = jax.jit(program.init)()
+            facts = {
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+                "optimizer_bytes": optimizers.state_bytes(state.opt_state),
+            }
+            step = step or jax.jit(program.step, donate_argnums=0)
+            evaluate = evaluate or jax.jit(program.evaluate)
+            clock = time.perf_counter()
+            for number in range(1, config.steps + 1):
+                state, loss = step(state, task.batch(number))
+                if number % 20 == 0 and not np.isfinite(loss):
+                    break  # it will not come back
+            measured = measure_held_out(task, evaluate, state)
+        yield {**measured, **facts, "seconds": round(time.perf_counter() - clock, 1)}
 
 
 def ms_per_step(

@@ -97,7 +97,7 @@ class LanguageConfig(TrainingConfig, abc.ABC):
 
     @property
     def overrides(self) -> Sequence[tuple[str, BlockSpec]]:
-        """Rules over paths for blocks that are not those that the computation asks for."""
+        """Rules over paths for blocks of the paper that the computation does not ask for."""
         return ()
 
     def adapt(self, architecture: Architecture, *more: str) -> Architecture:
@@ -208,7 +208,14 @@ def block_specs(config: LanguageConfig) -> Any:
     """Adam-mini's partition, read off what the model computes."""
     _, params = abstract_model(config)
     tokens = abstract_tokens(config)
-    return infer_block_specs(make_logits(config), params, tokens, overrides=config.overrides)
+    return infer_block_specs(
+        make_logits(config), params, tokens, overrides=overrides(config, config.v), v=config.v
+    )
+
+
+def overrides(config: LanguageConfig, v: str) -> Sequence[tuple[str, BlockSpec]]:
+    """The rules of the configuration for the paper's blocks; the others have none."""
+    return config.overrides if v == "mean" else ()
 
 
 def sum_over_micro_batches(

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -50,6 +50,9 @@ class TrainingConfig:
     resume: str | None = None
     """Go on with this run (a folder, or its name in --runs), with the options it was started
     with."""
+    v: Literal["mean", "outer"] = "outer"
+    """What Adam-mini keeps of the second moment in each block: one number, as in the paper, or a
+    row and a column, which keeps AdamW's loss in the same memory."""
     show_blocks: bool = False
     """Print how Adam-mini cuts this configuration's parameters, and stop."""
 
@@ -128,9 +131,14 @@ class Task:
     """Of the losses that `step` returns and `measure` gives."""
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The options that a run was started with; those that came later are as they were before."""
+    return {"v": "mean", **json.loads((folder / runs.CONFIG_FILE).read_text())}
+
+
 def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
     """The configuration that a run was started with."""
-    stored = json.loads((folder / runs.CONFIG_FILE).read_text())
+    stored = read_config(folder)
     for name, default in vars(config_type()).items():
         if dataclasses.is_dataclass(default) and name in stored:
             stored[name] = type(default)(**stored[name])

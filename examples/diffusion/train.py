@@ -206,7 +206,7 @@ def block_specs(config: Config) -> Any:
     _, params = abstract_model(config.architecture, image_shape[0])
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     times = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return infer_block_specs(make_predict(config), params, images, times)
+    return infer_block_specs(make_predict(config), params, images, times, v=config.v)
 
 
 def make_program(config: Config, optimizer: str) -> Program:

@@ -1,9 +1,8 @@
 """A pretrained model, whole or with adapters, cut into what is trained and what is frozen."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ from flax import nnx
 
 from examples.common import runs, text
 from examples.common.cli import ConfigError
-from examples.common.language import LanguageConfig, abstract_tokens, load_trained
+from examples.common.language import LanguageConfig, abstract_tokens, load_trained, overrides
 from examples.common.text import Tokenizer
-from examples.common.training import load_config
+from examples.common.training import load_config, read_config
 from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
 from optax_adam_mini import infer_block_specs
@@ -53,7 +52,7 @@ def find_pretrained(run: str | None) -> Path:
 def load_pretrained_config(folder: Path) -> LanguageConfig:
     """The configuration of a run, which tells the family by the options that it has, those left out
     that say where it is trained."""
-    stored = json.loads((folder / runs.CONFIG_FILE).read_text())
+    stored = read_config(folder)
     for family in FAMILIES:
         fields = {field.name for field in dataclasses.fields(family)}
         if stored.keys() - set(family.where) == fields - set(family.where):
@@ -119,8 +118,7 @@ class Model:
         """Of the tokens that come next."""
         return nnx.merge(self._graph, *weights)(tokens).astype(jnp.float32)
 
-    @property
-    def block_specs(self) -> Any:
+    def block_specs(self, v: Literal["mean", "outer"]) -> Any:
         """Adam-mini's partition of what is trained, read off what the model computes. Of an
         adapter's two matrices, the second has its layer's outputs and is cut as its kernel is."""
         trained, frozen = self.abstract_weights
@@ -129,5 +127,6 @@ class Model:
             trained,
             frozen,
             abstract_tokens(self.pretrained),
-            overrides=() if self.architecture.lora_rank else self.pretrained.overrides,
+            overrides=() if self.architecture.lora_rank else overrides(self.pretrained, v),
+            v=v,
         )

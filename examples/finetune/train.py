@@ -106,7 +106,7 @@ def total_loss(model: Model, weights: Weights, batch: Batch) -> jax.Array:
 def make_program(config: Config, optimizer: str, pretrained: Pretrained) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     model = Model(pretrained.config, config.lora_rank)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, model.block_specs)
+    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, model.block_specs(config.v))
 
     def init(params: Any) -> Tuning:
         weights = model.init(params, config.seed)
@@ -203,7 +203,7 @@ def blocks(config: Config) -> Table:
     """How Adam-mini cuts what is trained."""
     pretrained = load_pretrained_config(find_pretrained(config.run))
     model = Model(pretrained, config.lora_rank)
-    return block_table(model.abstract_weights.trained, model.block_specs)
+    return block_table(model.abstract_weights.trained, model.block_specs(config.v))
 
 
 def answer(model: Model, weights: Weights, prompt: str, tokenizer: Tokenizer) -> str:

@@ -128,7 +128,7 @@ def block_specs(config: Config) -> Any:
 
     x = jax.ShapeDtypeStruct((2, config.data.facts.num_features), jnp.float32)
     edges = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return infer_block_specs(logits, abstract_params(config), x, edges)
+    return infer_block_specs(logits, abstract_params(config), x, edges, v=config.v)
 
 
 def make_program(config: Config, optimizer: str) -> Program:

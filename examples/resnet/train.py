@@ -119,7 +119,9 @@ def block_specs(config: Config) -> Any:
     rest = dict(abstract_variables(config))
     images = jax.ShapeDtypeStruct((1, *config.data.facts.image_shape), jnp.float32)
     overrides = [("conv[^/]*/kernel$", per_tensor())] if config.conv == "tensor" else []
-    return infer_block_specs(logits, rest.pop("params"), rest, images, overrides=overrides)
+    return infer_block_specs(
+        logits, rest.pop("params"), rest, images, overrides=overrides, v=config.v
+    )
 
 
 def make_program(config: Config, optimizer: str) -> Program:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import (
     LabelFn,
     check_default,
@@ -18,11 +17,12 @@ from optax_adam_mini.labels import (
     completed,
     path_str,
 )
+from optax_adam_mini.outer import Spec
 
 
 def by_path(
-    rules: Sequence[tuple[str, BlockSpec]],
-    default: BlockSpec | LabelFn | None = None,
+    rules: Sequence[tuple[str, Spec]],
+    default: Spec | LabelFn | None = None,
 ) -> LabelFn:
     """A label function from ordered rules over the parameters' paths.
 

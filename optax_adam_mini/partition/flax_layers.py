@@ -19,6 +19,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.labels import LabelFn, check_is_params, check_used, path_of, some
+from optax_adam_mini.outer import Spec
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
 _BIASES = {"bias", "b", "offset", "bias_n"}
@@ -39,7 +40,7 @@ def flax_layers(
     conv: Literal["channel", "tensor"] = "channel",
     bias: Literal["element", "tensor"] = "element",
     stacked: Mapping[str, int | Sequence[int]] | None = None,
-    default: BlockSpec | None = None,
+    default: Spec | None = None,
 ) -> LabelFn:
     """The default label function: knows the parameters of Flax's own layers, Linen and NNX alike.
 
@@ -201,7 +202,7 @@ def flax_layers(
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
         attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
-        specs: list[BlockSpec] = []
+        specs: list[Spec] = []
         unread: list[str] = []
         for path, shape in shapes.items():
             names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key

@@ -19,13 +19,14 @@ from optax_adam_mini.labels import (
     path_str,
     some,
 )
+from optax_adam_mini.outer import Spec
 
 Names = tuple[str | None, ...]
 
 
 def by_logical_axes(
     rules: Sequence[tuple[Names, Sequence[str]]],
-    default: BlockSpec | LabelFn | None = None,
+    default: Spec | LabelFn | None = None,
     *,
     stacked: str | Sequence[str] = ("layers",),
 ) -> LabelFn:
@@ -69,7 +70,7 @@ def by_logical_axes(
     def label_fn(params: Any) -> Any:
         check_is_params("by_logical_axes", params)
         named = logical_axes(params)
-        specs: list[BlockSpec | None] = []
+        specs: list[Spec | None] = []
         unused = set(table)
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
             names = named.get(path_of(keys), ())

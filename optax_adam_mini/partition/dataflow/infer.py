@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import check_used, compiled_rules, path_str
+from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
+from optax_adam_mini.partition.dataflow.rows import outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
+
+_SPECS_OF = {"mean": spec_of, "outer": outer_of}
 
 
 def infer_block_specs(
     fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    overrides: Sequence[tuple[str, BlockSpec]] = (),
-    unreadable: BlockSpec | None = None,
+    overrides: Sequence[tuple[str, Spec]] = (),
+    unreadable: Spec | None = None,
+    v: Literal["mean", "outer"] = "mean",
     **kwargs: Any,
 ) -> Any:
     """The blocks of every parameter, read off the computation; no layer is known by its name.
@@ -42,6 +46,10 @@ def infer_block_specs(
         overrides: `(pattern, spec)`: the first rule whose regular expression is found (`re.search`)
             in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
         unreadable: spec of the parameters that cannot be read, which are an error without it.
+        v: what is kept of each block: `"mean"`, the paper's one number; or `"outer"`, a row and a
+            column in each ([`outer`][]): one number for each output and, for each head or part of a
+            fused kernel, one for each input. An embedding has one for each token and each feature,
+            and gains and biases are kept per coordinate.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
@@ -66,7 +74,9 @@ def infer_block_specs(
         {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
-    if unreadable is not None and not isinstance(unreadable, BlockSpec):
+    if v not in _SPECS_OF:
+        raise ValueError(f"infer_block_specs: v must be 'mean' or 'outer', got {v!r}")
+    if unreadable is not None and not isinstance(unreadable, Spec):
         raise TypeError(
             "infer_block_specs: unreadable must be a BlockSpec such as per_element(), got "
             f"{unreadable!r} of type {type(unreadable).__name__}"
@@ -77,7 +87,7 @@ def infer_block_specs(
         check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
                    params)  # fmt: skip
     result = interpret("infer_block_specs", fn, params, *args, **kwargs)
-    specs: list[BlockSpec] = []
+    specs: list[Spec] = []
     unread: list[str] = []
     for index, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
         override = next((spec for rule, spec in rules if rule.search(path)), None)
@@ -93,7 +103,7 @@ def infer_block_specs(
         elif why:
             unread.append(why)
         else:
-            specs.append(spec_of(leaf.shape, result, index))
+            specs.append(_SPECS_OF[v](leaf.shape, result, index))
     _refuse_unread(
         "infer_block_specs", unread, "overrides=[(pattern, spec)], or unreadable=spec for all"
     )

@@ -56,11 +56,15 @@ def _cut(axis: int, size: int, label: Label) -> Cut:
         return None if len(seen) and seen[0] == ALONE else 1
     label = np.where(label == UNSEEN, ALONE, label)
     borders = np.flatnonzero((label[1:] != label[:-1]) | (label[1:] == ALONE)) + 1
-    sizes = np.diff([0, *borders.tolist(), size]).tolist()
+    return cut_into(axis, size, np.diff([0, *borders.tolist(), size]).tolist())
+
+
+def cut_into(axis: int, size: int, sizes: Sequence[int]) -> Cut:
+    """The cut of an axis into neighbouring blocks of these sizes."""
     runs = [(block, len(list(run))) for block, run in itertools.groupby(sizes)]
     if len(runs) == 1:
         ((block, count),) = runs
-        return None if block == 1 else count
+        return None if block == 1 < size else count
     return tuple(
         (block * count, per_neuron(axis) if block == 1 else per_head(count, axis))
         for block, count in runs

@@ -1,0 +1,196 @@
+"""Is Adam-mini's loss AdamW's? Paired seeds, a fine grid of learning rates, and intervals.
+
+python -m benchmarks.quality.paired                              # all workloads; hours
+python -m benchmarks.quality.paired --workloads gpt2 --steps 4000
+python -m benchmarks.quality.paired --quick                      # a glance, which proves it runs
+
+Every optimizer walks along a grid of rates of factor 1.5, on the mean of the first seeds, until
+both neighbours are worse. All are then trained with every seed at AdamW's best rate, and with
+--own-rates at their own. A seed gives every optimizer the same first weights and the same batches,
+so that differences are taken seed by seed. The runs are kept in JSON files in --output, from which
+tables and plots are made; after an interruption the same command goes on.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from benchmarks.quality import intervals
+from benchmarks.quality.studies import settings, shortened, train_seeds
+from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.workloads import WORKLOADS, Workload
+from benchmarks.results import Results
+from examples.common.cli import check_counts, exit_status
+
+
+class Contender(NamedTuple):
+    """What is compared."""
+
+    title: str
+    optimizer: str
+    v: str | None = None
+    """What Adam-mini keeps of each block; None for the others."""
+    start: float = 1.0
+    """Where its walk begins, as a multiple of AdamW's."""
+
+
+CONTENDERS = {
+    "adamw": Contender("AdamW", "adamw"),
+    "mean": Contender("Adam-mini, the paper's", "adam_mini", "mean"),
+    "outer": Contender("Adam-mini, outer", "adam_mini", "outer"),
+    "adafactor": Contender("Adafactor, momentum", "adafactor"),
+    "came": Contender("CAME", "came", start=0.1),
+    **{name: Contender(name, name, "outer") for name in VARIANTS},
+}
+# Where AdamW's walk begins: the best of the coarse grid.
+STARTS = {"gpt2": 3e-3, "llama": 3e-3, "resnet": 1e-2, "diffusion": 1e-2, "gcn": 3e-2, "gat": 3e-2}
+FACTOR = 1.5
+
+WorkloadName = Literal["gpt2", "llama", "resnet", "diffusion", "gcn", "gat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare optimizers seed by seed, at AdamW's best rate and at their own."""
+
+    workloads: tuple[WorkloadName, ...] = WorkloadName.__args__
+    """What to train."""
+    contenders: tuple[str, ...] = ("adamw", "mean", "outer", "adafactor", "came")
+    """Optimizers, AdamW first, and any of the variants of benchmarks.quality.variants."""
+    steps: int | None = None
+    """Instead of the example's own."""
+    seeds: int = 8
+    """How many, from 1 on."""
+    sweep_seeds: int = 2
+    """How many of them choose the rate."""
+    rate: float | None = None
+    """AdamW's best rate, where it is known: there is no walk."""
+    own_rates: bool = False
+    """The others at their own best rates too."""
+    output: str = "docs/results/paired"
+    """Folder of the results."""
+    quick: bool = False
+    """A few steps, one rate, two seeds: numbers that mean nothing, in minutes."""
+
+
+class Comparison:
+    """Runs of one workload that are trained once and then remembered."""
+
+    def __init__(self, name: str, options: Options, console: Console):
+        self.name, self.options, self.console = name, options, console
+        self.workload: Workload = WORKLOADS[name]
+        config = self.workload.config
+        if options.steps is not None:
+            config = dataclasses.replace(config, steps=options.steps)
+        self.config = shortened(config) if options.quick else config
+        self.file = f"{name}_{self.config.steps}"
+        self.results = Results(
+            Path(options.output) / f"{self.file}.json", settings(self.config)
+        )
+
+    def values(self, contender: str, rate: float, seeds: int) -> list[float]:
+        """The held-out loss, or the accuracy, of the first seeds."""
+        numbers = range(1, 1 + seeds)
+        return [self.workload.value(run) for run in self.runs(contender, rate, numbers)]
+
+    def runs(self, contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """What was found with each seed; those that are not there yet are trained."""
+        who = CONTENDERS[contender]
+        asked = [{"contender": contender, "learning_rate": rate, "seed": seed} for seed in seeds]
+        known = [run["asked"] for run in self.results.runs]
+        missing = [one["seed"] for one in asked if one not in known]
+        hyper = dataclasses.replace(self.config.hyper, learning_rate=rate)
+        config = dataclasses.replace(self.config, hyper=hyper, v=who.v or self.config.v)
+        trained = train_seeds(config, self.workload.load_task, who.optimizer, missing)
+        for one in asked:
+            if one["seed"] in missing:
+                with self.console.status(f"{self.file}: {one}"):
+                    found = self.results.get(one, lambda: next(trained))
+                text = self.workload.text(self.workload.value(found))
+                self.console.print(f"{self.file}: {one}: {text}, {found['seconds']} s")
+        return [self.results.get(one, dict) for one in asked]
+
+    def best_rate(self, contender: str) -> float:
+        """Where the walk along the grid ends."""
+        index, start = 0, STARTS[self.name] * CONTENDERS[contender].start
+        sweep = min(self.options.sweep_seeds, self.options.seeds)
+
+        def score(index: int) -> float:
+            return self._score(contender, _rounded(start * FACTOR**index), sweep)
+
+        while True:
+            best = min((index, index - 1, index + 1), key=score)
+            if best == index:
+                return _rounded(start * FACTOR**index)
+            index = best
+
+    def _score(self, contender: str, rate: float, seeds: int) -> float:
+        """What is smaller is better; among equal accuracies the loss decides."""
+        runs = self.runs(contender, rate, range(1, 1 + seeds))
+        scores = [self.workload.score(run) for run in runs]
+        return float(np.mean([first + 1e-6 * second for first, second in scores]))
+
+    def rates(self, contender: str) -> list[float]:
+        """The rates that a contender was trained at."""
+        asked = [run["asked"] for run in self.results.runs]
+        return sorted({one["learning_rate"] for one in asked if one["contender"] == contender})
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def compare(comparison: Comparison) -> None:
+    """The walks, the seeds at the best rates, the curve."""
+    options = comparison.options
+    known = options.rate or (STARTS[comparison.name] if options.quick else None)
+    best = known or comparison.best_rate("adamw")
+    entries = [(name, best) for name in options.contenders]
+    if options.own_rates:
+        own = [(name, comparison.best_rate(name)) for name in options.contenders[1:]]
+        entries += [entry for entry in own if entry not in entries]
+    rows = []
+    for name, rate in entries:
+        runs = comparison.runs(name, rate, range(1, 1 + options.seeds))
+        rows.append(
+            {
+                "contender": name,
+                "title": CONTENDERS[name].title,
+                "learning_rate": rate,
+                "values": [comparison.workload.value(run) for run in runs],
+                "optimizer_bytes": runs[0]["optimizer_bytes"],
+                "parameters": runs[0]["parameters"],
+            }
+        )
+    if known is None:  # how the distance depends on the rate
+        sweep = min(options.sweep_seeds, options.seeds)
+        for rate in comparison.rates("adamw"):
+            for name in {"mean", "outer"} & set(options.contenders):
+                comparison.values(name, rate, sweep)
+    comparison.results.conclude(rows)
+
+
+def main(options: Options) -> None:
+    check_counts({"seeds": options.seeds, "sweep_seeds": options.sweep_seeds})
+    console = Console()
+    if options.quick:
+        options = dataclasses.replace(options, seeds=2, contenders=options.contenders[:3],
+                                      output="runs/paired_quick")  # fmt: skip
+        jax.config.update("jax_disable_most_optimizations", True)  # compiles in half of the time
+    for name in options.workloads:
+        comparison = Comparison(name, options, console)
+        compare(comparison)
+        page = intervals.write(Path(options.output), comparison.file, name)
+        console.print(page, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, prog="python -m benchmarks.quality.paired", description=__doc__)
+    sys.exit(exit_status(lambda: main(options), "the same command goes on from here."))

@@ -1,0 +1,122 @@
+"""A row and a column inside each block that was found: the specs of `v="outer"`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from optax_adam_mini.blocks import BlockSpec, Cut, per_element
+from optax_adam_mini.outer import Spec, outer
+from optax_adam_mini.partition.dataflow.domain import Role
+from optax_adam_mini.partition.dataflow.interpret import Result
+from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
+
+
+def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
+    """The spec of a parameter: a row and a column in each block, or per coordinate.
+
+    The axes along which a parameter lies in layers or experts stay apart in both grids. Of the
+    others, those that are contracted make rows and the rest columns; of a table the rows are those
+    that are looked up. A row is cut where blocks end that are more than one neuron, and where the
+    outputs are taken apart: into heads, and into the parts of a fused kernel. What has no rows, a
+    bias or a gain, is kept per coordinate, and so is what would not be smaller otherwise.
+    """
+    spec = spec_of(shape, result, index)
+    if spec.size(shape) == math.prod(shape):
+        return per_element() if shape else spec
+    inputs, outputs, stacked = _sorted(shape, result, index)
+    if not (inputs and outputs):
+        return per_element()
+    segments = _segments(shape, spec, outputs, _borders(result, index))
+    groups = _conv_groups(result, index)
+    if groups > 1 and len(outputs) == 1:
+        segments = {outputs[0]: [shape[outputs[0]] // groups] * groups}
+    cuts: list[tuple[int, Cut]] = [
+        (axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in segments.items()
+    ]
+    rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
+    columns = BlockSpec(tuple((a, None) for a in outputs), unit="column")
+    found = outer(rows, columns, stacked=stacked)
+    return found if found.size(shape) < math.prod(shape) else per_element()
+
+
+def _sorted(
+    shape: Sequence[int], result: Result, index: int
+) -> tuple[list[int], list[int], list[int]]:
+    """The axes of rows, of columns, and those of layers, experts and the like."""
+    roles = result.roles[index]
+    live = [axis for axis, size in enumerate(shape) if size > 1]
+    stacked = [axis for axis in live if roles[axis] == {Role.BATCH}]
+    rest = [axis for axis in live if axis not in stacked]
+    inputs = [axis for axis in rest if Role.REDUCTION in roles[axis]]
+    if not inputs:
+        looked_up = _looked_up(result, index)
+        inputs = [axis for axis in stacked if axis in looked_up]
+        stacked = [axis for axis in stacked if axis not in looked_up]
+    outputs = [axis for axis in rest if axis not in inputs]
+    if not outputs and len(inputs) > 1:  # inputs in one use, outputs in another
+        inputs, outputs = inputs[:-1], inputs[-1:]
+    return inputs, outputs, stacked
+
+
+def _looked_up(result: Result, index: int) -> set[int]:
+    """The axes of a parameter along which rows are chosen."""
+    steps = {id(use.step) for use in result.uses.get(index, ()) if use.is_lookup}
+    return {
+        own
+        for step, relation in result.trail
+        if id(step) in steps
+        for operand, axis in relation.cuts
+        for factor in result.facts.values[step.inputs[operand]].axes[axis]
+        for param, own in factor.own
+        if param == index
+    }
+
+
+def _conv_groups(result: Result, index: int) -> int:
+    """In how many groups a convolution's outputs have inputs of their own."""
+    params = [use.step.params for use in result.uses.get(index, ())]
+    return max((p.get("feature_group_count", 1) for p in params), default=1)
+
+
+def _borders(result: Result, index: int) -> set[int]:
+    """Where the outputs of a parameter are taken apart, counted through all output axes."""
+    facts = result.facts
+    numbers = {number for number, use in facts.uses.items() if index in use.params}
+    found: set[int] = set()
+    for step, relation in result.trail:
+        for link in relation.links:
+            if link.positions is None or len(link.axes) != 1:
+                continue
+            taken = link.positions[link.positions >= 0]
+            factor = facts.values[step.inputs[link.operand]].whole(link.axes[0])
+            for number in numbers & factor.features.keys():
+                part = factor.features[number]
+                if len(taken) and part.stop - part.start == factor.size * part.distance:
+                    found.add(part.start + int(taken.min()) * part.distance)
+                    found.add(part.start + (int(taken.max()) + 1) * part.distance)
+    return found
+
+
+def _segments(
+    shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: set[int]
+) -> dict[int, list[int]]:
+    """For each output axis the sizes of the parts with rows of their own."""
+    runs = spec.runs(shape)
+    grid = [sum(n for n, _ in runs[axis]) for axis in outputs]
+    neurons = all(n == shape[axis] for n, axis in zip(grid, outputs, strict=True))
+    if len(outputs) > 1 and not neurons:
+        return {axis: [s for n, s in runs[axis] for _ in range(n)] for axis in outputs}
+    first = outputs[0]
+    inner = math.prod(shape[axis] for axis in outputs[1:])
+    ends = {border // inner for border in borders if border % inner == 0}
+    ends |= {0, shape[first]}
+    if len(ends) > max(2, shape[first] * inner // 8):  # no parts: each output by itself
+        ends = {0, shape[first]}
+    if not neurons:
+        sizes = [[n] if s == 1 else [s] * n for n, s in runs[first]]
+        ends |= set(itertools.accumulate(itertools.chain(*sizes)))
+    return {first: np.diff(sorted(ends)).tolist()}

@@ -1,0 +1,257 @@
+"""A row times a column inside each block: against NumPy, Optax's factored moment and closed forms."""
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adam_mini import (
+    adam_mini,
+    block_table,
+    by_path,
+    fused,
+    outer,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    scale_by_adam_mini,
+)
+from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.hessian import block_numbers
+from optax_adam_mini.outer import OuterMoments
+from tests import numpy_adam_mini
+from tests.strategies import given, shapes_and_specs
+
+MATRIX = outer(per_neuron(axis=0), per_neuron())
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def rows_by_head(heads):
+    """A row for each head: inputs at each index, outputs in heads."""
+    return outer(BlockSpec(((0, None), (1, heads))), per_neuron())
+
+
+def product(x, edges_a, edges_b):
+    """v_a v_b / v_ab in float64, coordinate by coordinate; 0 where the whole block is 0."""
+    spread = lambda edges: np.array(_numbers(x.shape, edges))
+    both = [np.intersect1d(a, b) for a, b in zip(edges_a, edges_b, strict=True)]
+    means = []
+    for edges in (edges_a, edges_b, both):
+        numbers = spread(edges)
+        sums = np.bincount(numbers.ravel(), x.ravel().astype(np.float64))
+        means.append((sums / np.maximum(np.bincount(numbers.ravel()), 1))[numbers])
+    a, b, ab = means
+    return np.divide(a * b, ab, out=np.zeros_like(ab), where=ab > 0)
+
+
+def _numbers(shape, edges):
+    """The number of the block that each coordinate is in."""
+    numbers = np.zeros(shape, int)
+    for axis, ends in enumerate(edges):
+        along = np.searchsorted(ends[1:], np.arange(shape[axis]), side="right")
+        numbers = numbers * len(ends) + along.reshape(
+            [-1 if a == axis else 1 for a in range(len(shape))]
+        )
+    return np.unique(numbers, return_inverse=True)[1].reshape(shape)
+
+
+@st.composite
+def pairs(draw):
+    """A shape, two specs that fit it, and the borders of their blocks."""
+    shape, a, edges_a = draw(shapes_and_specs(max_rank=3, min_side=1))
+    for _ in range(20):
+        other, b, edges_b = draw(shapes_and_specs(max_rank=3, min_side=1))
+        if other == shape:
+            break
+    else:
+        b, edges_b = per_element(), [np.arange(n + 1) for n in shape]
+        if draw(st.booleans()):
+            b, edges_b = per_tensor(), [np.array([0, n]) for n in shape]
+        elif shape:
+            axis = draw(st.integers(0, len(shape) - 1))
+            b = per_neuron(axis)
+            edges_b = [
+                np.arange(n + 1) if i == axis else np.array([0, n]) for i, n in enumerate(shape)
+            ]
+    return (shape, a, edges_a, b, edges_b) if draw(st.booleans()) else (shape, b, edges_b, a, edges_a)
+
+
+@given(pairs(), SEEDS)
+def test_product_is_the_formula(case, seed):
+    shape, a, edges_a, b, edges_b = case
+    spec = outer(a, b)
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=shape) ** 2 * 10.0 ** rng.integers(-6, 6, size=shape)).astype(np.float32)
+    x = np.where(rng.random(shape) < 0.3, np.float32(0), x)
+    nu = spec.block_mean(jnp.asarray(x))
+    assert jax.tree.map(jnp.shape, nu) == spec.grid(shape)
+    assert sum(v.size for v in nu) == spec.size(shape)
+    found = spec.spread(nu, shape)
+    np.testing.assert_allclose(found, product(x, edges_a, edges_b), rtol=1e-4, atol=1e-30)
+
+
+@given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
+def test_one_grid_inside_the_other_is_the_finer_one(case, seed):
+    shape, spec, _ = case
+    x = jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)
+    for pair in (outer(spec, per_tensor()), outer(per_tensor(), spec), outer(spec, spec)):
+        found = pair.spread(pair.block_mean(x), shape)
+        chex.assert_trees_all_close(found, spec.spread(spec.block_mean(x), shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (MATRIX, (6, 8)),
+        (rows_by_head(4), (6, 8)),
+        (outer(per_neuron(axis=0), per_neuron(), stacked=()), (6, 8)),
+        (outer(per_neuron(axis=1), per_neuron(), stacked=0), (3, 6, 8)),
+        (outer(BlockSpec(((0, None), *fused(1, [(4, per_head(2, axis=1)), (4, per_tensor())]).cuts)),
+               per_neuron(axis=1)), (6, 8)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_the_formulas(spec, shape, nesterov):
+    """The whole update against NumPy in float64."""
+    rng = np.random.default_rng(0)
+    p, grads = rng.normal(size=shape), rng.normal(size=(5, *shape)) * rng.lognormal(size=shape)
+    edges = [
+        [numpy_adam_mini.edges_of(runs) for runs in grid.runs(shape)] for grid in (spec.a, spec.b)
+    ]
+    b1, b2, eps, lr, decay = 0.9, 0.95, 1e-6, 0.1, 0.3
+    tx = adam_mini(lr, b1, b2, eps, weight_decay=decay, nesterov=nesterov, block_specs=spec)
+    found = jnp.asarray(p, jnp.float32)
+    state = tx.init(found)
+    m, v, expected = np.zeros(shape), np.zeros(shape), p
+    for t, g in enumerate(grads, start=1):
+        updates, state = tx.update(jnp.asarray(g, jnp.float32), state, found)
+        found = optax.apply_updates(found, updates)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        m_hat = m / (1 - b1**t)
+        if nesterov:
+            m_hat = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+        v_hat = product(v, *edges) / (1 - b2**t)
+        expected = expected - lr * (m_hat / (np.sqrt(v_hat) + eps) + decay * expected)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_optax_factored_moment():
+    """Adafactor's of a matrix, whose averages are those of its rows and its columns."""
+    rng = np.random.default_rng(1)
+    grads = jnp.asarray(rng.normal(size=(4, 130, 140)) * rng.lognormal(size=(130, 140)))
+    grads = grads.astype(jnp.float32)
+    theirs = optax.scale_by_factored_rms(epsilon=0.0)
+    state = theirs.init(grads[0])
+    nu = MATRIX.block_mean(jnp.zeros((130, 140)))
+    for step, g in enumerate(grads):
+        expected, state = theirs.update(g, state, g)
+        decay = 1 - (step + 1) ** -0.8  # Optax's schedule, section 7.2 of Adafactor's paper
+        mean = MATRIX.block_mean(g, jnp.square)
+        nu = jax.tree.map(lambda v, mean, d=decay: d * v + (1 - d) * mean, nu, mean)
+        root = MATRIX.spread(nu, g.shape, jnp.sqrt)
+        np.testing.assert_allclose(g / root, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-15, 1.0, 1e15])
+def test_rows_and_columns_of_any_size(scale):
+    """Where the product of a row and a column is out of float32's range, v is not."""
+    row, column = np.array([[1.0], [1e-3], [0.0]]), np.array([[1.0, 1e-2, 0.0, 1e-3]])
+    g = jnp.asarray(scale * row * column, jnp.float32)
+    nu = MATRIX.block_mean(g, jnp.square)
+    found = np.asarray(MATRIX.spread(nu, g.shape, jnp.sqrt), np.float64)
+    chex.assert_tree_all_finite(found)
+    visible = np.asarray(g, np.float64) ** 2 > 1e-37  # below, Adam's own v is lost as well
+    np.testing.assert_allclose(found[visible], np.asarray(g, np.float64)[visible], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_zero_rows_and_zero_blocks_do_not_move(dtype):
+    g = jnp.asarray([[0, 0, 0, 0], [1, 2, 0, 0], [3, 1, 0, 0]], dtype)
+    spec = rows_by_head(2)  # the second head is zero, and so is the first row
+    tx = adam_mini(0.1, weight_decay=0.0, block_specs=spec)
+    p = jnp.ones((3, 4), dtype)
+    state = tx.init(p)
+    for grads in (g, jnp.zeros_like(g), g):
+        updates, state = tx.update(grads, state, p)
+        chex.assert_tree_all_finite(updates)
+        assert not np.asarray(updates, np.float32)[0].any()
+        assert not np.asarray(updates, np.float32)[:, 2:].any()
+        assert np.asarray(updates, np.float32)[1:, :2].all()
+
+
+def test_empty_parameters():
+    for shape in ((0, 4), (3, 0), (0,)):
+        p = jnp.zeros(shape)
+        tx = adam_mini(0.1, block_specs=MATRIX)
+        updates, _ = tx.update(p, tx.init(p), p)
+        assert updates.shape == shape
+
+
+def test_what_one_nan_does():
+    """Its row, its column, and through the mean of the block all of it: never a silent step."""
+    tx = scale_by_adam_mini(block_specs=rows_by_head(2))
+    g = jnp.ones((3, 4)).at[1, 1].set(jnp.nan)
+    updates, _ = tx.update(g, tx.init(g))
+    assert np.isnan(updates[:, :2]).all()
+    assert np.isfinite(updates[:, 2:]).all()
+
+
+def test_what_overflow_does():
+    """As with one number a block: the block stands still, for good."""
+    tx = scale_by_adam_mini(block_specs=rows_by_head(2))
+    g = jnp.ones((3, 4)).at[1, 1].set(1e30)
+    state = tx.init(g)
+    for grads in (g, jnp.ones((3, 4))):
+        updates, state = tx.update(grads, state)
+        assert not updates[:, :2].any()
+        assert np.isfinite(updates[:, 2:]).all()
+
+
+def test_state_and_table():
+    p = {"kernel": jnp.ones((768, 3072), jnp.bfloat16), "bias": jnp.zeros(3072, jnp.bfloat16)}
+    specs = by_path([("kernel", MATRIX)], default=per_element())
+    nu = adam_mini(1e-3, block_specs=specs).init(p)[0].nu
+    assert isinstance(nu["kernel"], OuterMoments)
+    chex.assert_shape([nu["kernel"].a, nu["kernel"].b], [(768, 1), (1, 3072)])
+    assert {x.dtype for x in jax.tree.leaves(nu)} == {jnp.dtype("float32")}
+    table = block_table(p, specs)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[2][1] == "768 rows + 3,072 columns"
+    assert (cells[3][1], cells[4][1]) == ("3,840", "15,360")
+
+
+def test_blocks_are_the_common_coarsening():
+    assert rows_by_head(4).runs((6, 8)) == (((1, 6),), ((4, 2),))
+    numbers = block_numbers(rows_by_head(2), (2, 4))
+    assert numbers.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    uneven = outer(fused(0, [(2, per_tensor()), (4, per_head(2, axis=0))]), per_head(3, axis=0))
+    assert uneven.runs((6,)) == (((3, 2),),)
+    uneven = outer(fused(0, [(3, per_tensor()), (3, per_neuron(0))]), per_head(2, axis=0))
+    assert uneven.runs((6,)) == (((2, 3),),)
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"outer: b must be a BlockSpec .* got Outer"):
+        outer(per_neuron(), MATRIX)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"outer: a must be a BlockSpec .* got 0 of type int"):
+        outer(0, per_neuron())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="names each axis once"):
+        outer(per_neuron(0), per_neuron(), stacked=0)
+    with pytest.raises(TypeError, match=r"each part of fused\(\) is a pair"):
+        fused(-1, [(4, MATRIX)])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"w: .*5 blocks do not divide axis 1 of the shape \(6, 8\)"):
+        adam_mini(0.1, block_specs=rows_by_head(5)).init({"w": jnp.ones((6, 8))})
+    with pytest.raises(ValueError, match=r"into the grids .*, but got \(6, 8\)"):
+        MATRIX.spread(jnp.ones((6, 8)), (6, 8))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_state_of_other_specs_is_refused():
+    p = {"w": jnp.ones((6, 8))}
+    for made, used in ((per_neuron(), MATRIX), (MATRIX, per_neuron()), (MATRIX, rows_by_head(2))):
+        state = adam_mini(0.1, block_specs=made).init(p)
+        with pytest.raises(ValueError, match="w: the state's nu has shape .* other block specs"):
+            adam_mini(0.1, block_specs=used).update(p, state, p)
