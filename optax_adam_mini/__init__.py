@@ -19,6 +19,7 @@ from optax_adam_mini.partition.dataflow import (
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.logical_axes import by_logical_axes
+from optax_adam_mini.partition.measured import measure_block_specs
 from optax_adam_mini.report import block_table
 from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini
@@ -38,6 +39,7 @@ __all__ = [
     "fused",
     "infer_block_specs",
     "infer_muon_dimension_numbers",
+    "measure_block_specs",
     "opt_state_shardings",
     "outer",
     "per_element",

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 
-def from_adam_state(
-    state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn
-) -> PyTree:
+def from_adam_state(state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> PyTree:
     """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
 
     Args:
@@ -59,9 +57,7 @@ def from_adam_state(
     return _convert(state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, mean)
 
 
-def to_adam_state(
-    state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn
-) -> PyTree:
+def to_adam_state(state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> PyTree:
     """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `v`.
 
     Args:

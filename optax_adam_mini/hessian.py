@@ -104,9 +104,7 @@ def block_shares(
     }
 
 
-def block_share(
-    matrix: Float[Array, "n n"], block_spec: Spec, shape: Sequence[int]
-) -> BlockShare:
+def block_share(matrix: Float[Array, "n n"], block_spec: Spec, shape: Sequence[int]) -> BlockShare:
     """How much of the Hessian of one parameter lies inside its blocks.
 
     Args:

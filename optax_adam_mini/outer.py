@@ -130,12 +130,11 @@ class Outer:
             OuterMoments(a=Array([[2.]], dtype=float32), b=Array([[1., 3.]], dtype=float32))
         """
 
-
         def means(x: Array, again: Array) -> OuterMoments:
             return OuterMoments(self.a.block_mean(x, of), self.b.block_mean(again, of))
 
-        # One reading makes both sums on a TPU. XLA's CPU compiler makes one result a loop, and would
-        # keep what both sum, an array of x's size: there, a barrier holds the readings apart.
+        # On a TPU one reading makes both sums. XLA's CPU compiler makes one result a loop, and
+        # would keep what both sum, an array of x's size: a barrier holds the readings apart there.
         return jax.lax.platform_dependent(
             x,
             cpu=lambda x: means(x, jax.lax.optimization_barrier(x)),
@@ -177,10 +176,9 @@ class Outer:
         v_ab = _coarser_mean(nu.a, a, both)
         # First the ratio, which is from 0 to the number of columns: a product of two small numbers
         # would underflow. A block of zeros has no ratio; it is zero by its rows. One that has
-        # overflowed stands still, as a block of one number does.
-        v_ab = sums.spread(v_ab, _counts(b, both), nu.b.shape)
-        ratio = nu.b / jnp.where(v_ab == 0, 1, v_ab)
-        ratio = jnp.where(v_ab == jnp.inf, v_ab, ratio)
+        # overflowed has an infinite one, and stands still as a block of one number does.
+        v_ab = jnp.where(v_ab == 0, 1, jnp.where(v_ab == jnp.inf, 0, v_ab))
+        ratio = nu.b / sums.spread(v_ab, _counts(b, both), nu.b.shape)
         v = sums.spread(nu.a, a, shape) * sums.spread(ratio, b, shape)
         return v if of is None else of(v)
 

@@ -1,6 +1,6 @@
 """A small Transformer that is trained on meshes, in one process or in several.
 
-python -m tests.sharded_training COORDINATOR NUM_PROCESSES PROCESS_ID DEVICES OUTPUT
+python -m tests.sharded_training COORDINATOR NUM_PROCESSES PROCESS_ID DEVICES OUTPUT V
 """
 
 import sys
@@ -64,10 +64,10 @@ def batches():
         yield tokens.astype(np.int32)
 
 
-def make_tx():
+def make_tx(v="mean"):
     params = jax.eval_shape(init_params)
     tokens = jax.ShapeDtypeStruct((B, T + 1), "int32")
-    specs = infer_block_specs(loss_fn, params, tokens)
+    specs = infer_block_specs(loss_fn, params, tokens, v=v)
     tx = adam_mini(1e-2, weight_decay=0.1, block_specs=specs)
     return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
@@ -78,8 +78,8 @@ def train_step(params, state, tokens, *, tx, loss=loss_fn):
     return optax.apply_updates(params, updates), state, value
 
 
-def train_on_one_device():
-    tx, params = make_tx(), init_params()
+def train_on_one_device(v="mean"):
+    tx, params = make_tx(v), init_params()
     state, losses = tx.init(params), []
     step = jax.jit(lambda *args: train_step(*args, tx=tx))
     for tokens in batches():
@@ -94,9 +94,9 @@ def make_mesh(axes, axis_type=AxisType.Auto):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * 3)
 
 
-def train_on_mesh(mesh):
+def train_on_mesh(mesh, v="mean"):
     """With shardings given to jit, or in the parameters' types where the mesh is explicit."""
-    tx = make_tx()
+    tx = make_tx(v)
     explicit = mesh.axis_types[0] == AxisType.Explicit
     replicated = NamedSharding(mesh, P())
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
@@ -129,9 +129,9 @@ def train_on_mesh(mesh):
     return losses, jax.tree.map(np.asarray, gather(params))
 
 
-def train_by_shard_map(mesh):
+def train_by_shard_map(mesh, v="mean"):
     """Each device has a part of the batch; gradients are reduced before the update."""
-    tx, params = make_tx(), init_params()
+    tx, params = make_tx(v), init_params()
     state, losses = tx.init(params), []
 
     def step(params, state, tokens):
@@ -149,11 +149,11 @@ def train_by_shard_map(mesh):
     return losses, jax.tree.map(np.asarray, params)
 
 
-def main(coordinator, num_processes, process_id, devices, output):
+def main(coordinator, num_processes, process_id, devices, output, v):
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.distributed.initialize(coordinator, int(num_processes), int(process_id))
     mesh = make_mesh({"fsdp": len(jax.devices()) // 2, "tensor": 2})
-    losses, params = train_on_mesh(mesh)
+    losses, params = train_on_mesh(mesh, v)
     if jax.process_index() == 0:
         np.savez(output, losses=losses, **params)
 

@@ -77,8 +77,15 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@each_spec
+@pytest.mark.parametrize(
+    ("jit", "specs"),
+    [
+        pytest.param(True, BLOCK_SPECS, id="jit-mean"),
+        pytest.param(False, BLOCK_SPECS, id="eager-mean"),
+        pytest.param(True, OUTER_SPECS, id="jit-outer"),
+        pytest.param(False, OUTER_SPECS, id="eager-outer", marks=pytest.mark.slow),
+    ],
+)
 def test_same_as_by_hand(name, jit, specs):
     trajectories = []
     ours = functools.partial(adam_mini, block_specs=specs)

@@ -77,7 +77,9 @@ def pairs(draw):
             edges_b = [
                 np.arange(n + 1) if i == axis else np.array([0, n]) for i, n in enumerate(shape)
             ]
-    return (shape, a, edges_a, b, edges_b) if draw(st.booleans()) else (shape, b, edges_b, a, edges_a)
+    return (
+        (shape, a, edges_a, b, edges_b) if draw(st.booleans()) else (shape, b, edges_b, a, edges_a)
+    )
 
 
 @given(pairs(), SEEDS)
@@ -243,7 +245,9 @@ def test_errors():
         outer(per_neuron(0), per_neuron(), stacked=0)
     with pytest.raises(TypeError, match=r"each part of fused\(\) is a pair"):
         fused(-1, [(4, MATRIX)])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"w: .*5 blocks do not divide axis 1 of the shape \(6, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"w: .*5 blocks do not divide axis 1 of the shape \(6, 8\)"
+    ):
         adam_mini(0.1, block_specs=rows_by_head(5)).init({"w": jnp.ones((6, 8))})
     with pytest.raises(ValueError, match=r"into the grids .*, but got \(6, 8\)"):
         MATRIX.spread(jnp.ones((6, 8)), (6, 8))  # pyright: ignore[reportArgumentType]
@@ -253,5 +257,5 @@ def test_a_state_of_other_specs_is_refused():
     p = {"w": jnp.ones((6, 8))}
     for made, used in ((per_neuron(), MATRIX), (MATRIX, per_neuron()), (MATRIX, rows_by_head(2))):
         state = adam_mini(0.1, block_specs=made).init(p)
-        with pytest.raises(ValueError, match="w: the state's nu has shape .* other block specs"):
+        with pytest.raises(ValueError, match=r"w: the state's nu has shape .* other block specs"):
             adam_mini(0.1, block_specs=used).update(p, state, p)

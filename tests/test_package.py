@@ -33,15 +33,17 @@ def test_everything_public_is_documented():
 # layer none. `dataflow` stands for all modules below it.
 LAYERS = [
     ["blocks", "compiled", "hyperparams"],
-    ["sums", "labels"],
-    ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "dataflow", "report",
-     "sharding", "hessian"],
+    ["sums"],
+    ["outer"],
+    ["labels"],
+    ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
+     "dataflow", "report", "sharding", "hessian"],
     ["transform"],
     ["convert"],
 ]  # fmt: skip
 # Within dataflow, module by module.
 DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "rules", "forward", "backward",
-            "roles", "interpret", "specs", "explain", "infer"]  # fmt: skip
+            "roles", "interpret", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",
          "devices", "loops"]  # fmt: skip
@@ -81,10 +83,11 @@ def test_imports_point_one_way():
 
 
 def test_public_interface():
-    """Name by name; the one of version 0.1."""
+    """Name by name."""
     assert sorted(optax_adam_mini.__all__) == [
         "BlockSpec", "ScaleByAdamMiniState", "adam_mini", "block_table", "by_logical_axes",
         "by_path", "explain", "flax_layers", "from_adam_state", "fused", "infer_block_specs",
-        "infer_muon_dimension_numbers", "opt_state_shardings", "per_element", "per_head",
+        "infer_muon_dimension_numbers", "measure_block_specs", "opt_state_shardings", "outer",
+        "per_element", "per_head",
         "per_neuron", "per_tensor", "per_token", "scale_by_adam_mini", "to_adam_state",
     ]  # fmt: skip

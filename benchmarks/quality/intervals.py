@@ -97,11 +97,12 @@ def rate_curve(
         if asked["contender"] in ("adamw", "mean", "outer"):
             at = found.setdefault(asked["contender"], {}).setdefault(asked["learning_rate"], {})
             at[asked["seed"]] = workload.value(run["found"])
+    first = lambda seeds: [seeds[seed] for seed in (1, 2) if seed in seeds]
     return {
-        contender: {rate: [seeds[s] for s in (1, 2) if s in seeds] for rate, seeds in sorted(rates.items())}
+        contender: {rate: first(seeds) for rate, seeds in sorted(rates.items())}
         for contender, rates in found.items()
         if len(rates) > 1
-    }  # fmt: skip
+    }
 
 
 def draw_rates(workload: Workload, curve: Mapping[str, Mapping[float, list[float]]]) -> Figure:

@@ -91,9 +91,7 @@ class Comparison:
             config = dataclasses.replace(config, steps=options.steps)
         self.config = shortened(config) if options.quick else config
         self.file = f"{name}_{self.config.steps}"
-        self.results = Results(
-            Path(options.output) / f"{self.file}.json", settings(self.config)
-        )
+        self.results = Results(Path(options.output) / f"{self.file}.json", settings(self.config))
 
     def values(self, contender: str, rate: float, seeds: int) -> list[float]:
         """The held-out loss, or the accuracy, of the first seeds."""

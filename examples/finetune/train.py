@@ -106,7 +106,9 @@ def total_loss(model: Model, weights: Weights, batch: Batch) -> jax.Array:
 def make_program(config: Config, optimizer: str, pretrained: Pretrained) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     model = Model(pretrained.config, config.lora_rank)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, model.block_specs(config.v))
+    tx = optimizers.make_optimizer(
+        optimizer, config.hyper, config.steps, model.block_specs(config.v)
+    )
 
     def init(params: Any) -> Tuning:
         weights = model.init(params, config.seed)

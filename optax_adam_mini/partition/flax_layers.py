@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.labels import LabelFn, check_is_params, check_used, path_of, some
-from optax_adam_mini.outer import Spec
+from optax_adam_mini.outer import Outer, Spec
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
 _BIASES = {"bias", "b", "offset", "bias_n"}
@@ -169,7 +170,7 @@ def flax_layers(
         is_attribute: bool,
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None,
-    ) -> BlockSpec | str:
+    ) -> Spec | str:
         # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
         module, name = (re.sub(r"_?\d+$", "", n.lower()) for n in ("", "", *names)[-2:])
         if name in _BIASES:
@@ -241,8 +242,11 @@ def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in stacked)
 
 
-def _stack(spec: BlockSpec, axes: tuple[int, ...], rank: int) -> BlockSpec:
+def _stack(spec: Spec, axes: tuple[int, ...], rank: int) -> Any:
     """`spec`, of a parameter without its stacked axes, for the parameter with them."""
+    if isinstance(spec, Outer):
+        a, b = (_stack(grid, axes, rank) for grid in (spec.a, spec.b))
+        return dataclasses.replace(spec, a=a, b=b)
     if not axes or spec.rest is None:
         return spec
     kept = [axis for axis in range(rank) if axis not in {a % rank for a in axes}]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_adam_mini.blocks import BlockSpec, per_neuron
+from optax_adam_mini.blocks import per_neuron
 from optax_adam_mini.labels import (
     LabelFn,
     check_default,

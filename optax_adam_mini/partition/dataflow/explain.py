@@ -6,15 +6,17 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from optax_adam_mini.labels import check_used, path_str, some
+from optax_adam_mini.outer import Outer, Spec
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
 from optax_adam_mini.partition.dataflow.program import LAYOUT, LINEAR, Step
+from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 
 # Where the code of libraries is, in which no user looks for a layer.
@@ -22,7 +24,14 @@ _LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_m
 _MANY = 8  # uses, of which each is tried alone
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **kwargs: Any) -> str:
+def explain(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    parameter: str,
+    v: Literal["mean", "outer"] = "mean",
+    **kwargs: Any,
+) -> str:
     """Why a parameter is cut as `infer_block_specs` cuts it.
 
     Args:
@@ -30,12 +39,14 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         *args: further arguments of `fn`.
         parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.
+        v: what is kept of each block, as in `infer_block_specs`.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A few lines of text: the grid; each place where the parameter meets data, with what, which
-        of its axes are contracted there, and which of several uses made the finest cut; each inner
-        product that couples its outputs; and what was passed over, as unused or as the backward
+        A few lines of text: the grid, and the rows and columns in it; each place where the
+        parameter meets data, with what, which of its axes are contracted there, and which of
+        several uses made the finest cut; each inner product that couples its outputs; and what was
+        passed over, as unused or as the backward
         pass of a derivative. With file and line in your code.
 
     Raises:
@@ -48,6 +59,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
         w (2, 3): 1 x 3 blocks
           used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
     """
+    check_kept("explain", v)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
     check_used("explain: parameter", lambda path: path == parameter, parameter, params)
@@ -58,6 +70,8 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
     lines = [f"{parameter} {shape}: {grid or 1} block{'s' if grid not in ('', '1') else ''}"]
     if not shape:
         lines[0] += ": a number has one"
+    if v == "outer":
+        lines.append(f"  kept: {_kept(outer_of(shape, result, index), shape)}")
     lines += _uses(shape, result, index)
     coupled = dict.fromkeys(
         f"{step.name} at {place(step)}, of {_shapes(result.facts, step)}"
@@ -71,6 +85,13 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, parameter: str, **k
         lines.append("  meets no data in fn that an output depends on")
     lines += [f"  passed over: {words}" for words in dict.fromkeys(_passed_over(result, index))]
     return "\n".join(lines)
+
+
+def _kept(spec: Spec, shape: Sequence[int]) -> str:
+    """What `nu` has of a parameter."""
+    if not isinstance(spec, Outer):
+        return "one number for each coordinate"
+    return f"{spec.a.size(shape):,} rows and {spec.b.size(shape):,} columns, of which v is made"
 
 
 def place(step: Step) -> str:

@@ -13,10 +13,8 @@ from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
-from optax_adam_mini.partition.dataflow.rows import outer_of
+from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
-
-_SPECS_OF = {"mean": spec_of, "outer": outer_of}
 
 
 def infer_block_specs(
@@ -74,8 +72,7 @@ def infer_block_specs(
         {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
-    if v not in _SPECS_OF:
-        raise ValueError(f"infer_block_specs: v must be 'mean' or 'outer', got {v!r}")
+    check_kept("infer_block_specs", v)
     if unreadable is not None and not isinstance(unreadable, Spec):
         raise TypeError(
             "infer_block_specs: unreadable must be a BlockSpec such as per_element(), got "
@@ -103,7 +100,7 @@ def infer_block_specs(
         elif why:
             unread.append(why)
         else:
-            specs.append(_SPECS_OF[v](leaf.shape, result, index))
+            specs.append((outer_of if v == "outer" else spec_of)(leaf.shape, result, index))
     _refuse_unread(
         "infer_block_specs", unread, "overrides=[(pattern, spec)], or unreadable=spec for all"
     )

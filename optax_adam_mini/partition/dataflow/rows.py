@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,18 @@ from optax_adam_mini.outer import Spec, outer
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.interpret import Result
 from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
+
+KEPT = ("mean", "outer")
+
+
+def check_kept(name: str, v: Any) -> None:
+    """Refuses another word for what is kept of a block.
+
+    Raises:
+        ValueError: if it is none of `KEPT`.
+    """
+    if v not in KEPT:
+        raise ValueError(f"{name}: v must be 'mean' or 'outer', got {v!r}")
 
 
 def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:

@@ -1,0 +1,203 @@
+"""`measure_block_specs`: the cheapest cuts that explain the second moment of a running Adam."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
+from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs, some
+from optax_adam_mini.outer import Spec, outer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PyTree
+
+
+def measure_block_specs(
+    adam_state: PyTree,
+    params: PyTree,
+    candidates: Mapping[str, PyTree[Spec] | LabelFn] | None = None,
+    budget: float | None = None,
+    *,
+    tolerance: float = 0.3,
+) -> PyTree[Spec]:
+    r"""For each parameter, the cheapest candidate that explains its second moment.
+
+    With the `v` of an Adam that has run, a few hundred steps or the job that is to be switched, and
+    the $v_b$ that a candidate would make of it, the *spread* is how far the steps are from Adam's,
+
+    $$ \sqrt{\operatorname{mean} \left( \sqrt{v / v_b} - 1 \right)^2}, $$
+
+    0 where every coordinate keeps its own and never much above 1. A cut that explains `v` is not
+    certain to keep the loss; docs/results/cause.md says what was seen.
+
+    Args:
+        adam_state: optimizer state that holds one `optax.ScaleByAdamState` or more, in chains and
+            wrappers of any kind.
+        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
+        candidates: by name, specs or label functions, such as
+            `{"mean": infer_block_specs(...), "outer": infer_block_specs(..., v="outer")}`. None
+            for those that a shape alone gives: one block, a block at each index of the last axis or
+            of the others, and the outer of these two. Per coordinate, as in Adam, is always one.
+        budget: the largest number of entries in `nu`, as a fraction of those of Adam's. Taken are
+            the candidates that leave the least spread, found greedily. None for no limit: the
+            cheapest within `tolerance`, parameter by parameter.
+        tolerance: the largest spread that is taken for explained, where there is no budget.
+
+    Returns:
+        A pytree of specs like `params`. Their notes, which [`block_table`][] shows, have the spread
+        of the one that was taken and of those that are cheaper.
+
+    Raises:
+        TypeError, ValueError: if there is no `ScaleByAdamState` in `adam_state`, if it has not run
+            yet, if it is not that of `params`, if a candidate does not fit them, or if the cheapest
+            candidates are above the budget.
+
+    Examples:
+        >>> params = {"kernel": jnp.ones((4, 6))}
+        >>> adamw = optax.adamw(1e-3)
+        >>> grads = {"kernel": jnp.arange(1.0, 5)[:, None] * jnp.arange(1.0, 7)}
+        >>> _, state = adamw.update(grads, adamw.init(params), params)
+        >>> specs = measure_block_specs(state, params)
+        >>> print(specs["kernel"].note)
+        outer 0.00; one block 0.60, other axes 0.45, last axis 0.42
+        >>> state = from_adam_state(state, params, specs)
+        >>> tx = adam_mini(1e-3, block_specs=specs)  # goes on with this state
+    """
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(
+            f"measure_block_specs: budget must be more than 0 and up to 1, got {budget}"
+        )
+    moments = _second_moments(adam_state)
+    named = {**(_OF_SHAPES if candidates is None else candidates)}
+    named.setdefault("per coordinate", per_element())
+    by_name = {name: resolve_block_specs(specs, params) for name, specs in named.items()}
+
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    missing = ["/".join(path_of(keys)) for keys, _ in leaves if path_of(keys) not in moments]
+    if missing:
+        raise ValueError(f"measure_block_specs: adam_state has no nu for {some(missing)}")
+    measured: list[list[_Choice]] = []
+    for index, (keys, leaf) in enumerate(leaves):
+        shape, v = jnp.shape(leaf), moments[path_of(keys)]
+        if jnp.shape(v) != shape:
+            raise ValueError(
+                f"{'/'.join(path_of(keys))}: the state is not of these params: nu has shape "
+                f"{jnp.shape(v)}, the parameter {shape}"
+            )
+        specs = [(name, labels[index][1]) for name, labels in by_name.items()]
+        found = [_Choice(name, s, s.size(shape), float(_spread(s, v))) for name, s in specs]
+        measured.append(sorted(found, key=lambda choice: choice.size))
+
+    if budget is None:
+        taken = [next((c for c in m if c.spread <= tolerance), m[-1]) for m in measured]
+    else:
+        sizes = [math.prod(jnp.shape(leaf)) for _, leaf in leaves]
+        taken = _within(budget, measured, sizes)
+    return jax.tree.unflatten(treedef, list(map(_noted, taken, measured)))
+
+
+_VISIBLE = 0.005  # differences of spreads below it are rounding
+
+
+class _Choice(NamedTuple):
+    """A candidate for one parameter."""
+
+    name: str
+    spec: Spec
+    size: int
+    """Entries in `nu`."""
+    spread: float
+
+
+def _each(axes: Callable[[int], Sequence[int]]) -> LabelFn:
+    """A block at each index of some axes of every parameter."""
+    spec = lambda p: BlockSpec(tuple((axis, None) for axis in axes(jnp.ndim(p))))
+    return lambda params: jax.tree.map(spec, params)
+
+
+_LAST, _OTHERS = _each(lambda rank: [-1][:rank]), _each(lambda rank: range(rank - 1))
+_OF_SHAPES: dict[str, Any] = {
+    "one block": per_tensor(),
+    "other axes": _OTHERS,
+    "last axis": _LAST,
+    "outer": lambda params: jax.tree.map(outer, _OTHERS(params), _LAST(params)),
+}
+
+
+def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
+    """`nu` of all states of Adam, by the paths of the parameters."""
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+    states = [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]
+    if not states:
+        raise ValueError(
+            "measure_block_specs: expected an optimizer state with a ScaleByAdamState in it, got "
+            f"{jax.tree.structure(state)}"
+        )
+    if any(int(node.count) == 0 for node in states):
+        raise ValueError(
+            "measure_block_specs: adam_state has not made a step yet: train with AdamW for a few "
+            "hundred, and measure then"
+        )
+    return {
+        path_of(keys): v
+        for node in states
+        for keys, v in jax.tree_util.tree_leaves_with_path(node.nu)
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """How far the steps with `spec` are from Adam's, one coordinate with another."""
+    v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    nu: Any = spec.block_mean(v)
+    of_blocks = spec.spread(nu, v.shape)
+    ratio = jnp.where(of_blocks > 0, v / jnp.where(of_blocks > 0, of_blocks, 1), 1)
+    return jnp.sqrt(jnp.mean(jnp.square(jnp.sqrt(ratio) - 1))) if v.size else jnp.zeros(())
+
+
+def _within(
+    budget: float, measured: Sequence[Sequence[_Choice]], sizes: Sequence[int]
+) -> list[_Choice]:
+    """The step that takes away the most of the squared spread for an entry of `nu`, one by one."""
+    taken = [choices[0] for choices in measured]
+    left = int(budget * sum(sizes)) - sum(choice.size for choice in taken)
+    if left < 0:
+        raise ValueError(
+            f"measure_block_specs: the cheapest candidates have {sum(c.size for c in taken):,} "
+            f"entries, {sum(c.size for c in taken) / sum(sizes):.2%} of Adam's, and the budget is "
+            f"{budget:.2%}: give a larger budget, or cheaper candidates"
+        )
+
+    def gain(step: tuple[int, _Choice]) -> float:
+        index, choice = step
+        saved = sizes[index] * (taken[index].spread ** 2 - choice.spread**2)
+        return saved / max(choice.size - taken[index].size, 1)
+
+    while True:
+        steps = [
+            (index, choice)
+            for index, choices in enumerate(measured)
+            for choice in choices
+            if choice.spread < taken[index].spread - _VISIBLE
+            and choice.size - taken[index].size <= left
+        ]
+        if not steps:
+            return taken
+        index, choice = max(steps, key=gain)
+        left -= choice.size - taken[index].size
+        taken[index] = choice
+
+
+def _noted(taken: _Choice, choices: Sequence[_Choice]) -> Spec:
+    """The spec that was taken, with what was measured in its note."""
+    text = lambda choice: f"{choice.name} {choice.spread:.2f}"
+    cheaper = ", ".join(text(c) for c in choices if c.size < taken.size)
+    return dataclasses.replace(taken.spec, note="; ".join(filter(None, [text(taken), cheaper])))
