@@ -110,11 +110,12 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     return {name: (count[name], size[name]) for name in count}
 
 
-def abstract_llama(config: LlamaConfig) -> tuple[Any, Any]:
-    """The parameters' shapes, and Adam-mini's partition."""
+def abstract_llama(config: LlamaConfig) -> tuple[Any, dict[str, Any]]:
+    """The parameters' shapes, and Adam-mini's partitions by what is kept of each block."""
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
-    return params, infer_block_specs(lambda p, x: nnx.merge(graph, p)(x), params, tokens)
+    logits = lambda p, x: nnx.merge(graph, p)(x)
+    return params, {v: infer_block_specs(logits, params, tokens, v=v) for v in ("mean", "outer")}
 
 
 def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> Compiled:
@@ -162,7 +163,8 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
     params, specs = abstract_llama(MODELS[case.model])
     optimizers = {
         "AdamW": optax.adamw(3e-4, weight_decay=0.1),
-        "Adam-mini": adam_mini(3e-4, weight_decay=0.1, block_specs=specs),
+        "Adam-mini": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["mean"]),
+        "outer": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["outer"]),
     }
     return {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
 

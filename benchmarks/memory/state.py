@@ -5,7 +5,8 @@ python -m benchmarks.memory.state
 Nothing is allocated: the states' shapes are those that `init` would make.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -25,7 +26,7 @@ class Model(NamedTuple):
 
     name: str
     config: LanguageConfig
-    paper_adamw: float
+    paper_adamw: float | None
 
 
 def _bpe(vocab_size: int) -> TextConfig:
@@ -33,6 +34,7 @@ def _bpe(vocab_size: int) -> TextConfig:
 
 
 MODELS = (
+    Model("GPT-2 124M", GPT2Training(model="gpt2", data=_bpe(50257), scan=True), None),
     Model("GPT-2-1.5B", GPT2Training(model="gpt2-xl", data=_bpe(50257), scan=True), 12.48),
     Model("Llama 2-1B", LlamaTraining(model="tinyllama-1b", data=_bpe(32000), scan=True), 8.80),
     Model("Llama 2-7B", LlamaTraining(model="llama2-7b", data=_bpe(32000), scan=True), 53.92),
@@ -41,30 +43,46 @@ MODELS = (
 )
 
 
-def memory(config: LanguageConfig) -> tuple[int, int, int]:
-    """The number of parameters, and the bytes of AdamW's and of Adam-mini's state."""
+class Memory(NamedTuple):
+    """The number of parameters, and the bytes of the optimizers' states."""
+
+    count: int
+    adamw: int
+    mean: int
+    """Adam-mini's with one number for each block."""
+    outer: int
+    """Adam-mini's with a row and a column in each."""
+
+
+def memory(config: LanguageConfig) -> Memory:
+    """Of the model, computed from shapes."""
     _, params = abstract_model(config)
 
     def of(tx: Any) -> int:
         return state_bytes(jax.eval_shape(tx.init, params))
 
-    mini = adam_mini(1e-3, block_specs=block_specs(config))
-    return sum(leaf.size for leaf in jax.tree.leaves(params)), of(optax.adamw(1e-3)), of(mini)
+    def mini(v: Literal["mean", "outer"]) -> Any:
+        return adam_mini(1e-3, block_specs=block_specs(dataclasses.replace(config, v=v)))
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Memory(count, of(optax.adamw(1e-3)), of(mini("mean")), of(mini("outer")))
 
 
 def main() -> None:
     """Prints a row for each model."""
     table = Table(title="Optimizer state in float32, computed")
     table.add_column("model")
-    for heading in ("parameters", "AdamW GB", "in the paper", "Adam-mini GB", "of AdamW's"):
+    for heading in ("parameters", "AdamW GB", "in the paper", "Adam-mini GB", "of AdamW's",
+                    "outer GB", "of AdamW's"):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, config, paper in MODELS:
-        count, adamw, mini = memory(config)
+        count, adamw, mean, outer = memory(config)
         table.add_row(
-            name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}",
-            f"{mini / 1e9:.2f}", f"{mini / adamw:.2%}",
+            name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}" if paper else "",
+            f"{mean / 1e9:.2f}", f"{mean / adamw:.2%}",
+            f"{outer / 1e9:.2f}", f"{outer / adamw:.2%}",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from optax_adam_mini import (
     flax_layers,
     fused,
     infer_block_specs,
+    outer,
     per_head,
     per_neuron,
     per_token,
@@ -77,17 +78,21 @@ class Tree(NamedTuple):
 
     params: Any
     specs: Any
+    outer: Any
+    """The partition with a row and a column in each block."""
 
 
 def gpt2(name: str, scan: bool, layers: int | None = None) -> Tree:
     data = TextConfig(tokenizer="bpe", vocab_size=50257 if name == "gpt2" else 256)
     config = GPT2Training(model=name, data=data, scan=scan, layers=layers)
-    return Tree(abstract_model(config)[1], block_specs(config))
+    specs = [block_specs(dataclasses.replace(config, v=v)) for v in ("mean", "outer")]
+    return Tree(abstract_model(config)[1], *specs)
 
 
 def inferred(model: Callable[[], nnx.Module], inputs: jax.ShapeDtypeStruct) -> Tree:
     graph, params = nnx.split(nnx.eval_shape(model))
-    return Tree(params, infer_block_specs(lambda p, x: nnx.merge(graph, p)(x), params, inputs))
+    fn = lambda p, x: nnx.merge(graph, p)(x)
+    return Tree(params, *(infer_block_specs(fn, params, inputs, v=v) for v in ("mean", "outer")))
 
 
 def llama() -> Tree:
@@ -106,7 +111,8 @@ def linen(model: nn.Module, **options: Any) -> Tree:
     def logits(p: Any, r: Any, x: jax.Array) -> jax.Array:
         return model.apply({"params": p, **r}, x, **options)
 
-    return Tree(params, infer_block_specs(logits, params, rest, images))
+    specs = (infer_block_specs(logits, params, rest, images, v=v) for v in ("mean", "outer"))
+    return Tree(params, *specs)
 
 
 class ViT(nn.Module):
@@ -130,7 +136,8 @@ class ViT(nn.Module):
 
 def matrix(shape: tuple[int, ...], spec: BlockSpec) -> Tree:
     params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    return Tree(params, {"kernel": spec})
+    rows = per_neuron(axis=range(len(shape) - 1))
+    return Tree(params, {"kernel": spec}, {"kernel": outer(rows, per_neuron())})
 
 
 QKV = fused(-1, [(4096, per_head(32)), (4096, per_head(32)), (4096, per_neuron())])
@@ -155,7 +162,7 @@ QUICK: dict[str, Callable[[], Tree]] = {
 }
 
 
-def optimizers(specs: Any, dtype: str) -> dict[str, Any]:
+def optimizers(tree: Tree, dtype: str) -> dict[str, Any]:
     """By name; moments in `dtype`."""
     return {
         "AdamW": optax.adamw(1e-4, mu_dtype=dtype),
@@ -165,7 +172,8 @@ def optimizers(specs: Any, dtype: str) -> dict[str, Any]:
         "SM3": optax.sm3(1e-4),
         "Muon": optax.contrib.muon(1e-4),
         "Adam-mini, default": adam_mini(1e-4, mu_dtype=dtype),
-        "Adam-mini, inferred": adam_mini(1e-4, mu_dtype=dtype, block_specs=specs),
+        "Adam-mini, inferred": adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.specs),
+        "Adam-mini, outer": adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.outer),
     }
 
 
@@ -264,9 +272,9 @@ class Others:
 def ordinary(tree: Tree, dtype: str, is_gpt2: bool) -> tuple[str, ...]:
     """The optimizers that a tree is measured with where none is named."""
     if len(jax.tree.leaves(tree.params)) == 1:
-        return ("AdamW", "SGD, momentum", "Adam-mini, inferred")
+        return ("AdamW", "SGD, momentum", "Adam-mini, inferred", "Adam-mini, outer")
     slow = () if is_gpt2 and dtype == "float32" else ("Muon",)
-    return tuple(name for name in optimizers(None, dtype) if name not in slow)
+    return tuple(name for name in optimizers(tree, dtype) if name not in slow)
 
 
 def measure(
@@ -277,7 +285,7 @@ def measure(
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
     grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, p.dtype), shapes)
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(shapes))
-    made = optimizers(tree.specs, dtype)
+    made = optimizers(tree, dtype)
     make: dict[str, Callable[[], Any]] = {
         name: functools.partial(Runner, made[name], shapes, grads) for name in chosen
     }
@@ -362,7 +370,7 @@ def main(options: Options) -> None:
         raise ConfigError(f"--rounds is {rounds}, but quartiles need at least 2.")
     trees = QUICK if options.quick else TREES
     names = known("trees", options.trees, trees)
-    known("optimizers", options.optimizers, optimizers(None, "float32"))
+    known("optimizers", options.optimizers, optimizers(Tree(None, None, None), "float32"))
     console = Console(width=160)
     bandwidth = copy_bandwidth(1 << 24 if options.quick else 1 << 28)
     facts = {**machine(), "platform": jax.default_backend(), "devices": jax.device_count(),

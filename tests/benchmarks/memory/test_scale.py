@@ -57,6 +57,10 @@ def test_the_update_of_llama2_7b_only_adds_sums_of_blocks(fsdp, mesh):
     assert sum(size for _, size in mini.collectives.values()) <= 1e-4 * mini.param_bytes
     assert mini.state_bytes <= 0.502 * adamw.state_bytes
     assert mini.temporary_bytes <= 0.01 * mini.param_bytes / 8
+    outer = found["outer"]  # which sums over inputs and over outputs: over both axes of the mesh
+    assert set(outer.collectives) <= {"all-reduce", "all-gather"}
+    assert sum(size for _, size in outer.collectives.values()) <= 3e-4 * outer.param_bytes
+    assert outer.state_bytes <= 0.503 * adamw.state_bytes
 
 
 def test_heads_over_the_borders_of_shards_gather_sums_alone():
