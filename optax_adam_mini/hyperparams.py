@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,48 @@ def check_hyperparams(**hyperparams: Any) -> None:
     for name, value in hyperparams.items():
         upper = 1.0 if name in ("b1", "b2") else None
         _check_scalar(name, value, 0.0, upper)
+
+
+def check_in_range(**hyperparams: Any) -> None:
+    """Refuses arrays that are out of range, where their values can be known.
+
+    `optax.inject_hyperparams` makes arrays of the parameters' dtype, in which 0.999 may be 1.
+
+    Raises:
+        ValueError: if one is; a traced array passes.
+    """
+    for name, value in hyperparams.items():
+        if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+            continue
+        number, upper = float(value), 1.0 if name in ("b1", "b2") else math.inf
+        if not 0 <= number < upper:
+            remedy = (
+                ": 0.999 rounds to 1 in it; pass hyperparam_dtype=jnp.float32 to "
+                "optax.inject_hyperparams"
+                if number == 1 and value.dtype.itemsize < 4
+                else ""
+            )
+            expected = "in [0, 1)" if upper == 1 else "at least 0"
+            raise ValueError(f"{name} must be {expected}, got {number} in {value.dtype}{remedy}")
+
+
+def check_param_dtype(path: str, dtype: Any) -> None:
+    """Refuses what cannot be trained with a moment of its own dtype.
+
+    Raises:
+        TypeError: for random keys, and for floats of 8 bits and fewer, which JAX promotes to
+            nothing.
+    """
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{path}: expected numbers, got dtype {dtype}: keep random keys out of the parameters "
+            "(in NNX, wrt=nnx.Param; in Equinox, eqx.filter(model, eqx.is_inexact_array))"
+        )
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
+        raise TypeError(
+            f"{path}: expected float32, bfloat16 or float16, got {dtype}: too few digits for steps "
+            "to add up; keep the parameters in bfloat16 or wider, and cast them in the model"
+        )
 
 
 def check_scalar_or_schedule(name: str, value: Any, minimum: float | None) -> None:

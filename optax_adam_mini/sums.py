@@ -38,11 +38,16 @@ def block_mean(
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
         Array([2., 5.], dtype=float32)
     """
-    total = _sum_whole_axes(x, of or (lambda x: x), axes)
+    sizes = block_sizes(axes)
+    # A power of two, so that nothing is rounded by it: where the mean is in float32's range, so is
+    # the sum.
+    scale = 0.5 ** math.ceil(math.log2(max(np.max(sizes, initial=1), 1)))
+    value = of or (lambda x: x)
+    total = _sum_whole_axes(x, lambda x: value(x) * scale, axes)
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             total = _sum_runs(total, axis, runs)
-    return total / block_sizes(axes)
+    return total / (sizes * scale)
 
 
 def spread(
@@ -62,10 +67,11 @@ def spread(
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             nu = _repeat_runs(nu, axis, runs)
+    if nu.shape == tuple(shape):
+        return nu
     # Otherwise XLA would move what made `nu` (a square root and a division for each block) past
     # the broadcast, and compute it once per coordinate.
-    nu = jax.lax.optimization_barrier(nu)
-    return jnp.broadcast_to(nu, tuple(shape))
+    return jnp.broadcast_to(jax.lax.optimization_barrier(nu), tuple(shape))
 
 
 def widen(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -11,7 +11,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from optax_adam_mini.compiled import compiled
-from optax_adam_mini.hyperparams import check_hyperparams, check_mu_dtype, check_scalar_or_schedule
+from optax_adam_mini.hyperparams import (
+    check_hyperparams,
+    check_in_range,
+    check_mu_dtype,
+    check_param_dtype,
+    check_scalar_or_schedule,
+)
 from optax_adam_mini.labels import LabelFn, is_label_function, resolve_block_specs, spec_leaves
 from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.flax_layers import flax_layers
@@ -189,8 +195,18 @@ def _adam_mini(
     return optax.chain(
         _scale_by_adam_mini(**adam),
         _add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+
+def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates in the dtypes that they come in, which a rate in float32 would widen."""
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda u, new: new.astype(u.dtype), updates, new), state
+
+    return optax.GradientTransformation(tx.init, update_fn)
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
@@ -206,7 +222,9 @@ def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransfor
                 "none: call tx.update(grads, state, params), or set weight_decay=0.0"
             )
         decayed, state = decay.update(updates, state, params)
-        kept = jax.tree.map(lambda p, u, d: d if _is_inexact(p) else u, params, updates, decayed)
+        # Integers do not decay, and what has no gradient does not move.
+        keep = lambda p, u, d: d.astype(u.dtype) if u is not None and _is_inexact(p) else u
+        kept = jax.tree.map(keep, params, updates, decayed)
         return kept, state
 
     return optax.GradientTransformation(decay.init, update_fn)
@@ -218,13 +236,9 @@ def _scale_by_adam_mini(
     def init_fn(params: Any) -> ScaleByAdamMiniState:
         leaves, treedef = jax.tree.flatten(params)
         labels = resolve_block_specs(block_specs, params)
+        check_in_range(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
         for (path, _), leaf in zip(labels, leaves, strict=True):
-            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
-                raise TypeError(
-                    f"{path}: expected numbers, got dtype {jnp.result_type(leaf)}: keep random "
-                    "keys out of the parameters (in NNX, wrt=nnx.Param; in Equinox, "
-                    "eqx.filter(model, eqx.is_inexact_array))"
-                )
+            check_param_dtype(path, jnp.result_type(leaf))
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
         blocks = [
             jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf)
@@ -277,6 +291,11 @@ def _scale_by_adam_mini(
                 )
             if g is None:
                 return None, m, v
+            if jnp.shape(g) != m.shape:
+                raise ValueError(
+                    f"{path}: got a gradient of shape {jnp.shape(g)}, but the parameter's is "
+                    f"{m.shape}: pass update the gradients of the parameters that init was given"
+                )
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
             update, mu, nu = adam_mini(spec, g, m, v)

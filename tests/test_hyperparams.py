@@ -1,6 +1,8 @@
 import re
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -49,3 +51,66 @@ def test_refused_when_built(kwargs, error, text):
     with pytest.raises(error) as raised:
         adam_mini(**{"learning_rate": 1e-3, **kwargs})
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        1e-2,
+        np.float32(1e-2),
+        np.float64(1e-2),
+        jnp.float32(1e-2),
+        lambda count: jnp.float32(1e-2) * jnp.cos(count),
+        lambda count: np.float32(1e-2),
+    ],
+    ids=["float", "np32", "np64", "jnp32", "schedule", "np schedule"],
+)
+def test_updates_have_the_parameters_dtypes(rate, param_dtype):
+    p = {"w": jnp.ones((4, 6), param_dtype), "b": jnp.ones(6, "float32")}
+    for decay in (0.1, jnp.float32(0.1), np.float32(0.1), rate if callable(rate) else 0.0):
+        tx = adam_mini(rate, weight_decay=decay)
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, _ = update(p, tx.init(p), p)
+            assert jax.tree.map(lambda u: u.dtype.name, updates) == {
+                "w": param_dtype,
+                "b": "float32",
+            }
+
+
+def test_updates_have_the_parameters_dtypes_under_x64():
+    with jax.enable_x64(True):
+        p = {"w": jnp.ones((4, 6), "float32"), "kernel": jnp.ones((4, 6), "float64")}
+        for rate in (np.float64(1e-2), jnp.float64(1e-2), lambda count: jnp.float64(1e-2)):
+            tx = adam_mini(rate, weight_decay=np.float64(0.1))
+            updates, _ = tx.update(p, tx.init(p), p)
+            assert jax.tree.map(lambda u: u.dtype.name, updates) == {"w": "float32", "kernel": "float64"}
+
+
+def test_injected_hyperparameters_that_round_to_one_are_refused():
+    p = {"w": jnp.ones((4, 6), jnp.bfloat16)}
+    inject = lambda **more: optax.inject_hyperparams(adam_mini, **more)(1e-3)
+    with pytest.raises(
+        ValueError, match=r"b2 must be in \[0, 1\), got 1.0 in bfloat16: .*hyperparam"
+    ):
+        inject().init(p)
+    tx = inject(hyperparam_dtype=jnp.float32)
+    updates, _ = tx.update(p, tx.init(p), p)
+    assert np.isfinite(np.asarray(updates["w"], np.float32)).all()
+    with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), got 1.5 in float32$"):
+        adam_mini(1e-3, b1=jnp.float32(1.5)).init({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_eight_bits_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"w: expected float32, bfloat16 or float16, got {dtype}"):
+        adam_mini(1e-3).init({"w": jnp.ones((4, 6), dtype)})
+
+
+def test_gradients_of_another_shape_name_the_parameter():
+    p = {"w": jnp.ones((4, 6))}
+    tx = adam_mini(1e-3)
+    with pytest.raises(
+        ValueError, match=r"w: got a gradient of shape \(6, 4\), but the parameter's"
+    ):
+        tx.update({"w": jnp.ones((6, 4))}, tx.init(p), p)

@@ -343,3 +343,18 @@ def test_weakly_typed_parameters():
     state = tx.init(p)
     _, new = tx.update(jax.tree.map(lambda x: 1.0, p), state, p)
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
+
+
+def test_finite_micro_steps_in_bfloat16():
+    """As with optax.adamw: the states are those of init, whatever the gradients' dtype."""
+    p = {"kernel": jnp.ones((3, 4), jnp.bfloat16), "bias": jnp.zeros(4, jnp.bfloat16)}
+    for specs in (BLOCK_SPECS, OUTER_SPECS):
+        steps = optax.MultiSteps(adam_mini(0.1, block_specs=specs), 2).gradient_transformation()
+        tx = optax.apply_if_finite(steps, 3)
+        state = tx.init(p)
+        update = jax.jit(tx.update)
+        for grads in (p, jax.tree.map(lambda x: x * jnp.nan, p), p, p):
+            updates, new = update(grads, state, p)
+            chex.assert_trees_all_equal_shapes_and_dtypes((updates, new), (p, state))
+            state = new
+        assert state.total_notfinite == 1
