@@ -10,6 +10,7 @@ from optax_adam_mini.blocks import (
     per_token,
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
+from optax_adam_mini.labels import BlockSpecs
 from optax_adam_mini.outer import outer
 from optax_adam_mini.partition.by_path import by_path
 from optax_adam_mini.partition.dataflow import (
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockSpec",
+    "BlockSpecs",
     "ScaleByAdamMiniState",
     "adam_mini",
     "block_table",

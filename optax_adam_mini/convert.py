@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
 from optax_adam_mini.outer import OuterMoments, Spec
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 
-def from_adam_state(state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> PyTree:
+def from_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
     """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
 
     Args:
@@ -57,7 +57,7 @@ def from_adam_state(state: PyTree, params: PyTree, block_specs: PyTree[Spec] | L
     return _convert(state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, mean)
 
 
-def to_adam_state(state: PyTree, params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> PyTree:
+def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
     """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `v`.
 
     Args:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.labels import LabelFn, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
 from optax_adam_mini.outer import Spec
 from optax_adam_mini.sums import spread
 
@@ -43,7 +43,7 @@ class BlockShare:
 def block_shares(
     loss: Callable[..., Any],
     params: PyTree[Array],
-    block_specs: PyTree[Spec] | LabelFn,
+    block_specs: BlockSpecs,
     *args: Any,
 ) -> dict[str, BlockShare]:
     """How much of the Hessian of each parameter lies inside its blocks.

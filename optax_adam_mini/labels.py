@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ T = TypeVar("T")
 LabelFn = Callable[[Any], Any]
 """A label function: params (arrays or `jax.ShapeDtypeStruct`s) -> pytree of `BlockSpec`."""
 
+BlockSpecs: TypeAlias = Spec | LabelFn | Mapping[Any, Any] | tuple[Any, ...] | list[Any]
+"""What `block_specs=` takes: a spec for all parameters, a pytree of specs like the parameters or a
+prefix of it, or a label function `params -> such a pytree`."""
+
 
 def is_label_function(block_specs: Any) -> bool:
     """Whether specs are given as a function of the parameters, and not as a pytree.
@@ -29,6 +34,27 @@ def is_label_function(block_specs: Any) -> bool:
     """
     leaves = jax.tree.leaves(block_specs)
     return bool(leaves) and all(map(callable, leaves))
+
+
+_TO_BE_CALLED = {
+    "BlockSpec", "per_tensor", "per_element", "per_neuron", "per_head", "per_token", "fused",
+    "outer", "by_path", "by_logical_axes", "flax_layers", "infer_block_specs",
+    "measure_block_specs",
+}  # fmt: skip
+
+
+def check_called(block_specs: Any) -> None:
+    """Refuses this package's constructors and label functions where they were not called.
+
+    Raises:
+        TypeError: if it is one.
+    """
+    name = getattr(block_specs, "__qualname__", "")
+    module = str(getattr(block_specs, "__module__", ""))
+    if module.startswith(f"{__package__}.") and name in _TO_BE_CALLED:
+        arguments = "fn, params, *args" if "_block_specs" in name else "..."
+        wanted = f"what it returns: call it, {name}({arguments})"
+        raise TypeError(f"block_specs: got the function {name} itself, expected {wanted}")
 
 
 def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]:
@@ -52,6 +78,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
         >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
         [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
     """
+    check_called(block_specs)
     specs = spec_leaves(block_specs(params) if is_label_function(block_specs) else block_specs)
 
     leaves: dict[tuple[str, ...], Any] = {}
@@ -144,6 +171,37 @@ def check_is_params(what: str, params: Any) -> None:
             f"{what}: expected a pytree of parameters, got one integer. optax.inject_hyperparams "
             "takes a label function for a schedule: tell it not to, "
             'optax.inject_hyperparams(adam_mini, static_args=("block_specs",))'
+        )
+
+
+def check_only_params(
+    what: str, params: Any, is_given: Callable[[str], Any] = lambda _: False
+) -> None:
+    """Refuses NNX's variables that are no parameters, such as the averages of a BatchNorm.
+
+    Args:
+        what: who asks, to begin the message with.
+        params: pytree of parameters.
+        is_given: whether the path `"a/b/c"` has a spec of its own, and is meant to be trained.
+
+    Raises:
+        ValueError: if there are such variables.
+    """
+    nnx = sys.modules.get("flax.nnx")  # where it was never imported, nothing can be of it
+    if nnx is None:
+        return
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    found = [
+        (path_str(keys), node)
+        for keys, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
+        if is_variable(node) and not (isinstance(node, nnx.Param) or is_empty(node))
+    ]
+    if others := [(path, node) for path, node in found if not is_given(path)]:
+        kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
+        raise ValueError(
+            f"{what}: these are no parameters, and an optimizer would change them, by weight decay "
+            f"alone: {kinds}: take the parameters alone, nnx.split(model, nnx.Param, ...) or "
+            "nnx.Optimizer(model, tx, wrt=nnx.Param), or give specs for them"
         )
 
 

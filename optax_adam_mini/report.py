@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, period
-from optax_adam_mini.labels import LabelFn, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
 from optax_adam_mini.outer import Outer, Spec
 from optax_adam_mini.sums import widen
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
+def block_table(params: PyTree, block_specs: BlockSpecs) -> Table:
     """A table of how every parameter is cut, and of what that saves.
 
     Args:
@@ -29,9 +30,9 @@ def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
             function that returns one.
 
     Returns:
-        A `rich.table.Table`, to be printed with `rich.print`: a row for each parameter (path,
-        shape, cut, number of blocks, bytes of `nu`), repeated layers in one row with their number,
-        and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
+        A `rich.table.Table`, which `print` shows as `rich.print` does: a row for each parameter
+        (path, shape, cut, number of blocks, bytes of `nu`), repeated layers in one row with their
+        number, and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
         optimizer's state against AdamW's.
 
     Raises:
@@ -43,8 +44,7 @@ def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
         >>> [next(column.cells) for column in table.columns]
         ['kernel', '(768, 3072)', '3,072 neurons x (768, 1)', '3,072', '12,288']
     """
-    from rich.table import Table  # not needed to train, and slow to import
-
+    table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
     labels = resolve_block_specs(block_specs, params)
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
@@ -54,7 +54,6 @@ def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
         alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec, spec.note)
         rows.setdefault(alike, []).append(path)
 
-    table = Table(title="Blocks of Adam-mini", title_justify="left")
     table.add_column("parameter", no_wrap=True)  # in a narrow terminal, the others are wrapped
     table.add_column("shape")
     table.add_column("cut")
@@ -84,6 +83,22 @@ def block_table(params: PyTree, block_specs: PyTree[Spec] | LabelFn) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+@functools.cache
+def _printable_table() -> type[Table]:
+    """A table of rich's that `print` shows too. Rich is slow to import, and no need of training."""
+    from rich.console import Console
+    from rich.table import Table
+
+    class BlockTable(Table):
+        def __str__(self) -> str:
+            console = Console()  # as wide as the terminal, without colors
+            with console.capture() as capture:
+                console.print(self)
+            return capture.get().rstrip("\n")
+
+    return BlockTable
 
 
 def describe(spec: Spec, shape: tuple[int, ...]) -> str:

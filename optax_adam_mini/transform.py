@@ -18,7 +18,13 @@ from optax_adam_mini.hyperparams import (
     check_param_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import LabelFn, is_label_function, resolve_block_specs, spec_leaves
+from optax_adam_mini.labels import (
+    BlockSpecs,
+    check_called,
+    is_label_function,
+    resolve_block_specs,
+    spec_leaves,
+)
 from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.sums import widen
@@ -53,7 +59,7 @@ def scale_by_adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    block_specs: "PyTree[Spec] | LabelFn | None" = None,
+    block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment for each block.
 
@@ -109,7 +115,7 @@ def adam_mini(
     mask: "PyTree[bool] | Callable[[Any], Any] | None" = None,
     *,
     nesterov: bool = False,
-    block_specs: "PyTree[Spec] | LabelFn | None" = None,
+    block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
 
@@ -346,6 +352,7 @@ def _check_block_specs(block_specs: Any) -> Any:
     """Refuses labels that are no specs; the rest can only be checked against parameters."""
     if block_specs is None:
         return flax_layers()
+    check_called(block_specs)
     if not is_label_function(block_specs):
         spec_leaves(block_specs)
     return block_specs

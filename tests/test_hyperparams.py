@@ -84,7 +84,10 @@ def test_updates_have_the_parameters_dtypes_under_x64():
         for rate in (np.float64(1e-2), jnp.float64(1e-2), lambda count: jnp.float64(1e-2)):
             tx = adam_mini(rate, weight_decay=np.float64(0.1))
             updates, _ = tx.update(p, tx.init(p), p)
-            assert jax.tree.map(lambda u: u.dtype.name, updates) == {"w": "float32", "kernel": "float64"}
+            assert jax.tree.map(lambda u: u.dtype.name, updates) == {
+                "w": "float32",
+                "kernel": "float64",
+            }
 
 
 def test_injected_hyperparameters_that_round_to_one_are_refused():

@@ -2,7 +2,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from optax_adam_mini import per_element, per_head, per_neuron, per_tensor
+from optax_adam_mini import (
+    adam_mini,
+    block_table,
+    by_path,
+    flax_layers,
+    fused,
+    outer,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+)
 from optax_adam_mini.labels import resolve_block_specs
 
 
@@ -55,3 +66,12 @@ def test_resolve_block_specs_errors(specs, error, text):
     with pytest.raises(error) as raised:
         resolve_block_specs(specs, {"a": jnp.ones((2, 4)), "c": jnp.ones(2)})
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("function", [per_neuron, per_head, fused, flax_layers, by_path, outer])
+def test_functions_that_were_not_called_are_refused(function):
+    name = function.__name__
+    with pytest.raises(TypeError, match=rf"got the function {name} itself, expected .*{name}\("):
+        adam_mini(1e-3, block_specs=function)
+    with pytest.raises(TypeError, match=f"got the function {name} itself"):
+        block_table({"w": jnp.ones((3, 4))}, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -19,7 +20,15 @@ from optax_adam_mini.blocks import (
     per_tensor,
     per_token,
 )
-from optax_adam_mini.labels import LabelFn, check_is_params, check_used, path_of, some
+from optax_adam_mini.labels import (
+    LabelFn,
+    check_is_params,
+    check_only_params,
+    check_used,
+    has_masked,
+    path_of,
+    some,
+)
 from optax_adam_mini.outer import Outer, Spec
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
@@ -30,6 +39,18 @@ _KERNELS = {"kernel", "w", "w_i", "w_h", "lora_a", "lora_b"}
 # Equinox's, whose kernels have their outputs first.
 _TRANSPOSED_KERNELS = {"weight", "weight_ih", "weight_hh"}
 _QUERIES, _KEYS, _VALUES = {"query", "query_proj"}, {"key", "key_proj"}, {"value", "value_proj"}
+# What others call them. Plain kernels: their heads are told by num_heads.
+_OTHER_QUERIES = {"q", "wq", "q_proj", "q_lin", "to_q", "proj_q", "attn_q", "w_q", "q_dense"}
+_OTHER_KEYS = {"k", "wk", "k_proj", "k_lin", "to_k", "proj_k", "attn_k", "w_k", "k_dense"}
+# Several of query, key and value in one kernel, or factors of one: no name says where they are.
+_UNTOLD = (
+    "its name is that of query, key and value in another layout than Flax's: have "
+    "infer_block_specs read it off the model"
+)
+_FUSED = re.compile(
+    r"(w|to_|in_|attn_|c_)?(qkv|qk|kv|wqkv|query_key_value|query_key|key_value)(_proj|_dense|_lin)?"
+    r"|c_attn|[qk](v?)_?(a|b|up|down)(_proj)?|in_proj"
+)
 
 
 def flax_layers(
@@ -54,7 +75,8 @@ def flax_layers(
     nothing. Haiku's and Equinox's names are known too.
 
     Args:
-        num_heads: attention heads, for models whose query and key are plain Dense kernels.
+        num_heads: attention heads, for models whose query and key are plain Dense kernels, under
+            Flax's names or others that are common (`q_proj`, `wq`, `to_q`, `q`).
         num_kv_heads: heads of the key where they are fewer (grouped-query attention); None for
             `num_heads`.
         query_key: cut of query and key kernels: by head, the paper's, or by output neuron, which
@@ -76,7 +98,9 @@ def flax_layers(
     Raises:
         ValueError: here for options that do not exist; from the label function, naming every
             parameter concerned, if a parameter cannot be read: of unknown name, a query or key
-            without a number of heads, a kernel whose output axes names and ranks do not tell.
+            without a number of heads, a kernel that query and key share with others (`qkv`,
+            `c_attn`), one whose output axes names and ranks do not tell, or an NNX variable that
+            is no parameter. Also if an option is given that no parameter needs.
 
     Examples:
         >>> kernels = {"query": jnp.ones((8, 2, 4)), "mlp": jnp.ones((8, 32))}
@@ -93,14 +117,29 @@ def flax_layers(
         if given not in allowed:
             raise ValueError(f"flax_layers: {name} must be one of {allowed}, got {given!r}")
     stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
+    options = {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "query_key": query_key,
+        "value": value, "conv": conv, "bias": bias,
+    }  # fmt: skip
+    usual = inspect.signature(flax_layers).parameters
+    given = {name for name, option in options.items() if option != usual[name].default}
+    unused: set[str] = set()  # of the options given, by the parameters that are being labelled
+
+    def use(name: str) -> Any:
+        unused.discard(name)
+        return options[name]
 
     def heads(module: str, axis: int) -> BlockSpec | str:
         """The spec of a query or key with all heads on one axis."""
-        if query_key == "neuron":
+        if use("query_key") == "neuron":
             return per_neuron(axis)
-        count = num_heads if module in _QUERIES or num_kv_heads is None else num_kv_heads
+        of_keys = None if module in _QUERIES | _OTHER_QUERIES else use("num_kv_heads")
+        count = of_keys or use("num_heads")
         if count is None:
-            return "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+            return (
+                "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or "
+                "have infer_block_specs read it off the model"
+            )
         return per_head(count, axis)
 
     def transposed_kernel(
@@ -116,11 +155,13 @@ def flax_layers(
                 f"its bias has shape {bias_shape}, which is not that of its first axis, the "
                 "outputs; for layers stacked by vmap, pass stacked to flax_layers"
             )
-        if module in _VALUES and value == "tensor":
+        if module in _VALUES and use("value") == "tensor":
             return per_tensor()
-        if module in _QUERIES | _KEYS:
+        if module in _QUERIES | _KEYS or (rank == 2 and module in _OTHER_QUERIES | _OTHER_KEYS):
             return heads(module, axis=0)
-        return per_tensor() if rank > 2 and conv == "tensor" else per_neuron(axis=0)
+        if _FUSED.fullmatch(module):
+            return _UNTOLD
+        return per_tensor() if rank > 2 and use("conv") == "tensor" else per_neuron(axis=0)
 
     def kernel(
         module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, is_haiku: bool
@@ -142,14 +183,18 @@ def flax_layers(
             if rank == 2:
                 return heads(module, axis=-1)
             both = per_neuron(axis=(-2, -1))
-            return both if query_key == "neuron" else per_head(shape[-2], axis=-2)
+            return both if use("query_key") == "neuron" else per_head(shape[-2], axis=-2)
+        if module in _OTHER_QUERIES | _OTHER_KEYS and rank == 2:
+            return heads(module, axis=-1)
+        if module in _OTHER_QUERIES | _OTHER_KEYS or _FUSED.fullmatch(module):
+            return _UNTOLD
         if module in _VALUES:
-            if value == "tensor":
+            if use("value") == "tensor":
                 return per_tensor()
             return per_neuron() if rank == 2 else per_neuron(axis=(-2, -1))
         if rank == 2 or module == "out":
             return per_neuron()
-        if conv == "tensor" and (rank > 3 or "conv" in module):
+        if (rank > 3 or "conv" in module) and use("conv") == "tensor":
             return per_tensor()
         if is_haiku and "transpose" in module:
             return per_neuron(axis=-2)
@@ -174,7 +219,7 @@ def flax_layers(
         # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
         module, name = (re.sub(r"_?\d+$", "", n.lower()) for n in ("", "", *names)[-2:])
         if name in _BIASES:
-            return per_tensor() if bias == "tensor" else per_element()
+            return per_tensor() if use("bias") == "tensor" else per_element()
         if name in _GAINS:
             return per_tensor()
         if name in _EMBEDDINGS:
@@ -193,6 +238,9 @@ def flax_layers(
 
     def label_fn(params: Any) -> Any:
         check_is_params("flax_layers", params)
+        check_only_params("flax_layers", params)
+        unused.clear()
+        unused.update(given)
         for module in stacks:
             check_used(
                 f"flax_layers: stacked={{{module!r}: ...}}",
@@ -227,7 +275,14 @@ def flax_layers(
             raise ValueError(
                 "flax_layers cannot tell the blocks of "
                 + some(unread)
-                + "; or say it yourself, by_path([(pattern, spec)], default=flax_layers())"
+                + "; infer_block_specs reads them off the model, or say it yourself, "
+                "by_path([(pattern, spec)], default=flax_layers())"
+            )
+        if unused and specs and not has_masked(params):
+            said = ", ".join(f"{name}={options[name]!r}" for name in sorted(unused))
+            raise ValueError(
+                f"flax_layers: no parameter needs {said}: leave it out, or have infer_block_specs "
+                "read the blocks off the model"
             )
         return jax.tree.unflatten(treedef, specs)
 

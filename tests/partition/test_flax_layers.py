@@ -6,12 +6,15 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 
 from optax_adam_mini import (
     adam_mini,
+    by_path,
     flax_layers,
+    infer_block_specs,
     per_element,
     per_head,
     per_neuron,
@@ -308,8 +311,8 @@ def test_unnamed_parameters_are_read_by_rank():
         ({}, {"query": {"kernel": jnp.ones((8, 8))}},
          "query/kernel (8, 8): the number of heads is not in a plain kernel: pass num_heads"),
         ({}, {"a": {"table": jnp.ones((8, 8))}},
-         "a/table (8, 8): its name is none of Flax's own: pass default to flax_layers; or say it "
-         "yourself, by_path([(pattern, spec)], default=flax_layers())"),
+         "a/table (8, 8): its name is none of Flax's own: pass default to flax_layers; "
+         "infer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)]"),
         ({}, {"a": {"kernel": jnp.ones((8, 2, 4))}},
          "a/kernel (8, 2, 4): it may be a convolution or a DenseGeneral with several output axes"),
         ({}, {"a": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones(8)}},
@@ -332,3 +335,80 @@ def test_heads_that_do_not_divide():
         ValueError, match="query/kernel: 4 blocks do not divide axis -1 of the shape"
     ):
         adam_mini(1e-3, block_specs=flax_layers(num_heads=4)).init(params)
+
+
+@pytest.mark.parametrize(
+    "name", ["q_proj", "k_proj", "wq", "wk", "to_q", "q", "attn_k", "layers_0_q"]
+)
+def test_other_names_of_query_and_key_need_the_number_of_heads(name):
+    module = {name.removeprefix("layers_0_"): {"kernel": jnp.ones((8, 12))}}
+    with pytest.raises(
+        ValueError, match=r"pass num_heads .* or have infer_block_specs read it off"
+    ):
+        flax_layers()(module)
+    (spec,) = jax.tree.leaves(flax_layers(num_heads=3)(module))
+    assert spec.grid((8, 12)) == (1, 3)
+    (spec,) = jax.tree.leaves(flax_layers(query_key="neuron")(module))
+    assert spec.grid((8, 12)) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    "name", ["qkv", "c_attn", "to_qkv", "qkv_proj", "query_key_value", "wqkv", "to_kv", "q_a_proj"]
+)
+@pytest.mark.parametrize("options", [{}, {"num_heads": 4}])
+def test_what_query_and_key_share_with_others_is_refused(name, options):
+    with pytest.raises(ValueError, match=rf"attn/{name}/kernel .*infer_block_specs read it off"):
+        flax_layers(**options)({"attn": {name: {"kernel": jnp.ones((8, 24))}}})
+
+
+@pytest.mark.parametrize(
+    "name", ["v_proj", "wv", "to_v", "out_proj", "c_proj", "c_fc", "gate_proj"]
+)
+def test_other_kernels_are_cut_by_neuron(name):
+    (spec,) = jax.tree.leaves(flax_layers()({name: {"kernel": jnp.ones((8, 12))}}))
+    assert spec.grid((8, 12)) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_heads": 4}, "num_heads=4"),
+        ({"num_heads": 4, "num_kv_heads": 2}, "num_heads=4, num_kv_heads=2"),
+        ({"query_key": "neuron"}, "query_key='neuron'"),
+        ({"value": "tensor"}, "value='tensor'"),
+        ({"conv": "tensor"}, "conv='tensor'"),
+        ({"bias": "tensor"}, "bias='tensor'"),
+    ],
+)
+def test_options_that_no_parameter_needs_are_an_error(options, said):
+    label = flax_layers(**options)
+    with pytest.raises(ValueError, match=f"flax_layers: no parameter needs {said}: leave it out"):
+        label({"kernel": jnp.ones((3, 4))})
+    needing = {
+        "query": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
+        "key": {"kernel": jnp.ones((3, 4))},
+        "value": {"kernel": jnp.ones((3, 4))},
+        "conv": {"kernel": jnp.ones((3, 3, 4, 4))},
+    }
+    flax_layers(**{"num_heads": 2, **options})(needing) if "query_key" not in options else None
+    # A part of a tree need not have them.
+    label({"kernel": jnp.ones((3, 4)), "query": optax.MaskedNode()})
+
+
+def test_variables_that_are_no_parameters_are_refused():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    state = nnx.state(Model(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"norm/mean, a BatchStat, .* wrt=nnx.Param") as raised:
+        adam_mini(1e-3).init(state)
+    assert "nnx.split(model, nnx.Param, ...)" in str(raised.value)
+    adam_mini(1e-3).init(nnx.state(Model(nnx.Rngs(0)), nnx.Param))
+    # Specs of their own say that they are meant.
+    named = by_path([("norm/(mean|var)", per_element())], default=flax_layers())
+    for specs in (named, per_element()):
+        adam_mini(1e-3, block_specs=specs).init(state)
+    with pytest.raises(ValueError, match="infer_block_specs: these are no parameters"):
+        infer_block_specs(lambda s: s, state)

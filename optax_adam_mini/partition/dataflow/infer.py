@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from optax_adam_mini.labels import check_used, compiled_rules, path_str
+from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
 from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.explain import why_unread
@@ -83,6 +83,8 @@ def infer_block_specs(
     for rule, _ in rules:
         check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
                    params)  # fmt: skip
+    is_overridden = lambda path: any(rule.search(path) for rule, _ in rules)
+    check_only_params("infer_block_specs", params, is_overridden)
     result = interpret("infer_block_specs", fn, params, *args, **kwargs)
     specs: list[Spec] = []
     unread: list[str] = []
