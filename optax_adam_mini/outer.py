@@ -129,9 +129,10 @@ class Outer:
             >>> outer(per_neuron(axis=0), per_neuron()).block_mean(jnp.array([[1.0, 3.0]]))
             OuterMoments(a=Array([[2.]], dtype=float32), b=Array([[1., 3.]], dtype=float32))
         """
+        a, b = self.a.runs(x.shape), self.b.runs(x.shape)
 
         def means(x: Array, again: Array) -> OuterMoments:
-            return OuterMoments(self.a.block_mean(x, of), self.b.block_mean(again, of))
+            return OuterMoments(sums.block_mean(x, a, of), sums.block_mean(again, b, of, spare=1))
 
         # On a TPU one reading makes both sums. XLA's CPU compiler makes one result a loop, and
         # would keep what both sum, an array of x's size: a barrier holds the readings apart there.

@@ -7,6 +7,7 @@ broadcast.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ def block_mean(
     x: Inexact[Array, "*shape"],
     axes: Sequence[Runs],
     of: Callable[[Array], Array] | None = None,
+    spare: int = 0,
 ) -> Inexact[Array, "*grid"]:
     """The mean of `x`, or of a function of each number, over each block, in float32 or wider.
 
@@ -33,15 +35,19 @@ def block_mean(
         axes: for each of its axes, the runs of equal blocks along it, as
             [`BlockSpec.runs`][optax_adam_mini.BlockSpec.runs] gives them.
         of: an elementwise function whose values are averaged; they are not kept.
+        spare: how many times more than it must be the sum is halved. It changes nothing, but where
+            two sums of one array are scaled alike XLA keeps the scale, an array as large.
 
     Examples:
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
         Array([2., 5.], dtype=float32)
     """
+    if (axis := _axis_in_parts(axes)) is not None:
+        return _part_means(x, axes, axis, of, spare)
     sizes = block_sizes(axes)
     # A power of two, so that nothing is rounded by it: where the mean is in float32's range, so is
     # the sum.
-    scale = 0.5 ** math.ceil(math.log2(max(np.max(sizes, initial=1), 1)))
+    scale = 0.5 ** (math.ceil(math.log2(max(np.max(sizes, initial=1), 1))) + spare)
     value = of or (lambda x: x)
     total = _sum_whole_axes(x, lambda x: value(x) * scale, axes)
     for axis, runs in enumerate(axes):
@@ -64,6 +70,8 @@ def spread(
         >>> spread(jnp.array([2.0, 5.0]), [((1, 2), (1, 1))], (3,))
         Array([2., 2., 5.], dtype=float32)
     """
+    if (axis := _axis_in_parts(axes)) is not None:
+        return _spread_parts(nu, axes, axis, shape)
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             nu = _repeat_runs(nu, axis, runs)
@@ -85,6 +93,89 @@ def _is_whole(runs: Runs) -> bool:
 
 def _is_each(runs: Runs) -> bool:
     return all(block == 1 for _, block in runs)
+
+
+_FEW = 8  # parts that are told apart one by one
+
+
+def _axis_in_parts(axes: Sequence[Runs]) -> int | None:
+    """The axis in few parts, where all others are cut at each index: rows of a fused kernel.
+
+    Nothing is summed before the parts are, and so nothing is small.
+    """
+    grouped = [a for a, runs in enumerate(axes) if not (_is_whole(runs) or _is_each(runs))]
+    whole = [runs for runs in axes if _is_whole(runs) and runs[0][1] > 1]
+    if len(grouped) != 1 or whole or len(axes) < 2:
+        return None
+    return grouped[0] if sum(n for n, _ in axes[grouped[0]]) <= _FEW else None
+
+
+def _part_means(
+    x: Inexact[Array, "*shape"],
+    axes: Sequence[Runs],
+    axis: int,
+    of: Callable[[Array], Array] | None,
+    spare: int,
+) -> Inexact[Array, "*grid"]:
+    """The mean of each part of one axis.
+
+    An axis that is sharded cannot be split without moving it between devices. What is masked stays
+    where it is, and several sums of one array are made in one reading; but not on a CPU, which
+    reads it anew for each: there, the axis is split into equal pieces of parts.
+    """
+    value = of or (lambda x: x)
+    bounds = _bounds(axes[axis])
+
+    def split(x: Array) -> Array:
+        piece = math.gcd(*(size for _, size in axes[axis]))
+        pieces = x.shape[axis] // piece
+        x = x.reshape(*x.shape[:axis], pieces, piece, *x.shape[axis + 1 :])
+        of_pieces = [*axes[:axis], ((pieces, 1),), ((1, piece),), *axes[axis + 1 :]]
+        means = jnp.squeeze(block_mean(x, of_pieces, of, spare), axis + 1)
+        in_pieces = [((1, 1),) if a != axis else tuple((n, size // piece) for n, size in runs)
+                     for a, runs in enumerate(axes)]  # fmt: skip
+        return _sum_runs(means, axis, in_pieces[axis]) / block_sizes(in_pieces)
+
+    def masked(x: Array) -> Array:
+        index = _index_along(axis, x.shape)
+        parts: list[Array] = []
+        for start, stop in bounds:
+            scale = 0.5 ** math.ceil(math.log2(stop - start))
+            kept = jnp.where(
+                (start <= index) & (index < stop), value(x.astype(widen(x.dtype))) * scale, 0
+            )
+            parts.append(jnp.sum(kept, axis, keepdims=True) / ((stop - start) * scale))
+        return jnp.concatenate(parts, axis)
+
+    if jax.device_count() > 1:
+        return masked(x)
+    return jax.lax.platform_dependent(x, cpu=split, default=masked)
+
+
+def _spread_parts(
+    nu: Inexact[Array, "*grid"], axes: Sequence[Runs], axis: int, shape: Sequence[int]
+) -> Inexact[Array, "*shape"]:
+    """As `spread`, by choosing among the parts: an expression that fuses with what reads it."""
+    nu = jax.lax.optimization_barrier(_not_sharded_along(nu, axis))
+    bounds = _bounds(axes[axis])
+    rows = [jax.lax.slice_in_dim(nu, part, part + 1, axis=axis) for part in range(len(bounds))]
+    index = _index_along(axis, shape)
+    found = rows[-1]
+    for row, (_, stop) in zip(rows[-2::-1], bounds[-2::-1], strict=True):
+        found = jnp.where(index < stop, row, found)
+    return jnp.broadcast_to(found, tuple(shape))
+
+
+def _bounds(runs: Runs) -> list[tuple[int, int]]:
+    """Where each block along an axis begins and ends."""
+    ends = np.cumsum([0, *np.repeat([size for _, size in runs], [n for n, _ in runs])]).tolist()
+    return list(itertools.pairwise(ends))
+
+
+def _index_along(axis: int, shape: Sequence[int]) -> Array:
+    """The indices of one axis, of size 1 along the others."""
+    along = [size if a == axis else 1 for a, size in enumerate(shape)]
+    return jax.lax.broadcasted_iota(np.int32, along, axis)
 
 
 def _sum_whole_axes(

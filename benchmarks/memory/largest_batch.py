@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.speed.train_step import step_bytes
 from examples.common.cli import ConfigError, check_counts, exit_status
+from examples.common.interrupts import end_on_interrupt
 from examples.common.mesh import BATCH_AXES, MeshConfig
 from examples.common.text import TextConfig
 from examples.llama.model import CONFIGS
@@ -111,4 +112,5 @@ if __name__ == "__main__":
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.memory.largest_batch", description=Options.__doc__
     )
+    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

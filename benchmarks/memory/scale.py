@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common.cli import ConfigError, exit_status
+from examples.common.interrupts import end_on_interrupt
 from examples.common.mesh import param_shardings
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
 from examples.llama.train import Config
@@ -203,4 +204,5 @@ if __name__ == "__main__":
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.memory.scale", description=Options.__doc__
     )
+    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

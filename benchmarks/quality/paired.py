@@ -28,6 +28,7 @@ from benchmarks.quality.variants import VARIANTS
 from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
 from examples.common.cli import check_counts, exit_status
+from examples.common.interrupts import end_on_interrupt
 
 
 class Contender(NamedTuple):
@@ -191,4 +192,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     options = tyro.cli(Options, prog="python -m benchmarks.quality.paired", description=__doc__)
-    sys.exit(exit_status(lambda: main(options), "the same command goes on from here."))
+    end_on_interrupt(lambda: "the same command goes on from here.")
+    sys.exit(exit_status(lambda: main(options)))

@@ -28,6 +28,7 @@ from rich.console import Console
 from benchmarks.results import Columns, Row, machine, write_rows
 from benchmarks.speed.update import Tree, gpt2
 from examples.common.cli import check_counts, comparison_table, exit_status
+from examples.common.interrupts import end_on_interrupt
 from optax_adam_mini import adam_mini
 
 
@@ -150,4 +151,5 @@ if __name__ == "__main__":
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.speed.overhead", description=Options.__doc__
     )
+    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

@@ -25,6 +25,7 @@ from benchmarks.results import Columns, machine, write_rows
 from benchmarks.speed.update import known
 from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.images import Batch
+from examples.common.interrupts import end_on_interrupt
 from examples.common.text import TextConfig
 from examples.gpt2 import train as gpt2
 from examples.resnet import train as resnet
@@ -189,4 +190,5 @@ if __name__ == "__main__":
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.speed.train_step", description=Options.__doc__
     )
+    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

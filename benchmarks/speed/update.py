@@ -29,6 +29,7 @@ from rich.console import Console
 
 from benchmarks.results import Columns, machine, write_rows
 from examples.common.cli import ConfigError, comparison_table, exit_status
+from examples.common.interrupts import end_on_interrupt
 from examples.common.language import abstract_model, block_specs
 from examples.common.optimizers import state_bytes
 from examples.common.text import TextConfig
@@ -398,4 +399,5 @@ if __name__ == "__main__":
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.speed.update", description=Options.__doc__
     )
+    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

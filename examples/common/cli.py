@@ -27,19 +27,13 @@ def check_counts(counts: Mapping[str, int]) -> None:
             raise ConfigError(f"--{option} is {value}, but must be at least 1.")
 
 
-def exit_status(
-    main: Callable[[], None],
-    after_interrupt: str = "--resume with the run's folder goes on from here.",
-) -> int:
+def exit_status(main: Callable[[], None]) -> int:
     """Run `main`; a wrong configuration becomes one line on stderr and a status of 2."""
     try:
         main()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {after_interrupt}", file=sys.stderr)
-        return 130
     return 0
 
 

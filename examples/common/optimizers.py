@@ -17,8 +17,11 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warmup."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0; it then falls on a cosine."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises from 0; it then falls on a cosine. Without it, the
+    part of --steps that --warmup-share says, and no more than 100."""
+    warmup_share: float = 0.2
+    """Part of the steps, from 0 to less than 1."""
     final_learning_rate: float = 0.1
     """Learning rate of the last step, as a fraction of the highest."""
     b1: float = 0.9
@@ -32,9 +35,19 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
 
+    def warmup(self, steps: int) -> int:
+        """Steps of the warmup in a run of `steps` steps."""
+        if self.warmup_steps is None:
+            return min(int(self.warmup_share * steps), 100)
+        return self.warmup_steps
+
     def check(self, steps: int) -> None:
         """Refuse what cannot work in a run of `steps` steps."""
-        if not 0 <= self.warmup_steps < steps:
+        if not 0 <= self.warmup_share < 1:
+            raise ConfigError(
+                f"--warmup-share is {self.warmup_share}, but must be from 0 to less than 1."
+            )
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps < steps:
             raise ConfigError(
                 f"--warmup-steps is {self.warmup_steps}, but must be from 0 to --steps - 1 = "
                 f"{steps - 1}."
@@ -103,7 +116,7 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup(steps),
         decay_steps=steps,
         end_value=config.final_learning_rate * config.learning_rate,
     )

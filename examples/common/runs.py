@@ -129,6 +129,12 @@ def open_checkpoints(folder: Path, *, to_write: bool) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint in `folder`; None where there is none."""
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
 def save_checkpoint(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Write `state` as the checkpoint of `step`; it appears whole or not at all. Returns when
     `state` is copied and may be donated."""
@@ -144,7 +150,14 @@ def restore_checkpoint(checkpoints: ocp.CheckpointManager, abstract_state: Any) 
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device),
         abstract_state,
     )
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract_state))
+    except Exception as error:  # of many kinds: of the file system, of the format, of the tree
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"the checkpoint {checkpoints.directory / str(step)} cannot be read ({reason[:200]}): "
+            "move it away to go on from an older one, or start a new run."
+        ) from error
 
 
 def plot_curves(

@@ -216,10 +216,30 @@ def documents(config: TextConfig) -> list[Document]:
         found = [Document(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
     except OSError as error:
         raise ConfigError(f"the text in {root} cannot be read: {error}.") from error
+    if config.text is not None:
+        for document in found:
+            _check_is_text(root, document)
     found = sorted(document for document in found if document.text)
     if not found:
         raise ConfigError(f"there is no text in {root}: give a --text with files that hold some.")
     return found
+
+
+def _check_is_text(root: Path, document: Document) -> None:
+    """Refuse a file of something else than text."""
+    path = root if root.is_file() else root / document.name
+    try:
+        document.text.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--text {path} is no text in UTF-8 (byte {error.start} is "
+            f"0x{document.text[error.start]:02x}): give files of text alone, converted to UTF-8."
+        ) from error
+    if b"\0" in document.text:
+        raise ConfigError(
+            f"--text {path} is no text (byte {document.text.index(0)} is 0): give files of text "
+            "alone."
+        )
 
 
 def _stream(dataset: str, size: int) -> list[Document]:

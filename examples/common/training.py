@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console, RenderableType
 
-from examples.common import mesh, optimizers, runs
+from examples.common import interrupts, mesh, optimizers, runs
 from examples.common.cli import ConfigError, check_counts, comparison_table, progress_bar
 from examples.common.optimizers import OptimizerConfig
 
@@ -29,8 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 class TrainingConfig:
     """The options that every example has. An example adds its own, and may give other defaults."""
 
-    optimizer: str | None = None
-    """Train with this one alone: adamw or adam_mini. Without it, with both, one after the other."""
+    optimizer: Literal["adamw", "adam_mini"] | None = None
+    """Train with this one alone. Without it, with both, one after the other."""
     steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16
@@ -133,16 +133,36 @@ class Task:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The options that a run was started with; those that came later are as they were before."""
-    return {"v": "mean", **json.loads((folder / runs.CONFIG_FILE).read_text())}
+    try:
+        stored = json.loads((folder / runs.CONFIG_FILE).read_text())
+        return {"v": "mean", **stored}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / runs.CONFIG_FILE} cannot be read ({error}): start a new run."
+        ) from error
 
 
 def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
     """The configuration that a run was started with."""
     stored = read_config(folder)
+    config = config_type()
+    of_example = {field.name for field in dataclasses.fields(config_type)} - set(config.where)
+    if stored.keys() - set(config.where) != of_example:
+        raise ConfigError(
+            f"{folder} is no run of this example: its options are others. Give a run in "
+            f"{config.runs}, or go on with the example that made it."
+        )
     for name, default in vars(config_type()).items():
         if dataclasses.is_dataclass(default) and name in stored:
             stored[name] = type(default)(**stored[name])
-    return config_type(**stored)
+    try:
+        config = config_type(**stored)
+        config.check()
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the options in {folder / runs.CONFIG_FILE} cannot be read ({error}): start a new run."
+        ) from error
+    return config
 
 
 def given_options(config: Any, default: Any) -> list[str]:
@@ -261,10 +281,19 @@ def result(task: Task, optimizer: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def where_it_goes_on(folder: Path, names: Sequence[str]) -> str:
+    """From where --resume would take up a run that ends now."""
+    for optimizer in reversed(names):
+        if step := runs.newest_checkpoint(folder / optimizer / "checkpoints"):
+            return f"--resume {folder} goes on with {optimizer} after step {step}."
+    return f"no checkpoint was written yet; --resume {folder} starts from the beginning."
+
+
 def train_and_compare(config: TrainingConfig, task: Task, folder: Path, console: Console) -> None:
     """Train with each of the optimizers what is not trained yet; draw the curves, print the
     table."""
     console.print(f"{task.description}; run folder {folder}")
+    interrupts.end_on_interrupt(lambda: where_it_goes_on(folder, config.optimizer_names))
     for optimizer in config.optimizer_names:
         train(config, optimizer, task, folder / optimizer, console)
     if not mesh.is_first():

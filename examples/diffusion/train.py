@@ -98,7 +98,8 @@ class Config(TrainingConfig):
     samples: int = 64
     """Images that each optimizer's model draws at the end."""
     sample_steps: int | None = None
-    """Steps from noise to a sample. Without it, all of the times."""
+    """Steps from noise to a sample. Without it, all of the times, but no more than the model was
+    trained for."""
     eta: float = 1.0
     """Share of a sample's noise that is drawn anew at each step: 1 is the sampling of Ho et al., 0
     that of DDIM, which needs fewer steps."""
@@ -108,7 +109,7 @@ class Config(TrainingConfig):
     )
     hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=1e-2, warmup_steps=100, b2=0.999, weight_decay=0.0
+            learning_rate=1e-2, warmup_share=0.1, b2=0.999, weight_decay=0.0
         )
     )
 
@@ -296,7 +297,7 @@ def make_sampler(config: Config, trained: Config) -> Callable[[Any, jax.Array], 
     predict = make_predict(trained)
     alpha_bars = make_alpha_bars(trained.schedule, trained.diffusion_steps)
     shape = (config.samples, *trained.data.facts.image_shape)
-    steps = config.sample_steps or trained.diffusion_steps
+    steps = config.sample_steps or min(trained.diffusion_steps, trained.steps)
 
     @jax.jit
     def draw(params: Any, key: jax.Array) -> jax.Array:

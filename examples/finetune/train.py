@@ -69,7 +69,7 @@ class Config(TrainingConfig):
     """Folder in which every run makes its own."""
 
     hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(warmup_steps=30)
+        default_factory=lambda: OptimizerConfig(warmup_share=0.1)
     )
 
     def check(self) -> None:

@@ -58,7 +58,7 @@ class Config(TrainingConfig):
     )
     hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=3e-2, warmup_steps=10, b2=0.999, weight_decay=0.1
+            learning_rate=3e-2, warmup_share=0.05, b2=0.999, weight_decay=0.1
         )
     )
 

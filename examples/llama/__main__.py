@@ -2,10 +2,14 @@
 
 import sys
 
-import tyro
+from examples.common.interrupts import end_on_interrupt
 
-from examples.common.cli import exit_status
-from examples.llama.train import Config, main
+end_on_interrupt()  # before what takes long to import
+
+import tyro  # noqa: E402
+
+from examples.common.cli import exit_status  # noqa: E402
+from examples.llama.train import Config, main  # noqa: E402
 
 if __name__ == "__main__":
     config = tyro.cli(Config, prog="python -m examples.llama", description=Config.__doc__)

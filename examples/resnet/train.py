@@ -60,7 +60,7 @@ class Config(TrainingConfig):
     )
     hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=100, b2=0.999, weight_decay=0.1
+            learning_rate=3e-3, warmup_share=0.1, b2=0.999, weight_decay=0.1
         )
     )
 

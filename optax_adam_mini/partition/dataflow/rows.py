@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, Cut, per_element
+from optax_adam_mini.blocks import BlockSpec, per_element
 from optax_adam_mini.outer import Spec, outer
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.interpret import Result
@@ -33,9 +33,9 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
 
     The axes along which a parameter lies in layers or experts stay apart in both grids. Of the
     others, those that are contracted make rows and the rest columns; of a table the rows are those
-    that are looked up. A row is cut where blocks end that are more than one neuron, and where the
-    outputs are taken apart: into heads, and into the parts of a fused kernel. What has no rows, a
-    bias or a gain, is kept per coordinate, and so is what would not be smaller otherwise.
+    that are looked up. A row is cut where the outputs are taken apart, into the parts of a fused
+    kernel, and where heads end and neurons begin. What has no rows, a bias or a gain, is kept per
+    coordinate, and so is what would not be smaller otherwise.
     """
     spec = spec_of(shape, result, index)
     if spec.size(shape) == math.prod(shape):
@@ -43,14 +43,13 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     inputs, outputs, stacked = _sorted(shape, result, index)
     if not (inputs and outputs):
         return per_element()
-    segments = _segments(shape, spec, outputs, _borders(result, index))
+    first = outputs[0]
+    parts = _parts(shape, spec, outputs, _borders(result, index))
     groups = _conv_groups(result, index)
     if groups > 1 and len(outputs) == 1:
-        segments = {outputs[0]: [shape[outputs[0]] // groups] * groups}
-    cuts: list[tuple[int, Cut]] = [
-        (axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in segments.items()
-    ]
-    rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
+        parts = [shape[first] // groups] * groups
+    cut = (first, cut_into(first, shape[first], parts))
+    rows = BlockSpec((*((a, None) for a in inputs), cut), unit="row")
     columns = BlockSpec(tuple((a, None) for a in outputs), unit="column")
     found = outer(rows, columns, stacked=stacked)
     return found if found.size(shape) < math.prod(shape) else per_element()
@@ -114,22 +113,19 @@ def _borders(result: Result, index: int) -> set[int]:
     return found
 
 
-def _segments(
+def _parts(
     shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: set[int]
-) -> dict[int, list[int]]:
-    """For each output axis the sizes of the parts with rows of their own."""
-    runs = spec.runs(shape)
-    grid = [sum(n for n, _ in runs[axis]) for axis in outputs]
-    neurons = all(n == shape[axis] for n, axis in zip(grid, outputs, strict=True))
-    if len(outputs) > 1 and not neurons:
-        return {axis: [s for n, s in runs[axis] for _ in range(n)] for axis in outputs}
+) -> list[int]:
+    """The sizes of the parts of the first output axis that have rows of their own."""
     first = outputs[0]
     inner = math.prod(shape[axis] for axis in outputs[1:])
     ends = {border // inner for border in borders if border % inner == 0}
+    if len(outputs) == 1:  # heads and neurons side by side
+        are_heads = [size > 1 for _, size in spec.runs(shape)[first]]
+        sizes = [n * size for n, size in spec.runs(shape)[first]]
+        kinds = itertools.groupby(zip(are_heads, sizes, strict=True), key=lambda run: run[0])
+        ends |= set(itertools.accumulate(sum(size for _, size in runs) for _, runs in kinds))
     ends |= {0, shape[first]}
     if len(ends) > max(2, shape[first] * inner // 8):  # no parts: each output by itself
         ends = {0, shape[first]}
-    if not neurons:
-        sizes = [[n] if s == 1 else [s] * n for n, s in runs[first]]
-        ends |= set(itertools.accumulate(itertools.chain(*sizes)))
-    return {first: np.diff(sorted(ends)).tolist()}
+    return np.diff(sorted(ends)).tolist()
