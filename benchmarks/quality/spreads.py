@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality.variants import rows_for_matrices, rows_for_parts
+from benchmarks.quality.variants import rows_for_matrices
 from benchmarks.quality.workloads import WORKLOADS
 from examples.common.language import block_specs
 from optax_adam_mini import BlockSpec, per_neuron
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
 
     table = Table(title=f"{workload.title} nano, AdamW's v after {options.steps} steps")
     table.add_column("parameters")
-    titles = ("the paper's", "by input", "by output", "row per matrix", "row per part", "outer")
+    titles = ("the paper's", "by input", "by output", "row per matrix", "outer")
     for title in titles:
         table.add_column(f"spread, {title}", justify="right")
     for title in ("the paper's", "by input", "by output"):
@@ -92,7 +92,6 @@ def main(options: Options) -> None:
             lambda m, o: per_neuron(axis=0),
             lambda m, o: per_neuron(),
             lambda m, o: rows_for_matrices(o),
-            lambda m, o: rows_for_parts(o),
             lambda m, o: o,
         ):
             values = [spread(spec(m, o), v) for v, m, o in found]

@@ -2,6 +2,7 @@
 choice is worth. To import this module adds Adam-mini with each of them to the examples' optimizers.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,17 @@ import jax
 import optax
 
 from examples.common.optimizers import OPTIMIZERS
-from optax_adam_mini import by_path, per_element, per_neuron, per_tensor, per_token
+from optax_adam_mini import (
+    by_path,
+    fused,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    per_token,
+)
 from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.labels import path_str
 from optax_adam_mini.outer import Outer, Spec, outer
 
 MATRIX = outer(per_neuron(axis=0), per_neuron())
@@ -21,20 +31,26 @@ def rows_for_matrices(spec: Spec) -> Spec:
     return MATRIX if isinstance(spec, Outer) else spec
 
 
-def rows_for_parts(spec: Spec) -> Spec:
-    """One row for query, key and value in a fused kernel, which are equally wide, and for every
-    other kernel."""
-    if not isinstance(spec, Outer):
-        return spec
-    cut = spec.a.cut_along(1)
-    rows = ((0, None), (1, 3)) if isinstance(cut, tuple) else ((0, None),)
-    return outer(BlockSpec(rows), per_neuron())
+def _rows(*outputs: tuple[int, BlockSpec]) -> Spec:
+    """A row for each block along the outputs."""
+    cut = fused(1, outputs)
+    return outer(BlockSpec(((0, None), *cut.cuts)), per_neuron())
 
+
+def _heads(count: int, size: int) -> tuple[int, BlockSpec]:
+    return count * size, per_head(count, axis=1)
+
+
+ROWS_FOR_HEADS = [
+    ("c_attn/kernel", _rows(_heads(8, 16), _heads(8, 16), (128, per_tensor()))),
+    ("query/kernel", _rows(_heads(8, 16))),
+    ("key/kernel", _rows(_heads(4, 16))),
+]
 
 # Title: a function of every spec, or rules over paths that go before.
 VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
     "rows for matrices": rows_for_matrices,
-    "rows for parts": rows_for_parts,
+    "rows for heads": ROWS_FOR_HEADS,
     "embedding by token": [("wte|embed/|head/", per_token())],
     "embedding per coordinate": [("wte|embed/|head/", per_element())],
     "positions by position": [("wpe", per_token())],
@@ -51,7 +67,10 @@ def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
         if callable(change):
             specs = jax.tree.map(change, block_specs)
         else:
-            specs = by_path(change, default=lambda _: block_specs)
+            # Of two models' layers, those that this one has.
+            paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(block_specs)]
+            rules = [rule for rule in change if any(re.search(rule[0], path) for path in paths)]
+            specs = by_path(rules, default=lambda _: block_specs)
         return OPTIMIZERS["adam_mini"](schedule, config, specs)
 
     return build
