@@ -11,7 +11,6 @@ from optax_adam_mini.blocks import (
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
 from optax_adam_mini.labels import BlockSpecs
-from optax_adam_mini.outer import outer
 from optax_adam_mini.partition.by_path import by_path
 from optax_adam_mini.partition.dataflow import (
     explain,
@@ -21,6 +20,7 @@ from optax_adam_mini.partition.dataflow import (
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.partition.logical_axes import by_logical_axes
 from optax_adam_mini.partition.measured import measure_block_specs
+from optax_adam_mini.product import outer
 from optax_adam_mini.report import block_table
 from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
-from optax_adam_mini.outer import OuterMoments, Spec
+from optax_adam_mini.product import OuterMoments, Spec
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 

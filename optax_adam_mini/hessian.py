@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
-from optax_adam_mini.outer import Spec
+from optax_adam_mini.product import Spec
 from optax_adam_mini.sums import spread
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def block_numbers(block_spec: Spec, shape: Sequence[int]) -> np.ndarray:
     """The number of the block that each coordinate is in.
 
     Args:
-        block_spec: how a parameter is cut; of an [`outer`][], the blocks that hold a row and a
-            column each.
+        block_spec: how a parameter is cut; of an [`outer`][optax_adam_mini.outer], the blocks
+            that hold a row and a column each.
         shape: the parameter's shape, of `n` coordinates.
 
     Returns:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.blocks import BlockSpec
-from optax_adam_mini.outer import Outer, Spec
+from optax_adam_mini.product import Outer, Spec
 
 T = TypeVar("T")
 

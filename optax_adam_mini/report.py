@@ -13,7 +13,7 @@ import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, period
 from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
-from optax_adam_mini.outer import Outer, Spec
+from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:

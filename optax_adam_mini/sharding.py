@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.labels import path_of, some
-from optax_adam_mini.outer import OuterMoments
+from optax_adam_mini.product import OuterMoments
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -25,8 +25,8 @@ from optax_adam_mini.labels import (
     resolve_block_specs,
     spec_leaves,
 )
-from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.flax_layers import flax_layers
+from optax_adam_mini.product import Spec
 from optax_adam_mini.sums import widen
 
 # Annotations are objects here, not strings: Optax's tests look learning_rate's up.
@@ -42,8 +42,8 @@ class ScaleByAdamMiniState(NamedTuple):
         mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`.
         nu: mean of the squared gradient's moving average over each block, a pytree like the
             parameters, float32 or wider; each array has the rank of its parameter and the shape
-            of its grid of blocks. Where the spec is an [`outer`][] it is an
-            [`OuterMoments`][optax_adam_mini.outer.OuterMoments] of two such arrays.
+            of its grid of blocks. Where the spec is an [`outer`][optax_adam_mini.outer] it is an
+            [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two such arrays.
     """
 
     count: 'Int[Array, ""]'  # pyright: ignore[reportIncompatibleMethodOverride]

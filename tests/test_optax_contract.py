@@ -11,7 +11,7 @@ import types
 import optax
 
 from optax_adam_mini import adam_mini, per_element, per_neuron, per_tensor
-from optax_adam_mini.outer import Spec
+from optax_adam_mini.product import Spec
 
 SPECS: dict[str, Spec | None] = {
     "default": None,

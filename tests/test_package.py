@@ -34,7 +34,7 @@ def test_everything_public_is_documented():
 LAYERS = [
     ["blocks", "compiled", "hyperparams"],
     ["sums"],
-    ["outer"],
+    ["product"],
     ["labels"],
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
      "dataflow", "report", "sharding", "hessian"],

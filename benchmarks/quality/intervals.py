@@ -87,6 +87,59 @@ def write(output: Path, file: str, name: str) -> str:
     return page
 
 
+def write_memory(output: Path) -> None:
+    """The plot of loss against memory, from the comparisons in `output`."""
+    figure = draw_memory(output)
+    if figure is not None:
+        figure.savefig(output / "memory.png", dpi=120)
+        plt.close(figure)
+
+
+def draw_memory(output: Path) -> Figure | None:
+    """How far Adam-mini is behind AdamW against the memory of its state, in the comparisons that
+    there are; None where there is none."""
+    found: dict[str, list[tuple[float, Interval, str]]] = {}
+    for file in sorted(output.glob("*.json")):
+        content = json.loads(file.read_text())
+        name, steps = file.stem.rsplit("_", 1)
+        workload, rows = WORKLOADS[name], content.get("rows", [])
+        if name in ("gpt2", "llama", "resnet") and rows:
+            unit = "points" if workload.by_accuracy else "%"
+            factor = 1 if workload.by_accuracy else 100
+            for row in rows:
+                if row["contender"] not in ("mean", "outer"):
+                    continue
+                share = 100 * row["optimizer_bytes"] / rows[0]["optimizer_bytes"]
+                interval = behind(workload, row["values"], rows[0]["values"])
+                scaled = Interval(*(factor * value for value in interval))
+                title = f"{workload.title}, {steps} steps ({unit})"
+                found.setdefault(title, []).append((share, scaled, row["contender"]))
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for index, (title, points) in enumerate(found.items()):
+        shift = 0.12 * (index - (len(found) - 1) / 2)
+        ends = [*sorted(points), (100.0, Interval(0.0, 0.0, 0.0), "adamw")]
+        order = [{"mean": 0, "outer": 1, "adamw": 2}[who] + shift for _, _, who in ends]
+        means = [interval.mean for _, interval, _ in ends]
+        errors = [[m - i.low for m, (_, i, _) in zip(means, ends, strict=True)],
+                  [i.high - m for m, (_, i, _) in zip(means, ends, strict=True)]]  # fmt: skip
+        axes.errorbar(order, means, yerr=errors, marker="osD^v"[index % 5], capsize=3, label=title)
+    shares = {who: sorted({f"{s:.1f}" for p in found.values() for s, _, w in p if w == who})
+              for who in ("mean", "outer")}  # fmt: skip
+    span = lambda who: f"{shares[who][0]} to {shares[who][-1]}%" if shares[who] else ""
+    axes.set_xticks(range(3))
+    axes.set_xticklabels(
+        [f"one number a block\n{span('mean')}", f"a row and a column\n{span('outer')}",
+         "AdamW, per coordinate\n100%"]
+    )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="what is kept of v, and the optimizer's memory", ylabel="behind AdamW")
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean and 95% interval")
+    return figure
+
+
 def rate_curve(
     workload: Workload, runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[float, list[float]]]:

@@ -188,6 +188,7 @@ def main(options: Options) -> None:
         compare(comparison)
         page = intervals.write(Path(options.output), comparison.file, name)
         console.print(page, markup=False, highlight=False, soft_wrap=True)
+    intervals.write_memory(Path(options.output))
 
 
 if __name__ == "__main__":

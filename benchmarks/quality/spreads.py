@@ -25,7 +25,7 @@ from benchmarks.quality.variants import rows_for_matrices
 from benchmarks.quality.workloads import WORKLOADS
 from examples.common.language import block_specs
 from optax_adam_mini import BlockSpec, per_neuron
-from optax_adam_mini.outer import Outer, Spec
+from optax_adam_mini.product import Outer, Spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import path_str
-from optax_adam_mini.outer import Outer, Spec, outer
+from optax_adam_mini.product import Outer, Spec, outer
 
 MATRIX = outer(per_neuron(axis=0), per_neuron())
 

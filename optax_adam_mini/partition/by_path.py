@@ -17,7 +17,7 @@ from optax_adam_mini.labels import (
     completed,
     path_str,
 )
-from optax_adam_mini.outer import Spec
+from optax_adam_mini.product import Spec
 
 
 def by_path(

@@ -29,7 +29,7 @@ from optax_adam_mini.labels import (
     path_of,
     some,
 )
-from optax_adam_mini.outer import Outer, Spec
+from optax_adam_mini.product import Outer, Spec
 
 # Flax's names, and Haiku's, whose kernels are laid out alike.
 _BIASES = {"bias", "b", "offset", "bias_n"}

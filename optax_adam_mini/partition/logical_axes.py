@@ -19,7 +19,7 @@ from optax_adam_mini.labels import (
     path_str,
     some,
 )
-from optax_adam_mini.outer import Spec
+from optax_adam_mini.product import Spec
 
 Names = tuple[str | None, ...]
 

@@ -14,7 +14,7 @@ import optax
 
 from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
 from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs, some
-from optax_adam_mini.outer import Spec, outer
+from optax_adam_mini.product import Spec, outer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree

@@ -15,7 +15,7 @@ from optax_adam_mini import (
     per_neuron,
     per_tensor,
 )
-from optax_adam_mini.outer import Outer
+from optax_adam_mini.product import Outer
 
 ROW, COLUMN = jnp.array([[1.0], [3.0], [2.0], [9.0]]), jnp.array([[1.0, 5.0, 2.0, 2.0, 7.0, 1.0]])
 ONES = jnp.ones((4, 6))

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import jax
 
 from optax_adam_mini.labels import check_used, path_str, some
-from optax_adam_mini.outer import Outer, Spec
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
 from optax_adam_mini.partition.dataflow.program import LAYOUT, LINEAR, Step
 from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
+from optax_adam_mini.product import Outer, Spec
 
 # Where the code of libraries is, in which no user looks for a layer.
 _LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import jax
 
 from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
-from optax_adam_mini.outer import Spec
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
 from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
+from optax_adam_mini.product import Spec
 
 
 def infer_block_specs(
@@ -44,10 +44,10 @@ def infer_block_specs(
         overrides: `(pattern, spec)`: the first rule whose regular expression is found (`re.search`)
             in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
         unreadable: spec of the parameters that cannot be read, which are an error without it.
-        v: what is kept of each block: `"mean"`, the paper's one number; or `"outer"`, a row and a
-            column in each ([`outer`][]): one number for each output and, for each head or part of a
-            fused kernel, one for each input. An embedding has one for each token and each feature,
-            and gains and biases are kept per coordinate.
+        v: what is kept: `"mean"`, the paper's one number for each block; or `"outer"`, a row and a
+            column ([`outer`][optax_adam_mini.outer]): one number for each output and, in each part
+            of a fused kernel, one for each input. A table has one for each token and each feature;
+            gains and biases are kept per coordinate.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, per_element
-from optax_adam_mini.outer import Spec, outer
 from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.interpret import Result
 from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
+from optax_adam_mini.product import Spec, outer
 
 KEPT = ("mean", "outer")
 

@@ -6,7 +6,7 @@ import pytest
 from jax import ShapeDtypeStruct as S
 
 from optax_adam_mini import explain, infer_block_specs, outer, per_element, per_neuron
-from optax_adam_mini.outer import Outer
+from optax_adam_mini.product import Outer
 
 T, D, H, K, V, F = 5, 24, 3, 8, 40, 64
 X, TOKENS = S((T, D), "float32"), S((T,), "int32")

@@ -1,8 +1,8 @@
 """The product of two grids as a spec: one row and one column inside each block.
 
-Where [`BlockSpec`][optax_adam_mini.BlockSpec] keeps one number for each block, [`outer`][] keeps
-the means over two grids, and `v` is their product: what a matrix needs that is not alike along its
-outputs only, at the price of one number for each input.
+Where [`BlockSpec`][optax_adam_mini.BlockSpec] keeps one number for each block,
+[`outer`][optax_adam_mini.outer] keeps the means over two grids, and `v` is their product: what a
+matrix needs that is not alike along its outputs only, at the price of one number for each input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """What is kept of a parameter for each of the two grids of [`outer`][].
+    """What is kept of a parameter for the two grids of [`outer`][optax_adam_mini.outer].
 
     Attributes:
         a: one number for each block of the first grid, of the parameter's rank.
@@ -38,7 +38,7 @@ class OuterMoments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """What [`outer`][] makes: a spec as [`BlockSpec`][optax_adam_mini.BlockSpec] is one.
+    """What [`outer`][optax_adam_mini.outer] makes: a spec, as `BlockSpec` is one.
 
     Static, hashable, comparable, a leaf of a pytree of specs.
 
@@ -202,9 +202,9 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
 
     at every coordinate. It is exact where the average itself is a row times a column inside each
     block, and where one grid is the other's coarsening it is the finer one's mean. `nu` is an
-    [`OuterMoments`][optax_adam_mini.outer.OuterMoments] of two arrays: for a kernel of 4096 x 11008
-    15,104 numbers. A plain kernel is `outer(per_neuron(axis=0), per_neuron())`; a query kernel with
-    a row of its own for each head `outer(a, per_neuron())` where `a` cuts the inputs at each index
+    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two arrays: 15,104 numbers for a
+    kernel of 4096 x 11008. A plain kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row
+    of its own for each head it is `outer(a, per_neuron())`, where `a` cuts the inputs at each index
     and the outputs into heads.
 
     `optax.adafactor` keeps the same two averages (Shazeer and Stern, [Adafactor: Adaptive Learning

@@ -22,7 +22,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.hessian import block_numbers
-from optax_adam_mini.outer import OuterMoments
+from optax_adam_mini.product import OuterMoments
 from tests import numpy_adam_mini
 from tests.strategies import given, shapes_and_specs
 
