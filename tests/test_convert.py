@@ -1,6 +1,3 @@
-import pathlib
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -160,12 +157,3 @@ def test_back_with_other_specs_is_refused():
     state = adam_mini(0.1, block_specs=per_tensor()).init(params())
     with pytest.raises(ValueError, match=r"bias: the state is not of these params: .* grid"):
         to_adam_state(state, params(), BLOCK_SPECS)
-
-
-def test_page():
-    page = pathlib.Path(__file__).parents[1] / "docs" / "switching.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    names = {}
-    exec(compile(code, page, "exec"), names)
-    assert names["opt_state"][1][0].count == 2
-    chex.assert_shape(names["opt_state"][1][0].nu["kernel"], (1, 8))

@@ -8,6 +8,7 @@ converted state, and one with Adam-mini from a fresh state, on the same batches.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,12 +30,14 @@ class Options:
     """Optimizer steps; the switch is half way."""
     seed: int = 0
     """Seed of the weights and the batches."""
+    v: Literal["mean", "outer"] = "outer"
+    """What Adam-mini keeps of each block."""
     data: str = "runs/switch"
     """Folder for the tokens."""
 
 
 def main(options: Options) -> None:
-    config = Config(steps=options.steps, seed=options.seed)
+    config = Config(steps=options.steps, seed=options.seed, v=options.v)
     context = config.architecture.context
     data = text.load(config.data, Path(options.data))
     held_out = text.held_out_windows(data.held_out, config.eval_windows, context)

@@ -1,0 +1,31 @@
+"""Every block of Python in README and docs runs as it is pasted, alone."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks():
+    """(page, its blocks of Python at their own line numbers)."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in re.finditer(r"^( *)```python\n((?:.*\n)*?)\1```", text, re.M):
+            code = "".join(
+                line.removeprefix(found[1]) for line in found[2].splitlines(keepends=True)
+            )
+            line = text.count("\n", 0, found.start(2))
+            name = f"{page.relative_to(ROOT)}:{line + 1}"
+            yield pytest.param(page, "\n" * line + code, id=name)
+
+
+def test_they_are_found():
+    assert len(list(blocks())) >= 15
+
+
+@pytest.mark.parametrize(("page", "code"), list(blocks()))
+def test_block_runs_alone(page, code):
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
