@@ -246,7 +246,7 @@ def test_complex_parameters():
 @pytest.mark.parametrize(
     "specs",
     [None, per_tensor(), per_element(), by_path([("b$", per_element())], outer(per_neuron(0), per_neuron()))],
-    ids=str,
+    ids=["default", "per_tensor", "per_element", "outer"],
 )  # fmt: skip
 def test_integer_leaves_are_left_alone(specs):
     p = {"kernel": jnp.ones((2, 3)), "w": jnp.arange(6).reshape(2, 3), "b": jnp.array([True])}

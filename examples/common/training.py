@@ -152,13 +152,13 @@ def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
             f"{folder} is no run of this example: its options are others. Give a run in "
             f"{config.runs}, or go on with the example that made it."
         )
-    for name, default in vars(config_type()).items():
-        if dataclasses.is_dataclass(default) and name in stored:
-            stored[name] = type(default)(**stored[name])
     try:
+        for name, default in vars(config).items():
+            if dataclasses.is_dataclass(default) and name in stored:
+                stored[name] = type(default)(**stored[name])
         config = config_type(**stored)
         config.check()
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise ConfigError(
             f"the options in {folder / runs.CONFIG_FILE} cannot be read ({error}): start a new run."
         ) from error

@@ -1,0 +1,194 @@
+"""What all examples do alike when something is asked of them that cannot be, or they are stopped."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from examples.common import runs, text
+from examples.common.cli import ConfigError
+from examples.common.optimizers import OptimizerConfig
+from examples.common.text import TextConfig
+from examples.common.training import load_config
+from examples.gpt2 import train as gpt2
+from examples.llama import train as llama
+from tests.examples.language import TINY_RUN, write_corpus
+from tests.examples.running import REPOSITORY, command, only_run, run_command
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def run_of_gpt2(corpus, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    data = TextConfig(text=str(corpus))
+    gpt2.main(gpt2.Config(**{**TINY_RUN, "data": data, "runs": str(root), "optimizer": "adamw"}))
+    return only_run(root)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_another_examples_run_is_refused_and_not_written_to(run_of_gpt2):
+    before = contents(run_of_gpt2)
+    with pytest.raises(ConfigError, match=r"is no run of this example: its options are others"):
+        llama.main(llama.Config(resume=str(run_of_gpt2)))
+    assert contents(run_of_gpt2) == before
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "config.json cannot be read"),
+        ("[1, 2]", "config.json cannot be read"),
+        ('{"steps": 3}', "is no run of this example"),
+    ],
+)
+def test_a_broken_run_is_one_clear_line(written, message, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / runs.CONFIG_FILE).write_text(written)
+    done = run_command("gpt2", f"--resume={folder}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == [runs.CONFIG_FILE]
+
+
+def test_options_that_make_no_sense_are_refused_on_resume(run_of_gpt2, tmp_path):
+    stored = json.loads((run_of_gpt2 / runs.CONFIG_FILE).read_text())
+    for changed in ({"steps": -1}, {"hyper": {"no_such": 1}}, {"model": "gpt9"}):
+        folder = tmp_path / next(iter(changed))
+        folder.mkdir()
+        runs.write_json(folder / runs.CONFIG_FILE, {**stored, **changed})
+        with pytest.raises(ConfigError, match=r"cannot be read .*start a new run"):
+            gpt2.main(gpt2.Config(resume=str(folder)))
+
+
+def test_a_broken_checkpoint_is_refused(run_of_gpt2, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_of_gpt2, folder)
+    config = json.loads((folder / runs.CONFIG_FILE).read_text())
+    runs.write_json(folder / runs.CONFIG_FILE, {**config, "steps": 100})
+    checkpoints = folder / "adamw" / "checkpoints"
+    newest = checkpoints / str(runs.newest_checkpoint(checkpoints))
+    for path in sorted(newest.rglob("*")):
+        if (path.is_file() and "ocdbt" in str(path)) or path.parent.name == "d":
+            path.write_bytes(b"broken")
+    with pytest.raises(ConfigError, match=rf"checkpoint .*{newest.name} cannot be read .*move it"):
+        gpt2.main(gpt2.Config(resume=str(folder)))
+
+
+def test_a_run_of_before_rows_and_columns_keeps_the_papers_blocks(run_of_gpt2, tmp_path):
+    stored = json.loads((run_of_gpt2 / runs.CONFIG_FILE).read_text())
+    assert stored.pop("v") == "outer"
+    runs.write_json(tmp_path / runs.CONFIG_FILE, stored)
+    assert load_config(gpt2.Config, tmp_path).v == "mean"
+    assert load_config(gpt2.Config, run_of_gpt2).v == "outer"
+
+
+@pytest.mark.parametrize(
+    ("steps", "config", "expected"),
+    [
+        (500, OptimizerConfig(), 100),
+        (4000, OptimizerConfig(), 100),
+        (20, OptimizerConfig(), 4),
+        (1, OptimizerConfig(), 0),
+        (300, OptimizerConfig(warmup_share=0.1), 30),
+        (20, OptimizerConfig(warmup_steps=7), 7),
+    ],
+)
+def test_warmup_is_a_share_of_the_steps(steps, config, expected):
+    config.check(steps)
+    assert config.warmup(steps) == expected
+
+
+def test_wrong_warmups_are_refused():
+    with pytest.raises(ConfigError, match=r"--warmup-share is 1.0, but must be from 0 to less"):
+        OptimizerConfig(warmup_share=1.0).check(10)
+    with pytest.raises(ConfigError, match=r"--warmup-steps is 10, but must be from 0 to --steps"):
+        OptimizerConfig(warmup_steps=10).check(10)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89PNG\r\n\x1a\n\x00\x00", r"picture.png is no text in UTF-8 \(byte 0 is 0x89\)"),
+        (b"text with a \x00 in it", r"picture.png is no text \(byte 12 is 0\)"),
+        ("fa\u00e7ade".encode("latin-1"), r"is no text in UTF-8 \(byte 2 is 0xe7\)"),
+    ],
+)
+def test_what_is_no_text_is_refused(content, message, tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "picture.png").write_bytes(content)
+    for given in (tmp_path, tmp_path / "picture.png"):
+        with pytest.raises(ConfigError, match=message):
+            text.documents(TextConfig(text=str(given)))
+
+
+def test_the_optimizers_are_listed():
+    shown = " ".join(run_command("gpt2", "--help").stdout.split())
+    assert "{None,adamw,adam_mini}" in shown
+    refused = run_command("gpt2", "--optimizer=adem")
+    assert refused.returncode == 2
+    assert "adam_mini" in refused.stderr
+
+
+# Ctrl-C
+
+
+def _has_come_to(moment, root):
+    folders = list(root.glob("*/adamw/checkpoints"))
+    return bool(folders) and (moment == "compiling" or bool(runs.newest_checkpoint(folders[0])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.3, 1.5, 4.0, "compiling", "training"])
+def test_an_interrupt_at_any_moment(after, corpus, tmp_path):
+    options = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
+    options += ["--steps=100000", "--eval-windows=8", "--checkpoint-every=20", f"--text={corpus}"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command("gpt2", *options, f"--runs={tmp_path / 'runs'}"),
+            cwd=REPOSITORY, stdout=file, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    if isinstance(after, float):
+        time.sleep(after)
+    else:
+        deadline = time.monotonic() + 120
+        while not _has_come_to(after, tmp_path / "runs") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _has_come_to(after, tmp_path / "runs")
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 130
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) == 1, said
+    assert lines[0].startswith("interrupted: ")
+    if after == "training":
+        folder = only_run(tmp_path / "runs")
+        step = runs.newest_checkpoint(folder / "adamw" / "checkpoints")
+        assert lines[0] == f"interrupted: --resume {folder} goes on with adamw after step {step}."
+        config = json.loads((folder / runs.CONFIG_FILE).read_text())
+        runs.write_json(
+            folder / runs.CONFIG_FILE, {**config, "steps": step + 1, "optimizer": "adamw"}
+        )
+        resumed = run_command("gpt2", f"--resume={folder}")
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"goes on after step {step}" in resumed.stdout
+
+
+def test_fields_of_the_configuration_are_all_stored(run_of_gpt2):
+    stored = json.loads((run_of_gpt2 / runs.CONFIG_FILE).read_text())
+    assert stored.keys() == {field.name for field in dataclasses.fields(gpt2.Config)}
