@@ -192,13 +192,13 @@ Spec = BlockSpec | Outer
 
 
 def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> Outer:
-    r"""The product of two grids: in each block that both have, `v` is a row times a column.
+    """The product of two grids: in each block that both have, `v` is a row times a column.
 
-    With the means $v_a$ and $v_b$ of the squared gradient's moving average over the blocks of the
-    two grids, and $v_{ab}$ that over the blocks of their common coarsening (whose cuts are those
-    that both have: one matrix, one head, one layer of a stack),
+    With the means `v_a` and `v_b` of the squared gradient's moving average over the blocks of the
+    two grids, and `v_ab` that over the blocks of their common coarsening (whose cuts are those that
+    both have: one matrix, one head, one layer of a stack),
 
-    $$ v = \frac{v_a \, v_b}{v_{ab}} $$
+        v = v_a * v_b / v_ab
 
     at every coordinate. It is exact where the average itself is a row times a column inside each
     block, and where one grid is the other's coarsening it is the finer one's mean. `nu` is an

@@ -117,32 +117,28 @@ def adam_mini(
     nesterov: bool = False,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
+    """Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
 
-    For the parameters $p$ of each block $b$, with the gradient $g$ and $t$ the number of the step:
+    For the parameters `p` of each block, with the gradient `g`, at step `t`:
 
-    $$
-    \begin{aligned}
-    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g \\
-    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \operatorname{mean}_b (g \odot g) \\
-    p &\leftarrow p - \eta \left( \frac{m_t / (1 - \beta_1^t)}
-        {\sqrt{v_t / (1 - \beta_2^t) + \bar\varepsilon} + \varepsilon} + \lambda p \right)
-    \end{aligned}
-    $$
+        m  = b1 m + (1 - b1) g                    for each coordinate
+        v  = b2 v + (1 - b2) mean(g * g)          one number for each block
+        p -= learning_rate * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
 
-    where $m$ has the parameters' shape and $v$ is one number for each block. Hyper-parameters carry
-    over from AdamW unchanged. An eager `update` runs as one compiled program; inside `jax.jit` it
-    is traced like any other code.
+    with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. Where the spec is an
+    [`outer`][optax_adam_mini.outer], `v` of a block is the product of a row and a column.
+    Hyper-parameters carry over from AdamW unchanged. An eager `update` runs as one compiled
+    program; inside `jax.jit` it is traced like any other code.
 
     Args:
-        learning_rate: $\eta$, a number or a schedule `count -> number`.
-        b1: $\beta_1$, decay rate of the first moment, in [0, 1).
-        b2: $\beta_2$, decay rate of the second moment, in [0, 1).
-        eps: $\varepsilon$, at least 0.
-        eps_root: $\bar\varepsilon$, at least 0; greater than 0 where gradients are taken through
+        learning_rate: a number or a schedule `count -> number`.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the root, at least 0.
+        eps_root: added under the root, at least 0; greater than 0 where gradients are taken through
             the update.
         mu_dtype: dtype of `mu`; None for the parameters'. Updates are made from `mu` as it is kept.
-        weight_decay: $\lambda$, at least 0, multiplied by the learning rate; or a schedule.
+        weight_decay: at least 0, multiplied by the learning rate; or a schedule.
         mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
             a function of the parameters that returns one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).

@@ -28,12 +28,12 @@ def measure_block_specs(
     *,
     tolerance: float = 0.3,
 ) -> PyTree[Spec]:
-    r"""For each parameter, the cheapest candidate that explains its second moment.
+    """For each parameter, the cheapest candidate that explains its second moment.
 
     With the `v` of an Adam that has run, a few hundred steps or the job that is to be switched, and
-    the $v_b$ that a candidate would make of it, the *spread* is how far the steps are from Adam's,
+    the `v_b` that a candidate would make of it, the *spread* is how far the steps are from Adam's,
 
-    $$ \sqrt{\operatorname{mean} \left( \sqrt{v / v_b} - 1 \right)^2}, $$
+        sqrt(mean((sqrt(v / v_b) - 1)**2))
 
     0 where every coordinate keeps its own and never much above 1. A cut that explains `v` is not
     certain to keep the loss; docs/results/cause.md says what was seen.
