@@ -95,10 +95,12 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
 def _check_scalar(
     name: str, value: Any, minimum: float | None, below: float | None, kind: str = "a number"
 ) -> None:
-    if isinstance(value, (jax.Array, np.ndarray)):  # may be traced: only its shape can be checked
+    if isinstance(value, (jax.Array, np.ndarray)):
         if value.shape != ():
             raise ValueError(f"{name} must be {kind}, got an array of shape {value.shape}")
-        return
+        if isinstance(value, jax.Array):  # may be traced: init looks at its value
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
         if callable(value):
             raise TypeError(

@@ -132,7 +132,7 @@ class Outer:
         a, b = self.a.runs(x.shape), self.b.runs(x.shape)
 
         def means(x: Array, again: Array) -> OuterMoments:
-            return OuterMoments(sums.block_mean(x, a, of), sums.block_mean(again, b, of, spare=1))
+            return OuterMoments(sums.block_mean(x, a, of), sums.block_mean(again, b, of))
 
         # On a TPU one reading makes both sums. XLA's CPU compiler makes one result a loop, and
         # would keep what both sum, an array of x's size: a barrier holds the readings apart there.
@@ -175,12 +175,17 @@ class Outer:
             )
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
         v_ab = _coarser_mean(nu.a, a, both)
-        # First the ratio, which is from 0 to the number of columns: a product of two small numbers
-        # would underflow. A block of zeros has no ratio; it is zero by its rows. One that has
-        # overflowed has an infinite one, and stands still as a block of one number does.
-        v_ab = jnp.where(v_ab == 0, 1, jnp.where(v_ab == jnp.inf, 0, v_ab))
+        # A block that has overflowed stands still, as one of one number does: its rows are infinite
+        # and its ratios 1. A block of zeros has no ratio; it is zero by its rows.
+        is_over = (v_ab == jnp.inf).astype(v_ab.dtype)
+        over = lambda fine: sums.spread(is_over, _counts(fine, both), _grid(fine))
+        v_a = jnp.where(over(a) > 0, jnp.inf, nu.a)
+        v_ab = jnp.where((v_ab == 0) | (is_over > 0), 1, v_ab)
+        # The ratio first, which is from 0 to the number of columns: a product of two small numbers
+        # would underflow.
         ratio = nu.b / sums.spread(v_ab, _counts(b, both), nu.b.shape)
-        v = sums.spread(nu.a, a, shape) * sums.spread(ratio, b, shape)
+        ratio = jnp.where(over(b) > 0, jnp.ones_like(ratio), ratio)
+        v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
         return v if of is None else of(v)
 
     def __str__(self) -> str:
@@ -256,6 +261,10 @@ def _along(fine: Runs, coarse: Runs) -> Runs:
 
 def _counts(fine: Sequence[Runs], coarse: Sequence[Runs]) -> tuple[Runs, ...]:
     return tuple(_along(*runs) for runs in zip(fine, coarse, strict=True))
+
+
+def _grid(axes: Sequence[Runs]) -> tuple[int, ...]:
+    return tuple(sum(n for n, _ in runs) for runs in axes)
 
 
 def _ends(runs: Runs) -> np.ndarray:

@@ -26,7 +26,6 @@ def block_mean(
     x: Inexact[Array, "*shape"],
     axes: Sequence[Runs],
     of: Callable[[Array], Array] | None = None,
-    spare: int = 0,
 ) -> Inexact[Array, "*grid"]:
     """The mean of `x`, or of a function of each number, over each block, in float32 or wider.
 
@@ -35,19 +34,20 @@ def block_mean(
         axes: for each of its axes, the runs of equal blocks along it, as
             [`BlockSpec.runs`][optax_adam_mini.BlockSpec.runs] gives them.
         of: an elementwise function whose values are averaged; they are not kept.
-        spare: how many times more than it must be the sum is halved. It changes nothing, but where
-            two sums of one array are scaled alike XLA keeps the scale, an array as large.
 
     Examples:
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
         Array([2., 5.], dtype=float32)
     """
     if (axis := _axis_in_parts(axes)) is not None:
-        return _part_means(x, axes, axis, of, spare)
+        return _part_means(x, axes, axis, of)
     sizes = block_sizes(axes)
-    # A power of two, so that nothing is rounded by it: where the mean is in float32's range, so is
-    # the sum.
-    scale = 0.5 ** (math.ceil(math.log2(max(np.max(sizes, initial=1), 1))) + spare)
+    # A power of two, so that nothing is rounded by it: where the mean is below float32's largest
+    # number, so is the sum. (At the other end squares are lost that are below its smallest number
+    # times the block's size: of gradients of 1e-16 and less, where eps is all that counts.)
+    halvings = math.ceil(math.log2(max(np.max(sizes, initial=1), 1)))
+    # Of its own for each sum: one that several share XLA's CPU compiler keeps, an array as large.
+    _, scale = jax.lax.optimization_barrier((x, jnp.float32(0.5**halvings)))
     value = of or (lambda x: x)
     total = _sum_whole_axes(x, lambda x: value(x) * scale, axes)
     for axis, runs in enumerate(axes):
@@ -115,7 +115,6 @@ def _part_means(
     axes: Sequence[Runs],
     axis: int,
     of: Callable[[Array], Array] | None,
-    spare: int,
 ) -> Inexact[Array, "*grid"]:
     """The mean of each part of one axis.
 
@@ -131,7 +130,7 @@ def _part_means(
         pieces = x.shape[axis] // piece
         x = x.reshape(*x.shape[:axis], pieces, piece, *x.shape[axis + 1 :])
         of_pieces = [*axes[:axis], ((pieces, 1),), ((1, piece),), *axes[axis + 1 :]]
-        means = jnp.squeeze(block_mean(x, of_pieces, of, spare), axis + 1)
+        means = jnp.squeeze(block_mean(x, of_pieces, of), axis + 1)
         in_pieces = [((1, 1),) if a != axis else tuple((n, size // piece) for n, size in runs)
                      for a, runs in enumerate(axes)]  # fmt: skip
         return _sum_runs(means, axis, in_pieces[axis]) / block_sizes(in_pieces)

@@ -14,6 +14,7 @@ from optax_adam_mini import adam_mini
     [
         ({"b1": 1.0}, ValueError, "b1 must be in [0, 1), got 1.0"),
         ({"b1": -0.1}, ValueError, "b1 must be in [0, 1), got -0.1"),
+        ({"b2": np.array(1.5)}, ValueError, "b2 must be in [0, 1), got 1.5"),
         ({"b2": 1.5}, ValueError, "b2 must be in [0, 1), got 1.5"),
         ({"b2": float("nan")}, ValueError, "b2 must be in [0, 1), got nan"),
         ({"eps": -1e-8}, ValueError, "eps must be at least 0, got -1e-08"),

@@ -150,11 +150,13 @@ def rate_curve(
         if asked["contender"] in ("adamw", "mean", "outer"):
             at = found.setdefault(asked["contender"], {}).setdefault(asked["learning_rate"], {})
             at[asked["seed"]] = workload.value(run["found"])
-    first = lambda seeds: [seeds[seed] for seed in (1, 2) if seed in seeds]
+    common = set.intersection(*(set(seeds) for rates in found.values() for seeds in rates.values()))
     return {
-        contender: {rate: first(seeds) for rate, seeds in sorted(rates.items())}
+        contender: {
+            rate: [seeds[s] for s in sorted(common)] for rate, seeds in sorted(rates.items())
+        }
         for contender, rates in found.items()
-        if len(rates) > 1
+        if len(rates) > 1 and common
     }
 
 

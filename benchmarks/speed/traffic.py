@@ -93,7 +93,7 @@ def arrays(text: str) -> list[Array]:
     """Those that a type in a compiled program names."""
     found: list[Array] = []
     for dtype, dims, order, layout in _TYPE.findall(text):
-        bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
         shape = [int(n) for n in dims.split(",") if n]
         tile = re.match(r"T\(([\d,]+)\)", layout)
         if tile and shape:

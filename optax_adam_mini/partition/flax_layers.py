@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from jax.tree_util import GetAttrKey
 
 from optax_adam_mini.blocks import (
     BlockSpec,
+    Cut,
     per_element,
     per_head,
     per_neuron,
@@ -123,10 +125,10 @@ def flax_layers(
     }  # fmt: skip
     usual = inspect.signature(flax_layers).parameters
     given = {name for name, option in options.items() if option != usual[name].default}
-    unused: set[str] = set()  # of the options given, by the parameters that are being labelled
+    tracing = threading.local()  # the options that the parameters being labelled have needed
 
     def use(name: str) -> Any:
-        unused.discard(name)
+        tracing.used.add(name)
         return options[name]
 
     def heads(module: str, axis: int) -> BlockSpec | str:
@@ -239,8 +241,7 @@ def flax_layers(
     def label_fn(params: Any) -> Any:
         check_is_params("flax_layers", params)
         check_only_params("flax_layers", params)
-        unused.clear()
-        unused.update(given)
+        tracing.used = set[str]()
         for module in stacks:
             check_used(
                 f"flax_layers: stacked={{{module!r}: ...}}",
@@ -278,6 +279,7 @@ def flax_layers(
                 + "; infer_block_specs reads them off the model, or say it yourself, "
                 "by_path([(pattern, spec)], default=flax_layers())"
             )
+        unused = given - tracing.used
         if unused and specs and not has_masked(params):
             said = ", ".join(f"{name}={options[name]!r}" for name in sorted(unused))
             raise ValueError(
@@ -305,5 +307,22 @@ def _stack(spec: Spec, axes: tuple[int, ...], rank: int) -> Any:
     if not axes or spec.rest is None:
         return spec
     kept = [axis for axis in range(rank) if axis not in {a % rank for a in axes}]
-    cuts = tuple((kept[a] if a >= 0 else kept[a] - rank, cut) for a, cut in spec.cuts)
-    return BlockSpec((*cuts, *((axis, None) for axis in axes)), unit=spec.unit)
+
+    def moved(axis: int) -> int:
+        if not -len(kept) <= axis < len(kept):
+            raise ValueError(f"its spec {spec} cuts axis {axis}, which one layer does not have")
+        return kept[axis] if axis >= 0 else kept[axis] - rank
+
+    def renamed(spec: BlockSpec) -> tuple[tuple[int, Cut], ...]:
+        """The cuts, and those of parts, by the axes' new numbers."""
+        return tuple(
+            (
+                moved(axis),
+                tuple((n, dataclasses.replace(p, cuts=renamed(p))) for n, p in cut)
+                if isinstance(cut, tuple)
+                else cut,
+            )
+            for axis, cut in spec.cuts
+        )
+
+    return BlockSpec((*renamed(spec), *((axis, None) for axis in axes)), unit=spec.unit)

@@ -157,6 +157,7 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
 def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
     """How far the steps with `spec` are from Adam's, one coordinate with another."""
     v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    v = v / jnp.max(v, initial=jnp.finfo(v.dtype).tiny)  # so that small ones do not underflow
     nu: Any = spec.block_mean(v)
     of_blocks = spec.spread(nu, v.shape)
     ratio = jnp.where(of_blocks > 0, v / jnp.where(of_blocks > 0, of_blocks, 1), 1)

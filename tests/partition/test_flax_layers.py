@@ -14,7 +14,9 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     flax_layers,
+    fused,
     infer_block_specs,
+    outer,
     per_element,
     per_head,
     per_neuron,
@@ -393,6 +395,23 @@ def test_options_that_no_parameter_needs_are_an_error(options, said):
     flax_layers(**{"num_heads": 2, **options})(needing) if "query_key" not in options else None
     # A part of a tree need not have them.
     label({"kernel": jnp.ones((3, 4)), "query": optax.MaskedNode()})
+
+
+def test_parts_keep_their_cuts_in_stacked_layers():
+    for axis in (1, -1):
+        part = fused(axis, [(8, per_head(2, axis=axis)), (8, per_neuron(axis))])
+        for spec, expected in (
+            (part, (3, 1, 10)),
+            (outer(per_neuron(axis=0), part), ((3, 4, 1), (3, 1, 10))),
+        ):
+            label = flax_layers(stacked={"layers": 0}, default=spec)
+            found = label({"layers": {"foo": jnp.ones((3, 4, 16))}})["layers"]["foo"]
+            assert found.grid((3, 4, 16)) == expected
+    label = flax_layers(stacked={"layers": 0}, default=per_neuron(axis=2))
+    with pytest.raises(
+        ValueError, match=r"layers/foo .*cuts axis 2, which one layer does not have"
+    ):
+        label({"layers": {"foo": jnp.ones((3, 4, 16))}})
 
 
 def test_variables_that_are_no_parameters_are_refused():

@@ -43,13 +43,13 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     inputs, outputs, stacked = _sorted(shape, result, index)
     if not (inputs and outputs):
         return per_element()
-    first = outputs[0]
-    parts = _parts(shape, spec, outputs, _borders(result, index))
+    borders = _borders(result, index, [shape[axis] for axis in outputs])
+    parts = _parts(shape, spec, outputs, borders)
     groups = _conv_groups(result, index)
     if groups > 1 and len(outputs) == 1:
-        parts = [shape[first] // groups] * groups
-    cut = (first, cut_into(first, shape[first], parts))
-    rows = BlockSpec((*((a, None) for a in inputs), cut), unit="row")
+        parts = {outputs[0]: [shape[outputs[0]] // groups] * groups}
+    cuts = [(axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in parts.items()]
+    rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
     columns = BlockSpec(tuple((a, None) for a in outputs), unit="column")
     found = outer(rows, columns, stacked=stacked)
     return found if found.size(shape) < math.prod(shape) else per_element()
@@ -94,38 +94,45 @@ def _conv_groups(result: Result, index: int) -> int:
     return max((p.get("feature_group_count", 1) for p in params), default=1)
 
 
-def _borders(result: Result, index: int) -> set[int]:
-    """Where the outputs of a parameter are taken apart, counted through all output axes."""
+def _borders(result: Result, index: int, sizes: Sequence[int]) -> list[set[int]]:
+    """For each output axis, of these sizes, where the outputs of a parameter are taken apart."""
     facts = result.facts
     numbers = {number for number, use in facts.uses.items() if index in use.params}
-    found: set[int] = set()
+    found: list[set[int]] = [set() for _ in sizes]
     for step, relation in result.trail:
         for link in relation.links:
             if link.positions is None or len(link.axes) != 1:
                 continue
             taken = link.positions[link.positions >= 0]
             factor = facts.values[step.inputs[link.operand]].whole(link.axes[0])
-            for number in numbers & factor.features.keys():
+            for number in numbers & factor.features.keys() if len(taken) else ():
                 part = factor.features[number]
-                if len(taken) and part.stop - part.start == factor.size * part.distance:
-                    found.add(part.start + int(taken.min()) * part.distance)
-                    found.add(part.start + (int(taken.max()) + 1) * part.distance)
+                ends = int(taken.min()), int(taken.max()) + 1
+                for axis in range(len(sizes)):
+                    inner = math.prod(sizes[axis + 1 :])
+                    if (factor.size, part.distance) == (sizes[axis], inner):
+                        found[axis].update(ends)  # along this axis
+                    elif axis == 0 and part.stop - part.start == factor.size * part.distance:
+                        # One after the other, counted through all axes.
+                        borders = [part.start + end * part.distance for end in ends]
+                        found[0].update(b // inner for b in borders if b % inner == 0)
     return found
 
 
 def _parts(
-    shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: set[int]
-) -> list[int]:
-    """The sizes of the parts of the first output axis that have rows of their own."""
-    first = outputs[0]
-    inner = math.prod(shape[axis] for axis in outputs[1:])
-    ends = {border // inner for border in borders if border % inner == 0}
-    if len(outputs) == 1:  # heads and neurons side by side
-        are_heads = [size > 1 for _, size in spec.runs(shape)[first]]
-        sizes = [n * size for n, size in spec.runs(shape)[first]]
-        kinds = itertools.groupby(zip(are_heads, sizes, strict=True), key=lambda run: run[0])
-        ends |= set(itertools.accumulate(sum(size for _, size in runs) for _, runs in kinds))
-    ends |= {0, shape[first]}
-    if len(ends) > max(2, shape[first] * inner // 8):  # no parts: each output by itself
-        ends = {0, shape[first]}
-    return np.diff(sorted(ends)).tolist()
+    shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: Sequence[set[int]]
+) -> dict[int, list[int]]:
+    """For each output axis the sizes of the parts that have rows of their own."""
+    found: dict[int, list[int]] = {}
+    for axis, within in zip(outputs, borders, strict=True):
+        ends = {0, shape[axis], *within}
+        if len(outputs) == 1:  # heads and neurons side by side
+            are_heads = [size > 1 for _, size in spec.runs(shape)[axis]]
+            sizes = [n * size for n, size in spec.runs(shape)[axis]]
+            kinds = itertools.groupby(zip(are_heads, sizes, strict=True), key=lambda run: run[0])
+            ends |= set(itertools.accumulate(sum(size for _, size in runs) for _, runs in kinds))
+        each = math.prod(shape[a] for a in outputs) // 8
+        if len(ends) > max(2, each):  # no parts: each output by itself
+            ends = {0, shape[axis]}
+        found[axis] = np.diff(sorted(ends)).tolist()
+    return found

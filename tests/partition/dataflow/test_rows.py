@@ -34,6 +34,10 @@ def fused_by_reshape(p, x):
     return attend(qkv[:, 0], qkv[:, 1], qkv[:, 2])
 
 
+def fused_within_heads(p, x):
+    return attend(*jnp.split(jnp.einsum("td,dhk->thk", x, p["w"]), 3, axis=-1))
+
+
 def separate(p, x):
     return attend(*((x @ p[name]).reshape(T, H, K) for name in "qkv"))
 
@@ -104,6 +108,8 @@ MODELS = {
                     {"w": ((D, 2), (1, 2 * F)), "out": ((F, 1), (1, D))}),
     "gate and up as an axis": (glu_by_axis, {"w": (D, 2, F), "out": (F, D)}, (X,),
                                {"w": ((D, 2, 1), (1, 2, F)), "out": ((F, 1), (1, D))}),
+    "fused, within heads": (fused_within_heads, {"w": (D, H, 3 * K)}, (X,),
+                            {"w": ((D, 1, 3), (1, H, 3 * K))}),
     "halves of heads": (rotary, dict.fromkeys("qk", (D, D)), (X,),
                         dict.fromkeys("qk", ((D, 1), (1, D)))),
     "gates": (lstm, {"w": (D, 4 * F), "b": (4 * F,)}, (X,),
