@@ -290,7 +290,8 @@ def compiled_rules(
             raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
         pattern, spec = rule
         if not isinstance(spec, types):
-            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
+            named = [t for t in types if t is not Outer]
+            wanted = " or ".join("None" if t is type(None) else t.__name__ for t in named)
             example = " such as per_neuron()" if BlockSpec in types else ""
             raise TypeError(
                 f"{what}: the rule {pattern!r} must give a {wanted}{example}, got "

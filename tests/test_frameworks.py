@@ -240,7 +240,7 @@ def test_flax_nnx_of_unknown_name():
     params = nnx.state(Prompted(nnx.Rngs(0)), nnx.Param)
     assert refusal(params) == (
         "flax_layers cannot tell the blocks of prompt (3, 16): its name is none of Flax's own: pass "
-        "default to flax_layers; or say it yourself, by_path([(pattern, spec)], "
+        "default to flax_layers; infer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)], "
         "default=flax_layers())"
     )
     specs = by_path([("prompt", per_neuron(axis=0))], default=flax_layers())
@@ -335,10 +335,11 @@ def test_haiku_attention(digits):
 def test_haiku_attention_needs_num_heads(digits):
     init = hk.transform(haiku_attention).init
     params = jax.eval_shape(init, jax.random.key(0), digits[0])
-    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(params) == (
         f"flax_layers cannot tell the blocks of multi_head_attention/key/w (16, 16): {why}, "
-        f"multi_head_attention/query/w (16, 16): {why}; or say it yourself, "
+        f"multi_head_attention/query/w (16, 16): {why}; infer_block_specs reads them off the "
+        "model, or say it yourself, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
 
@@ -468,10 +469,11 @@ def test_equinox_attention(digits):
         "attention/output_proj/weight": (8, 1),
         "linear/weight": (10, 1),
     }
-    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers"
+    why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(eqx.filter(model, eqx.is_inexact_array)) == (
         f"flax_layers cannot tell the blocks of attention/query_proj/weight (8, 8): {why}, "
-        f"attention/key_proj/weight (8, 8): {why}; or say it yourself, "
+        f"attention/key_proj/weight (8, 8): {why}; infer_block_specs reads them off the "
+        "model, or say it yourself, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
 
@@ -618,7 +620,8 @@ def test_containers_of_unknown_names():
     params = Factors(jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones(()))
     why = "its name is none of Flax's own: pass default to flax_layers"
     assert refusal(params) == (
-        f"flax_layers cannot tell the blocks of left (3, 4): {why}, right (4, 5): {why}; or say it "
+        f"flax_layers cannot tell the blocks of left (3, 4): {why}, right (4, 5): {why}; infer_block_specs "
+        "reads them off the model, or say it "
         "yourself, by_path([(pattern, spec)], default=flax_layers())"
     )
     rules = [("left", per_neuron(axis=0)), ("right", per_tensor())]

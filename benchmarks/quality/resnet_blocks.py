@@ -41,7 +41,7 @@ def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
     optimizer, conv = ROWS[title]
     found = []
     for seed in seeds:
-        config = Config(seed=seed, conv=conv)
+        config = Config(seed=seed, conv=conv, v="mean")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             task = load_task(config, folder)

@@ -157,7 +157,9 @@ def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
             if dataclasses.is_dataclass(default) and name in stored:
                 stored[name] = type(default)(**stored[name])
         config = config_type(**stored)
-        config.check()
+        # Where it was trained is no matter: a run that goes on takes new devices.
+        anywhere = {name: getattr(config_type(), name) for name in config.where}
+        dataclasses.replace(config, **anywhere).check()
     except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise ConfigError(
             f"the options in {folder / runs.CONFIG_FILE} cannot be read ({error}): start a new run."

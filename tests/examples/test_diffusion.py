@@ -439,7 +439,7 @@ def test_samples_stay_within_the_images_range():
 
 
 def test_partition_of_the_cifar10_model():
-    config = Config(model="cifar10", data=DiffusionImages("cifar10"))
+    config = Config(model="cifar10", data=DiffusionImages("cifar10"), v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     shapes = {path: leaf.shape for path, leaf in paths(nu).items()}
@@ -622,7 +622,7 @@ def test_comparison_leaves_everything_in_the_run_folder(whole):
     adamw, mini = json.loads((whole.folder / "results.json").read_text())
     assert (adamw["optimizer"], mini["optimizer"]) == ("adamw", "adam_mini")
     assert adamw["held_out_loss"] == losses(whole.folder / "adamw")[-1]["held_out_loss"]
-    assert adamw["numbers_in_v"] > 5 * mini["numbers_in_v"]
+    assert adamw["numbers_in_v"] > 3 * mini["numbers_in_v"]
     output = " ".join(whole.output.split())
     for expected in (
         "held-out loss",
@@ -819,7 +819,10 @@ def test_refuses_a_hub_out_of_reach(tmp_path, monkeypatch):
         ({"sample_steps": 1001}, "--sample-steps is 1001, but must be from 1 to the number of"),
         ({"eta": 1.5}, "--eta is 1.5, but must be from 0 to 1"),
         ({"optimizer": "adem"}, "--optimizer is adem, but must be one of adamw, adam_mini"),
-        ({"steps": 5}, "--warmup-steps is "),
+        (
+            {"steps": 5, "hyper": OptimizerConfig(warmup_steps=5)},
+            "--warmup-steps is 5, but must be from 0 to --steps - 1 = 4",
+        ),
         ({"seed": -1}, "--seed is -1, but must be at least 0"),
         (
             {"model": "celeba"},
@@ -857,7 +860,7 @@ def test_refuses_to_sample_what_is_not_there(tmp_path):
 def test_show_blocks(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True))
     output = capsys.readouterr().out
-    assert "heads" in output
+    assert "rows +" in output
     assert "optimizer state: " in output
     assert not (tmp_path / "runs").exists()
 

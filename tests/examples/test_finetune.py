@@ -242,7 +242,7 @@ def test_adapters_add_a_product_to_the_kernels(config):
 
 @all_models
 def test_partition_of_the_adapters(config):
-    program = make_program(Config(lora_rank=3), "adam_mini", pretrained(config))
+    program = make_program(Config(lora_rank=3, v="mean"), "adam_mini", pretrained(config))
     found = shapes(second_moment(jax.eval_shape(program.init, *program.inputs).opt_state))
     assert all("lora" in path for path in found)
     if config.title == "Llama":
@@ -260,7 +260,9 @@ def test_partition_of_the_adapters(config):
 
 def test_full_partition_is_that_of_pretraining():
     for config in MODELS:
-        assert Model(config, 0).block_specs == block_specs(config)
+        for v in ("mean", "outer"):
+            of_pretraining = block_specs(dataclasses.replace(config, v=v))
+            assert Model(config, 0).block_specs(v) == of_pretraining
 
 
 # Training
@@ -346,7 +348,7 @@ def test_comparison_leaves_everything_in_the_run_folder(run, sums_file, tmp_path
     # Both start from the same weights, on the same batches.
     firsts = [losses(folder / name)[0]["loss"] for name in ("adamw", "adam_mini")]
     np.testing.assert_allclose(*firsts, rtol=1e-6)
-    assert mini["optimizer_bytes"] < 0.55 * adamw["optimizer_bytes"]
+    assert mini["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     output = " ".join(capsys.readouterr().out.split())
     assert f"{run}, adam_mini, step 8".replace(" ", "") in output.replace(" ", "")

@@ -315,7 +315,7 @@ def has_nu(value) -> bool:
     ids=["gcn", "gat"],
 )
 def test_partition(options, expected):
-    state = jax.eval_shape(make_program(Config(**options), "adam_mini").init)
+    state = jax.eval_shape(make_program(Config(**options, v="mean"), "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     assert {path: leaf.shape for path, leaf in paths(nu).items()} == expected
 
@@ -386,8 +386,8 @@ def test_comparison_leaves_everything_in_the_run_folder(options, tmp_path, capsy
     adamw, mini = json.loads((folder / "results.json").read_text())
     assert (adamw["optimizer"], mini["optimizer"]) == ("adamw", "adam_mini")
     assert adamw["accuracy"] == losses(folder / "adamw")[-1]["accuracy"]
-    assert adamw["numbers_in_v"] > 10 * mini["numbers_in_v"]
-    assert mini["optimizer_bytes"] < 0.56 * adamw["optimizer_bytes"]
+    assert adamw["numbers_in_v"] > 2 * mini["numbers_in_v"]
+    assert mini["optimizer_bytes"] < 0.75 * adamw["optimizer_bytes"]
     output = " ".join(capsys.readouterr().out.split())
     for name in ("adamw", "adam_mini"):
         assert f"{name}: step 8, validation accuracy " in output
@@ -810,7 +810,10 @@ def test_refuses_data_out_of_reach(monkeypatch, tmp_path):
         ({"dropout": math.nan}, "--dropout is nan, but must be from 0 to less than 1"),
         ({"batch_size": 2}, "--batch-size is 2, but must be 1: a step sees the whole graph"),
         ({"optimizer": "adem"}, "--optimizer is adem, but must be one of adamw, adam_mini"),
-        ({"steps": 5}, "--warmup-steps is "),
+        (
+            {"steps": 5, "hyper": OptimizerConfig(warmup_steps=5)},
+            "--warmup-steps is 5, but must be from 0 to --steps - 1 = 4",
+        ),
         ({"hyper": OptimizerConfig(b2=1.0)}, "--b2 is 1.0, but must be from 0 to less than 1"),
         ({"data": GraphConfig("cora")}, "--dataset cora is read from files: give the folder that"),
         ({"data": GraphConfig(data_dir="/no/such")}, "--data-dir /no/such is not a folder: give"),
@@ -837,7 +840,7 @@ def test_show_blocks(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True, model="gat", data=data))
     output = " ".join(capsys.readouterr().out.split())
     assert "layer1/kernel │ (3703, 8, 8)" in output
-    assert "8 heads x" in output
+    assert "3,703 rows +" in output
     assert not (tmp_path / "runs").exists()
 
 

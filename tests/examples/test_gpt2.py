@@ -156,7 +156,8 @@ def test_block_computes_what_the_formulas_say():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_partition_of_gpt2(scan):
-    config = Config(model="gpt2", scan=scan, data=TextConfig(tokenizer="bpe", vocab_size=50257))
+    data = TextConfig(tokenizer="bpe", vocab_size=50257)
+    config = Config(model="gpt2", scan=scan, data=data, v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
     nu = second_moment(state.opt_state)
     layer, lead = ("h", (12,)) if scan else ("h/0", ())
@@ -243,8 +244,8 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
         assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     adamw, mini = json.loads((folder / "results.json").read_text())
-    assert adamw["numbers_in_v"] > 15 * mini["numbers_in_v"]
-    assert mini["optimizer_bytes"] < 0.55 * adamw["optimizer_bytes"]
+    assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"]
+    assert mini["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
     output = capsys.readouterr().out
     for expected in ("held-out", "optimizer bytes", "numbers in v", "ms per step"):
         assert expected in " ".join(output.split())
@@ -359,8 +360,9 @@ def test_held_out_windows_do_not_score_a_token_twice():
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_tokenizers_round_trip(tokenizer, tmp_path):
+    # A file with a zero is refused as no text; what is encoded may have one.
+    (tmp_path / "text.txt").write_text("def café(naïve):\n\treturn '→ 日本'\n" * 200)
     content = "def café(naïve):\n\treturn '→ 日本'\x00\n" * 20
-    (tmp_path / "text.txt").write_text(content * 10)
     config = TextConfig(text=str(tmp_path), tokenizer=tokenizer, vocab_size=280)
     data = text.load(config, tmp_path / "data")
     tokens = data.tokenizer.encode(content.encode())
@@ -381,7 +383,10 @@ def test_tokenizers_round_trip(tokenizer, tmp_path):
         ({"heads": 0}, "--heads is 0, but must be at least 1"),
         ({"batch_size": 5, "accumulate": 2}, "which 2 micro-batches do not divide: choose"),
         ({"optimizer": "adem"}, "--optimizer is adem, but must be one of adamw, adam_mini"),
-        ({"steps": 5}, "--warmup-steps is 100, but must be from 0 to --steps - 1 = 4"),
+        (
+            {"steps": 5, "hyper": OptimizerConfig(warmup_steps=5)},
+            "--warmup-steps is 5, but must be from 0 to --steps - 1 = 4",
+        ),
         ({"hyper": OptimizerConfig(b2=1.0)}, "--b2 is 1.0, but must be from 0 to less than 1"),
         ({"hyper": OptimizerConfig(learning_rate=0)}, "--learning-rate is 0, but must be more"),
         ({"data": TextConfig(text="/no/such")}, "--text /no/such does not exist: give a file"),

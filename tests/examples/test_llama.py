@@ -234,7 +234,7 @@ def tinyllama(**options) -> Config:
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_partition_of_tinyllama(scan):
-    state = jax.eval_shape(make_program(tinyllama(scan=scan), "adam_mini").init)
+    state = jax.eval_shape(make_program(tinyllama(scan=scan, v="mean"), "adam_mini").init)
     nu = second_moment(state.opt_state)
     layer, lead = ("layers", (22,)) if scan else ("layers/21", ())
     found = shapes(nu)
@@ -265,7 +265,7 @@ def test_memory_of_tinyllama():
     )
     # AdamW: two numbers of 4 bytes a parameter, and the step count of Adam and of the schedule.
     assert adamw == 8 * 1_100_048_384 + 8
-    assert adam_mini / adamw == pytest.approx(0.5002, abs=1e-4)
+    assert adam_mini / adamw == pytest.approx(0.5004, abs=1e-4)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -318,8 +318,8 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
         assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     adamw, mini = json.loads((folder / "results.json").read_text())
-    assert adamw["numbers_in_v"] > 15 * mini["numbers_in_v"]
-    assert mini["optimizer_bytes"] < 0.55 * adamw["optimizer_bytes"]
+    assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"]
+    assert mini["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
     output = " ".join(capsys.readouterr().out.split())
     assert "Llama nano, 8 steps of 4 sequences" in output
 
@@ -350,7 +350,10 @@ def test_resume_is_bit_for_bit(corpus, tmp_path):
         ({"width": 24}, "--width is 24, 3 for each of 8 heads, but rotary positions take features"),
         ({"kv_heads": 0}, "--kv-heads is 0, but must be at least 1"),
         ({"mlp_width": 0}, "--mlp-width is 0, but must be at least 1"),
-        ({"steps": 5}, "--warmup-steps is 100, but must be from 0 to --steps - 1 = 4"),
+        (
+            {"steps": 5, "hyper": OptimizerConfig(warmup_steps=5)},
+            "--warmup-steps is 5, but must be from 0 to --steps - 1 = 4",
+        ),
         ({"resume": "x", "steps": 7, "kv_heads": 8}, "leave out --steps, --kv-heads"),
         ({"sample": "x", "mlp_width": 8}, "--sample goes by the options that the run was started"),
     ],

@@ -247,7 +247,7 @@ def test_stem_and_head_compute_what_the_formulas_say(stem):
 
 @pytest.mark.parametrize("cut", ["channel", "tensor"])
 def test_partition_of_resnet18(cut):
-    config = Config(model="resnet18", conv=cut, data=ImageConfig("imagenet"))
+    config = Config(model="resnet18", conv=cut, data=ImageConfig("imagenet"), v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     blocks = {"channel": lambda channels: channels, "tensor": lambda channels: 1}[cut]
@@ -416,8 +416,8 @@ def test_comparison_leaves_everything_in_the_run_folder(tiny, tmp_path, capsys):
     adamw, mini = json.loads((folder / "results.json").read_text())
     assert (adamw["optimizer"], mini["optimizer"]) == ("adamw", "adam_mini")
     assert adamw["accuracy"] == losses(folder / "adamw")[-1]["accuracy"]
-    assert adamw["numbers_in_v"] > 10 * mini["numbers_in_v"]
-    assert mini["optimizer_bytes"] < 0.56 * adamw["optimizer_bytes"]
+    assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"]
+    assert mini["optimizer_bytes"] < 0.7 * adamw["optimizer_bytes"]
     output = " ".join(capsys.readouterr().out.split())
     for expected in ("test accuracy", "optimizer bytes", "numbers in v", "ms per step"):
         assert expected in output
@@ -700,7 +700,10 @@ def test_refuses_a_hub_out_of_reach(tmp_path, monkeypatch):
         ({"label_smoothing": 1.0}, "--label-smoothing is 1.0, but must be from 0 to less than 1"),
         ({"label_smoothing": math.nan}, "--label-smoothing is nan, but must be from 0 to less"),
         ({"optimizer": "adem"}, "--optimizer is adem, but must be one of adamw, adam_mini"),
-        ({"steps": 5}, "--warmup-steps is "),
+        (
+            {"steps": 5, "hyper": OptimizerConfig(warmup_steps=5)},
+            "--warmup-steps is 5, but must be from 0 to --steps - 1 = 4",
+        ),
         ({"hyper": OptimizerConfig(b2=1.0)}, "--b2 is 1.0, but must be from 0 to less than 1"),
         ({"data": ImageConfig(data_dir="/no/such")}, "--data-dir /no/such is not a folder: give"),
         (
@@ -725,7 +728,7 @@ def test_refusals(options, message, tmp_path):
 
 
 def test_show_blocks(tmp_path, capsys):
-    main(Config(runs=str(tmp_path / "runs"), show_blocks=True, conv="tensor"))
+    main(Config(runs=str(tmp_path / "runs"), show_blocks=True, conv="tensor", v="mean"))
     output = capsys.readouterr().out
     assert "layer4_*/conv*/kernel" in output
     assert output.count("neurons") == 1  # the head's

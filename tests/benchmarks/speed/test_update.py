@@ -18,7 +18,7 @@ def quick(tmp_path):
 
 
 def test_both_files_have_a_row_for_each_optimizer(quick):
-    names = ("AdamW", "Adam-mini, default")
+    names = ("AdamW", "Adam-mini, inferred")
     content, markdown = quick(optimizers=names)
     assert content["machine"]["platform"] == "cpu"
     assert content["machine"]["copy_gb_per_second"] > 0
@@ -27,7 +27,7 @@ def test_both_files_have_a_row_for_each_optimizer(quick):
         assert adamw["of_adamw"] == 1
         assert mini["ms"] > 0
         assert mini["state_bytes"] < 0.51 * adamw["state_bytes"]
-    assert markdown.count("| Adam-mini, default |") == 2
+    assert markdown.count("| Adam-mini, inferred |") == 2
 
 
 def test_trees_that_are_not_measured_again_keep_their_rows(quick):
