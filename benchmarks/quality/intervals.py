@@ -43,6 +43,11 @@ def behind(workload: Workload, values: Sequence[float], adamw: Sequence[float]) 
     return paired([workload.behind(value, other) for value, other in pairs])
 
 
+def behind_adamw(workload: Workload, row: Mapping[str, Any], adamw: Mapping[str, Any]) -> Interval:
+    """How far a row is behind AdamW's; it may have fewer of the first seeds."""
+    return behind(workload, row["values"], adamw["values"][: len(row["values"])])
+
+
 def interval_text(workload: Workload, found: Interval) -> str:
     """For a table, with the sign of the value's own difference."""
     ends = [found.low, found.high]
@@ -63,17 +68,16 @@ def write(output: Path, file: str, name: str) -> str:
         "learning rate": lambda row: f"{row['learning_rate']:g}",
         f"{what}, mean": lambda row: workload.text(float(np.mean(row["values"]))),
         "against AdamW, 95% interval": lambda row: (
-            ""
-            if row is adamw
-            else interval_text(workload, behind(workload, row["values"], adamw["values"]))
+            "" if row is adamw else interval_text(workload, behind_adamw(workload, row, adamw))
         ),
+        "seeds": lambda row: str(len(row["values"])),
         "optimizer bytes": lambda row: f"{row['optimizer_bytes']:,}",
         "of AdamW's": lambda row: f"{row['optimizer_bytes'] / adamw['optimizer_bytes']:.1%}",
     }
     machine, steps = content["machine"], content["settings"]["steps"]
     page = (
-        f"# {workload.title}, {steps} steps\n\n{adamw['parameters']:,} parameters, seeds 1 to "
-        f"{len(adamw['values'])}; differences are taken seed by seed.\n\n`{COMMAND} --workloads "
+        f"# {workload.title}, {steps} steps\n\n{adamw['parameters']:,} parameters, seeds from 1; "
+        f"differences are taken seed by seed.\n\n`{COMMAND} --workloads "
         f"{name} --steps {steps}`, with Python {machine['python']} and JAX {machine['jax']} on "
         f"{machine['device']}:\n\n{markdown(columns, rows)}"
     )
@@ -110,7 +114,7 @@ def draw_memory(output: Path) -> Figure | None:
                 if row["contender"] not in ("mean", "outer"):
                     continue
                 share = 100 * row["optimizer_bytes"] / rows[0]["optimizer_bytes"]
-                interval = behind(workload, row["values"], rows[0]["values"])
+                interval = behind_adamw(workload, row, rows[0])
                 scaled = Interval(*(factor * value for value in interval))
                 title = f"{workload.title}, {steps} steps ({unit})"
                 found.setdefault(title, []).append((share, scaled, row["contender"]))

@@ -41,6 +41,7 @@ def _heads(count: int, size: int) -> tuple[int, BlockSpec]:
     return count * size, per_head(count, axis=1)
 
 
+TABLES = "wte|embed/|head/"
 ROWS_FOR_HEADS = [
     ("c_attn/kernel", _rows(_heads(8, 16), _heads(8, 16), (128, per_tensor()))),
     ("query/kernel", _rows(_heads(8, 16))),
@@ -51,8 +52,10 @@ ROWS_FOR_HEADS = [
 VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
     "rows for matrices": rows_for_matrices,
     "rows for heads": ROWS_FOR_HEADS,
-    "embedding by token": [("wte|embed/|head/", per_token())],
-    "embedding per coordinate": [("wte|embed/|head/", per_element())],
+    "rows for heads, embedding by token": [*ROWS_FOR_HEADS, (TABLES, per_token())],
+    "rows for heads, embedding per coordinate": [*ROWS_FOR_HEADS, (TABLES, per_element())],
+    "embedding by token": [(TABLES, per_token())],
+    "embedding per coordinate": [(TABLES, per_element())],
     "positions by position": [("wpe", per_token())],
     "gains in one block": [("scale$", per_tensor())],
     "biases in one block": [("bias$", per_tensor())],

@@ -860,7 +860,7 @@ def test_refuses_to_sample_what_is_not_there(tmp_path):
 def test_show_blocks(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True))
     output = capsys.readouterr().out
-    assert "rows +" in output
+    assert "rows" in output
     assert "optimizer state: " in output
     assert not (tmp_path / "runs").exists()
 
