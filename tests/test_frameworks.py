@@ -652,6 +652,7 @@ SECTIONS = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", sorted(SECTIONS.keys() - {"What to check"}))
 def test_page(section):
     """The line above, uncommented, is all there is to change: it runs as well."""

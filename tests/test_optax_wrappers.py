@@ -82,7 +82,7 @@ WRAPPERS = {
     [
         pytest.param(True, BLOCK_SPECS, id="jit-mean"),
         pytest.param(False, BLOCK_SPECS, id="eager-mean"),
-        pytest.param(True, OUTER_SPECS, id="jit-outer"),
+        pytest.param(True, OUTER_SPECS, id="jit-outer", marks=pytest.mark.slow),
         pytest.param(False, OUTER_SPECS, id="eager-outer", marks=pytest.mark.slow),
     ],
 )
