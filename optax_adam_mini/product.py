@@ -182,8 +182,11 @@ class Outer:
         v_a = jnp.where(over(a) > 0, jnp.inf, nu.a)
         v_ab = jnp.where((v_ab == 0) | (is_over > 0), 1, v_ab)
         # The ratio first, which is from 0 to the number of columns: a product of two small numbers
-        # would underflow.
-        ratio = nu.b / sums.spread(v_ab, _counts(b, both), nu.b.shape)
+        # would underflow. Scaled by a power of two, since XLA divides by multiplying with the
+        # inverse, and that of a number near float32's largest is 0.
+        scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
+        in_b = lambda x: sums.spread(x, _counts(b, both), nu.b.shape)
+        ratio = nu.b * in_b(scale) / in_b(v_ab * scale)
         ratio = jnp.where(over(b) > 0, jnp.ones_like(ratio), ratio)
         v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
         return v if of is None else of(v)

@@ -71,3 +71,12 @@ def test_cuts_in_words():
     )
     stacked = fused(-1, [(8, per_head(2)), (8, per_neuron())], stacked=0)
     assert describe(stacked, (3, 8, 16)) == "6 heads x (1, 8, 4) + 24 neurons x (1, 8, 1)"
+
+
+def test_print_prints_the_table(capsys):
+    table = block_table({"kernel": jnp.ones((4, 8))}, per_neuron())
+    print(table)  # noqa: T201
+    printed = capsys.readouterr().out
+    assert "8 neurons x (4, 1)" in printed
+    assert "of AdamW's" in printed
+    assert "\x1b" not in printed
