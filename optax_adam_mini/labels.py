@@ -196,7 +196,10 @@ def check_only_params(
         for keys, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
         if is_variable(node) and not (isinstance(node, nnx.Param) or is_empty(node))
     ]
-    if others := [(path, node) for path, node in found if not is_given(path)]:
+    others = [(path, node) for path, node in found if not is_given(path)]
+    is_key = lambda x: jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.extended)
+    # Random keys are refused as no numbers, whatever they are in.
+    if others and not any(map(is_key, jax.tree.leaves(params))):
         kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
         raise ValueError(
             f"{what}: these are no parameters, and an optimizer would change them, by weight decay "

@@ -176,18 +176,18 @@ class Outer:
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
         v_ab = _coarser_mean(nu.a, a, both)
         # A block that has overflowed stands still, as one of one number does: its rows are infinite
-        # and its ratios 1. A block of zeros has no ratio; it is zero by its rows.
+        # and no ratio is 0. A block of zeros has no ratio; it is zero by its rows. (Sums and
+        # quotients, since under explicit sharding a choice needs arrays that are sharded alike.)
         is_over = (v_ab == jnp.inf).astype(v_ab.dtype)
         over = lambda fine: sums.spread(is_over, _counts(fine, both), _grid(fine))
-        v_a = jnp.where(over(a) > 0, jnp.inf, nu.a)
+        v_a, v_b = (nu.a + over(a)) / (1 - over(a)), nu.b + over(b)
         v_ab = jnp.where((v_ab == 0) | (is_over > 0), 1, v_ab)
         # The ratio first, which is from 0 to the number of columns: a product of two small numbers
         # would underflow. Scaled by a power of two, since XLA divides by multiplying with the
         # inverse, and that of a number near float32's largest is 0.
         scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
         in_b = lambda x: sums.spread(x, _counts(b, both), nu.b.shape)
-        ratio = nu.b * in_b(scale) / in_b(v_ab * scale)
-        ratio = jnp.where(over(b) > 0, jnp.ones_like(ratio), ratio)
+        ratio = v_b * in_b(scale) / in_b(v_ab * scale)
         v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
         return v if of is None else of(v)
 

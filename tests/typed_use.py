@@ -17,11 +17,12 @@ def specs_of(params: dict[str, Any]) -> BlockSpecs:
     return {name: per_neuron() for name in params}
 
 
-build(per_neuron())
-build(outer(per_neuron(axis=0), per_neuron()))
-build({"kernel": per_neuron(), "layers": [per_tensor(), (per_tensor(),)]})
-build(flax_layers())
-build(specs_of)
-build(3)  # pyright: ignore[reportArgumentType]
-build("per_neuron")  # pyright: ignore[reportArgumentType]
-adam_mini(1e-3, block_specs=0.5)  # pyright: ignore[reportArgumentType]
+def uses() -> None:
+    build(per_neuron())
+    build(outer(per_neuron(axis=0), per_neuron()))
+    build({"kernel": per_neuron(), "layers": [per_tensor(), (per_tensor(),)]})
+    build(flax_layers())
+    build(specs_of)
+    build(3)  # pyright: ignore[reportArgumentType]
+    build("per_neuron")  # pyright: ignore[reportArgumentType]
+    adam_mini(1e-3, block_specs=0.5)  # pyright: ignore[reportArgumentType]

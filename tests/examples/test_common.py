@@ -19,6 +19,9 @@ from examples.llama import train as llama
 from tests.examples.language import TINY_RUN, write_corpus
 from tests.examples.running import REPOSITORY, command, only_run, run_command
 
+# Orbax's event loops, of checkpoints that could not be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
