@@ -42,18 +42,11 @@ def block_mean(
     if (axis := _axis_in_parts(axes)) is not None:
         return _part_means(x, axes, axis, of)
     sizes = block_sizes(axes)
-    # A power of two, so that nothing is rounded by it: where the mean is below float32's largest
-    # number, so is the sum. (At the other end squares are lost that are below its smallest number
-    # times the block's size: of gradients of 1e-16 and less, where eps is all that counts.)
-    halvings = math.ceil(math.log2(max(np.max(sizes, initial=1), 1)))
-    # Of its own for each sum: one that several share XLA's CPU compiler keeps, an array as large.
-    _, scale = jax.lax.optimization_barrier((x, jnp.float32(0.5**halvings)))
-    value = of or (lambda x: x)
-    total = _sum_whole_axes(x, lambda x: value(x) * scale, axes)
+    total = _sum_whole_axes(x, of or (lambda x: x), axes)
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             total = _sum_runs(total, axis, runs)
-    return total / (sizes * scale)
+    return total / sizes
 
 
 def spread(
@@ -139,11 +132,8 @@ def _part_means(
         index = _index_along(axis, x.shape)
         parts: list[Array] = []
         for start, stop in bounds:
-            scale = 0.5 ** math.ceil(math.log2(stop - start))
-            kept = jnp.where(
-                (start <= index) & (index < stop), value(x.astype(widen(x.dtype))) * scale, 0
-            )
-            parts.append(jnp.sum(kept, axis, keepdims=True) / ((stop - start) * scale))
+            kept = jnp.where((start <= index) & (index < stop), value(x.astype(widen(x.dtype))), 0)
+            parts.append(jnp.sum(kept, axis, keepdims=True) / (stop - start))
         return jnp.concatenate(parts, axis)
 
     if jax.device_count() > 1:
