@@ -13,7 +13,7 @@ tables and plots are made; after an interruption the same command goes on.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,7 @@ from rich.console import Console
 
 from benchmarks.quality import intervals
 from benchmarks.quality.studies import settings, shortened, train_seeds
+from benchmarks.quality.together import train_together
 from benchmarks.quality.variants import VARIANTS
 from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
@@ -77,6 +78,8 @@ class Options:
     """The others at their own best rates too."""
     output: str = "docs/results/paired"
     """Folder of the results."""
+    together: bool | None = None
+    """All seeds in one program. Without it, on accelerators."""
     quick: bool = False
     """A few steps, one rate, two seeds: numbers that mean nothing, in minutes."""
 
@@ -107,7 +110,7 @@ class Comparison:
         missing = [one["seed"] for one in asked if one not in known]
         hyper = dataclasses.replace(self.config.hyper, learning_rate=rate)
         config = dataclasses.replace(self.config, hyper=hyper, v=who.v or self.config.v)
-        trained = train_seeds(config, self.workload.load_task, who.optimizer, missing)
+        trained = self._train(config, who.optimizer, missing)
         for one in asked:
             if one["seed"] in missing:
                 with self.console.status(f"{self.file}: {one}"):
@@ -115,6 +118,13 @@ class Comparison:
                 text = self.workload.text(self.workload.value(found))
                 self.console.print(f"{self.file}: {one}: {text}, {found['seconds']} s")
         return [self.results.get(one, dict) for one in asked]
+
+    def _train(self, config: Any, optimizer: str, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+        load_task, together = self.workload.load_task, self.options.together
+        if jax.default_backend() != "cpu" if together is None else together:
+            in_turns = self.workload.convolutions
+            return train_together(config, load_task, optimizer, seeds, in_turns=in_turns)
+        return train_seeds(config, load_task, optimizer, seeds)
 
     def best_rate(self, contender: str) -> float:
         """Where the walk along the grid ends."""

@@ -186,12 +186,13 @@ def train_seeds(
     """As `train_once`, with one seed after the other. The step is compiled once: the seed is in the
     first state and in the batches alone."""
     config.check()
-    step = evaluate = None
+    init = step = evaluate = None
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             task = load_task(dataclasses.replace(config, seed=seed), Path(folder))
             program = task.make_program(optimizer)
-            state = jax.jit(program.init)()
+            init = init or jax.jit(program.init)
+            state = init(seed)
             facts = {
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
                 "optimizer_bytes": optimizers.state_bytes(state.opt_state),

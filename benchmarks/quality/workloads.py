@@ -25,6 +25,8 @@ class Workload:
     """How far Adam-mini may stay behind AdamW at AdamW's best rate: a fraction of the held-out
     loss, or points of accuracy where that is what counts."""
     by_accuracy: bool = False
+    convolutions: bool = False
+    """Whether it is made of them: a batch of kernels for a batch of models is slow."""
 
     def value(self, run: Mapping[str, Any]) -> float:
         """Accuracy, or loss; not a number where training diverged."""
@@ -58,8 +60,8 @@ class Workload:
 WORKLOADS = {
     "gpt2": Workload("GPT-2", gpt2.Config(v="mean"), gpt2.load_task, 0.005),
     "llama": Workload("Llama", llama.Config(v="mean"), llama.load_task, 0.005),
-    "resnet": Workload("ResNet-18", resnet.Config(v="mean"), resnet.load_task, 0.5, True),
-    "diffusion": Workload("Diffusion", diffusion.Config(v="mean"), diffusion.load_task, 0.01),
+    "resnet": Workload("ResNet-18", resnet.Config(v="mean"), resnet.load_task, 0.5, True, True),
+    "diffusion": Workload("Diffusion", diffusion.Config(v="mean"), diffusion.load_task, 0.01, False, True),
     "gcn": Workload("GCN", gnn.Config(model="gcn", v="mean"), gnn.load_task, 0.5, True),
     "gat": Workload("GAT", gnn.Config(model="gat", v="mean"), gnn.load_task, 0.5, True),
 }

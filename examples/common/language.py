@@ -243,8 +243,8 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
     mesh = config.devices.make_mesh()
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
-    def init() -> Training:
-        params = nnx.state(config.make_model(architecture, nnx.Rngs(config.seed)))
+    def init(seed: Any = config.seed) -> Training:
+        params = nnx.state(config.make_model(architecture, nnx.Rngs(jax.random.key(seed))))
         return Training(params, tx.init(params))
 
     def losses(params: Any, windows: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ class Program(NamedTuple):
 
     init: Callable[..., Any]
     """inputs -> state: what changes from step to step, and all that a checkpoint holds. It has an
-    `opt_state`."""
+    `opt_state`. Without weights to start from it takes a seed, and has the configuration's."""
     step: Callable[[Any, Any], tuple[Any, jax.Array]]
     """(state, batch) -> (state, mean loss)"""
     evaluate: Callable[[Any, Any], Any]

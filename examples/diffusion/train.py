@@ -216,9 +216,9 @@ def make_program(config: Config, optimizer: str) -> Program:
     alpha_bars = make_alpha_bars(config.schedule, config.diffusion_steps)
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
-    def init() -> Training:
+    def init(seed: Any = config.seed) -> Training:
         size = config.data.facts.image_shape[0]
-        params = nnx.state(UNet(config.architecture, size, rngs=nnx.Rngs(config.seed)))
+        params = nnx.state(UNet(config.architecture, size, rngs=nnx.Rngs(jax.random.key(seed))))
         return Training(params, jax.tree.map(jnp.copy, params), tx.init(params))
 
     def losses(params: Any, batch: Batch) -> jax.Array:

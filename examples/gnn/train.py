@@ -108,7 +108,7 @@ class Batch(NamedTuple):
     dropout_seed: np.uint32
 
 
-def init_params(config: Config, seed: int = 0) -> Any:
+def init_params(config: Config, seed: Any = 0) -> Any:
     """New parameters."""
     # Their shapes do not depend on the graph: one node with an edge to itself will do.
     x, node = jnp.zeros((1, config.data.facts.num_features)), jnp.zeros(1, jnp.int32)
@@ -137,8 +137,8 @@ def make_program(config: Config, optimizer: str) -> Program:
     specs = block_specs(config)
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, specs)
 
-    def init() -> TrainState:
-        params = init_params(config, config.seed)
+    def init(seed: Any = config.seed) -> TrainState:
+        params = init_params(config, seed)
         return TrainState.create(apply_fn=model.apply, tx=tx, params=params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:

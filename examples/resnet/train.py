@@ -97,7 +97,7 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-def init_variables(config: Config, seed: int = 0) -> Any:
+def init_variables(config: Config, seed: Any = 0) -> Any:
     """New parameters, and the running averages of batch norm."""
     # Their shapes do not depend on the number of images.
     image = jnp.zeros((1, *config.data.facts.image_shape))
@@ -130,8 +130,8 @@ def make_program(config: Config, optimizer: str) -> Program:
     model = ResNet(config.architecture)
     tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
 
-    def init() -> TrainState:
-        variables = init_variables(config, config.seed)
+    def init(seed: Any = config.seed) -> TrainState:
+        variables = init_variables(config, seed)
         return TrainState.create(apply_fn=model.apply, tx=tx, **variables)
 
     def normalized(images: jax.Array) -> jax.Array:
