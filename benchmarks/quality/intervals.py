@@ -103,7 +103,7 @@ def draw_memory(output: Path) -> Figure | None:
     """How far Adam-mini is behind AdamW against the memory of its state, in the comparisons that
     there are; None where there is none."""
     found: dict[str, list[tuple[float, Interval, str]]] = {}
-    for file in sorted(output.glob("*.json")):
+    for file in sorted(output.glob("*_*.json")):  # not benchmarks.quality.reference's
         content = json.loads(file.read_text())
         name, steps = file.stem.rsplit("_", 1)
         workload, rows = WORKLOADS[name], content.get("rows", [])
