@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
+from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.product import OuterMoments, Spec
+from optax_adam_mini.quantized import dequantize, is_quantized, quantized
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 
-def from_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
+def from_adam_state(
+    state: PyTree,
+    params: PyTree,
+    block_specs: BlockSpecs,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> PyTree:
     """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
 
     Args:
@@ -30,6 +37,7 @@ def from_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> P
             wrappers of any kind; an `nnx.Optimizer`'s `opt_state` too.
         params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
         block_specs: specs, or label function, of the `adam_mini` that takes over.
+        mu_dtype: its `mu_dtype`; None keeps `mu` as it is.
 
     Returns:
         The same structure with a [`ScaleByAdamMiniState`][] in place of each `ScaleByAdamState`;
@@ -49,12 +57,21 @@ def from_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> P
         (1, 6)
     """
 
-    def mean(spec: Spec, nu: Any, param: Any) -> Any:
+    dtype = check_mu_dtype(mu_dtype)
+
+    def convert(path: str, spec: Spec, mu: Any, nu: Any, param: Any) -> tuple[Any, Any]:
         if nu.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {nu.shape}, the parameter {jnp.shape(param)}")
-        return spec.block_mean(nu.astype(widen(nu.dtype)))
+        check_param_dtype(path, mu.dtype, dtype)
+        if dtype == jnp.int8:
+            mu = quantized(spec, mu, jnp.result_type(param))
+        elif dtype is not None:
+            mu = mu.astype(dtype)
+        return mu, spec.block_mean(nu.astype(widen(nu.dtype)))
 
-    return _convert(state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, mean)
+    return _convert(
+        state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, convert
+    )
 
 
 def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
@@ -80,11 +97,14 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         (4, 6)
     """
 
-    def spread(spec: Spec, nu: Any, param: Any) -> Any:
-        return spec.spread(nu, jnp.shape(param)).astype(jnp.result_type(param))
+    def convert(path: str, spec: Spec, mu: Any, nu: Any, param: Any) -> tuple[Any, Any]:
+        del path
+        dtype = jnp.result_type(param)
+        mu = dequantize(spec, mu).astype(dtype) if is_quantized(mu) else mu
+        return mu, spec.spread(nu, jnp.shape(param)).astype(dtype)
 
     return _convert(
-        state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, spread
+        state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert
     )
 
 
@@ -94,32 +114,33 @@ def _convert(
     block_specs: Any,
     old: type,
     new: Callable[..., Any],
-    convert_nu: Callable[[Spec, Any, Any], Any],
+    convert_leaf: Callable[..., tuple[Any, Any]],
 ) -> Any:
     labels = dict(resolve_block_specs(block_specs, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     by_path = {path_of(keys): (labels["/".join(path_of(keys))], leaf) for keys, leaf in leaves}
-
-    def convert_leaf(keys: Any, nu: Any) -> Any:
-        path = path_of(keys)
-        if path not in by_path:
-            raise ValueError(
-                f"{'/'.join(path)}: the state has a nu for it, but params have no such"
-            )
-        spec, param = by_path[path]
-        try:
-            return convert_nu(spec, nu, param)
-        except ValueError as error:
-            raise ValueError(
-                f"{'/'.join(path)}: the state is not of these params: {error}"
-            ) from None
+    is_one = lambda x: is_quantized(x) or isinstance(x, OuterMoments)
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
             return node
-        is_outer = lambda x: isinstance(x, OuterMoments)
-        nu = jax.tree_util.tree_map_with_path(convert_leaf, node.nu, is_leaf=is_outer)
-        return new(count=node.count, mu=node.mu, nu=nu)
+        nu, treedef = jax.tree_util.tree_flatten_with_path(node.nu, is_leaf=is_one)
+        pairs: list[tuple[Any, Any]] = []
+        for (keys, v), m in zip(nu, treedef.flatten_up_to(node.mu), strict=True):
+            path = path_of(keys)
+            if path not in by_path:
+                raise ValueError(
+                    f"{'/'.join(path)}: the state has a nu for it, but params have no such"
+                )
+            spec, param = by_path[path]
+            try:
+                pairs.append(convert_leaf("/".join(path), spec, m, v, param))
+            except ValueError as error:
+                raise ValueError(
+                    f"{'/'.join(path)}: the state is not of these params: {error}"
+                ) from None
+        mu, nu = (jax.tree.unflatten(treedef, [pair[i] for pair in pairs]) for i in range(2))
+        return new(count=node.count, mu=mu, nu=nu)
 
     is_old = lambda node: isinstance(node, old)
     if not any(map(is_old, jax.tree.leaves(state, is_leaf=is_old))):

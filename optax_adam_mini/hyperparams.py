@@ -46,13 +46,19 @@ def check_in_range(**hyperparams: Any) -> None:
             raise ValueError(f"{name} must be {expected}, got {number} in {value.dtype}{remedy}")
 
 
-def check_param_dtype(path: str, dtype: Any) -> None:
-    """Refuses what cannot be trained with a moment of its own dtype.
+def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
+    """Refuses what cannot be trained with a moment of its own dtype, or of `mu_dtype`.
 
     Raises:
-        TypeError: for random keys, and for floats of 8 bits and fewer, which JAX promotes to
-            nothing.
+        TypeError: for random keys, for floats of 8 bits and fewer, which JAX promotes to nothing,
+            and for complex numbers with a moment in 8 bits.
     """
+    if mu_dtype == jnp.int8 and jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{path}: mu_dtype=int8 keeps real numbers, and the parameter is {dtype}: leave "
+            "mu_dtype out, or give these parameters an optimizer of their own "
+            "(optax.multi_transform)"
+        )
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         raise TypeError(
             f"{path}: expected numbers, got dtype {dtype}: keep random keys out of the parameters "
@@ -79,7 +85,7 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     """The dtype, as JAX has it.
 
     Raises:
-        TypeError: if it is none of floating-point numbers.
+        TypeError: if it is none of floating-point numbers, nor int8.
     """
     if mu_dtype is None:
         return None
@@ -87,8 +93,8 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     except TypeError:
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"mu_dtype must be a floating-point dtype, got {mu_dtype!r}")
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.inexact) or dtype == jnp.int8):
+        raise TypeError(f"mu_dtype must be a floating-point dtype or jnp.int8, got {mu_dtype!r}")
     return dtype
 
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, period
 from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
+from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.product import Outer, Spec
+from optax_adam_mini.quantized import is_smaller
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
@@ -21,13 +23,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def block_table(params: PyTree, block_specs: BlockSpecs) -> Table:
+def block_table(
+    params: PyTree, block_specs: BlockSpecs, mu_dtype: jax.typing.DTypeLike | None = None
+) -> Table:
     """A table of how every parameter is cut, and of what that saves.
 
     Args:
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
             function that returns one.
+        mu_dtype: that of the `adam_mini`, for the bytes of its state.
 
     Returns:
         A `rich.table.Table`, which `print` shows as `rich.print` does: a row for each parameter
@@ -59,7 +64,8 @@ def block_table(params: PyTree, block_specs: BlockSpecs) -> Table:
     table.add_column("cut")
     table.add_column("blocks", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
-    v_before = v_after = mu_bytes = nu_bytes = 0
+    mu_dtype = check_mu_dtype(mu_dtype)
+    v_before = v_after = before = mu_bytes = nu_bytes = 0
     for (_, shape, dtype, spec, note), paths in rows.items():
         size, blocks = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
         row_bytes = blocks * widen(_real(dtype)).itemsize
@@ -72,14 +78,20 @@ def block_table(params: PyTree, block_specs: BlockSpecs) -> Table:
             f"{row_bytes:,}",
         )
         v_before, v_after = v_before + size, v_after + blocks
-        mu_bytes, nu_bytes = mu_bytes + size * dtype.itemsize, nu_bytes + row_bytes
+        before, nu_bytes = before + 2 * size * dtype.itemsize, nu_bytes + row_bytes
+        if mu_dtype != jnp.int8:
+            mu_bytes += size * (mu_dtype or dtype).itemsize
+        elif is_smaller(spec, shape, dtype):
+            mu_bytes += size + row_bytes
+        else:
+            mu_bytes += size * dtype.itemsize
     table.add_section()
     table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
     removed = 1 - v_after / max(v_before, 1)
-    state, adamw = mu_bytes + nu_bytes, 2 * mu_bytes
+    state = mu_bytes + nu_bytes
     table.caption = (
         f"v: {v_before:,} numbers in Adam, {v_after:,} here, {removed:.2%} removed\n"
-        f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}"
+        f"optimizer state: {state:,} bytes, {state / max(before, 1):.2%} of AdamW's {before:,}"
     )
     table.caption_justify = "left"
     return table

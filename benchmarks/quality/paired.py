@@ -47,6 +47,8 @@ CONTENDERS = {
     "adamw": Contender("AdamW", "adamw"),
     "mean": Contender("Adam-mini, the paper's", "adam_mini", "mean"),
     "outer": Contender("Adam-mini, outer", "adam_mini", "outer"),
+    "mean, 8 bits": Contender("Adam-mini, the paper's, 8 bits", "adam_mini_int8", "mean"),
+    "outer, 8 bits": Contender("Adam-mini, outer, 8 bits", "adam_mini_int8", "outer"),
     "adafactor": Contender("Adafactor, momentum", "adafactor"),
     "came": Contender("CAME", "came", start=0.1),
     **{name: Contender(name, name, "outer") for name in VARIANTS},

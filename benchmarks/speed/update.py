@@ -175,6 +175,8 @@ def optimizers(tree: Tree, dtype: str) -> dict[str, Any]:
         "Adam-mini, default": adam_mini(1e-4, mu_dtype=dtype),
         "Adam-mini, inferred": adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.specs),
         "Adam-mini, outer": adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.outer),
+        "Adam-mini, 8 bits": adam_mini(1e-4, mu_dtype=jnp.int8, block_specs=tree.specs),
+        "Adam-mini, outer, 8 bits": adam_mini(1e-4, mu_dtype=jnp.int8, block_specs=tree.outer),
     }
 
 
@@ -273,7 +275,9 @@ class Others:
 def ordinary(tree: Tree, dtype: str, is_gpt2: bool) -> tuple[str, ...]:
     """The optimizers that a tree is measured with where none is named."""
     if len(jax.tree.leaves(tree.params)) == 1:
-        return ("AdamW", "SGD, momentum", "Adam-mini, inferred", "Adam-mini, outer")
+        made = optimizers(tree, dtype)
+        return tuple(name for name in made if name in ("AdamW", "SGD, momentum")
+                     or name.startswith("Adam-mini") and "default" not in name)  # fmt: skip
     slow = () if is_gpt2 and dtype == "float32" else ("Muon",)
     return tuple(name for name in optimizers(tree, dtype) if name not in slow)
 

@@ -1,10 +1,12 @@
 """Optimizers by name, with the schedule and the clipping that all examples use."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from examples.common.cli import ConfigError
@@ -84,12 +86,15 @@ def _adamw(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
     )
 
 
-def _adam_mini(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
+def _adam_mini(
+    schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any, mu_dtype: Any = None
+):
     return adam_mini(
         schedule,
         config.b1,
         config.b2,
         config.eps,
+        mu_dtype=mu_dtype,
         weight_decay=config.weight_decay,
         mask=decayed,
         block_specs=block_specs,
@@ -99,6 +104,7 @@ def _adam_mini(schedule: optax.Schedule, config: OptimizerConfig, block_specs: A
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adam_mini": _adam_mini,
+    "adam_mini_int8": functools.partial(_adam_mini, mu_dtype=jnp.int8),
 }
 
 
