@@ -15,8 +15,8 @@ import optax
 
 from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.product import OuterMoments, Spec
-from optax_adam_mini.quantized import dequantize, is_quantized, quantized
+from optax_adam_mini.product import Spec
+from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 
@@ -59,15 +59,15 @@ def from_adam_state(
 
     dtype = check_mu_dtype(mu_dtype)
 
-    def convert(path: str, spec: Spec, mu: Any, nu: Any, param: Any) -> tuple[Any, Any]:
-        if nu.shape != jnp.shape(param):
-            raise ValueError(f"nu has shape {nu.shape}, the parameter {jnp.shape(param)}")
-        check_param_dtype(path, mu.dtype, dtype)
+    def convert(path: str, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
+        if v.shape != jnp.shape(param):
+            raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
+        check_param_dtype(path, m.dtype, dtype)
+        nu = spec.block_mean(v.astype(widen(v.dtype)))
         if dtype == jnp.int8:
-            mu = quantized(spec, mu, jnp.result_type(param))
-        elif dtype is not None:
-            mu = mu.astype(dtype)
-        return mu, spec.block_mean(nu.astype(widen(nu.dtype)))
+            # Of no step: the first that is made from here on has the next number.
+            return quantize(spec, m.astype(widen(m.dtype)), nu, rounding_seed(0, 0)), nu
+        return m if dtype is None else m.astype(dtype), nu
 
     return _convert(
         state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, convert
@@ -97,11 +97,11 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         (4, 6)
     """
 
-    def convert(path: str, spec: Spec, mu: Any, nu: Any, param: Any) -> tuple[Any, Any]:
+    def convert(path: str, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
         dtype = jnp.result_type(param)
-        mu = dequantize(spec, mu).astype(dtype) if is_quantized(mu) else mu
-        return mu, spec.spread(nu, jnp.shape(param)).astype(dtype)
+        mu = dequantize(spec, m, v).astype(dtype) if m.dtype == jnp.int8 else m
+        return mu, spec.spread(v, jnp.shape(param)).astype(dtype)
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert
@@ -119,14 +119,13 @@ def _convert(
     labels = dict(resolve_block_specs(block_specs, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     by_path = {path_of(keys): (labels["/".join(path_of(keys))], leaf) for keys, leaf in leaves}
-    is_one = lambda x: is_quantized(x) or isinstance(x, OuterMoments)
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
             return node
-        nu, treedef = jax.tree_util.tree_flatten_with_path(node.nu, is_leaf=is_one)
+        mu, treedef = jax.tree_util.tree_flatten_with_path(node.mu)
         pairs: list[tuple[Any, Any]] = []
-        for (keys, v), m in zip(nu, treedef.flatten_up_to(node.mu), strict=True):
+        for (keys, m), v in zip(mu, treedef.flatten_up_to(node.nu), strict=True):
             path = path_of(keys)
             if path not in by_path:
                 raise ValueError(

@@ -1,145 +1,107 @@
-"""The first moment in 8 bits: a small float for each coordinate, relative to a bound of its block.
+"""The first moment in 8 bits: a small float for each coordinate, relative to a bound from `nu`.
 
-`m` is a moving average of `g`, and so no coordinate of it is larger than the same average of the
-norm of its block's gradient, which the second moment's sum gives for nothing:
+`m` and `v` are averages of the same gradients, and so, by the inequality of Cauchy and Schwarz,
 
-    a = b1 a + (1 - b1) ||g||               for each block; for each row and column of an `outer`
-    m = b1 a_old f(m8) + (1 - b1) g         a: the smallest bound of the blocks a coordinate is in
-    m8 = f^-1(m / a)
+    |m|  <=  (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)) * sqrt(n v)  <=  8 sqrt(n v)
 
-The bound is known before the values are, and nothing is ever clipped. `f` gives the 127 magnitudes
-of a code three bits of fraction in each of 16 binades below 1, and so a bound that is far above the
-values costs no digits. Codes are rounded up or down at random, in proportion, so that the mean of
-many is the moment: what is too small for one step survives in the mean. The random numbers are a
-hash of the step, the parameter and the coordinate: the same on any mesh and after any restart.
+for every coordinate of a block of `n` with the second moment `v`; the factor is 1.2 for the decays
+0.9 and 0.95, and 7.3 for 0.9 and 0.999. The bound is there already, and no scale is kept. Codes are
+floats: the 127 magnitudes have three bits of fraction in each of 16 binades below the bound (two,
+in twice as many, in large blocks), so that a bound far above the values costs no digits.
+
+Codes are rounded up or down at random, in proportion, so that the mean of many is the moment: what
+is too small for one step survives in the mean. The random numbers are a hash of the step, the
+parameter and the coordinate: the same on any mesh and after any restart.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.product import Outer, OuterMoments, Spec
+from optax_adam_mini.product import Outer, Spec
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int8, UInt32
+    from jaxtyping import Array, Float, Int8, Int32, UInt32
+
+_FACTOR = 8.0  # of the bound
+_ONE = 127 << 23  # the bits of 1.0 in float32
+_TINY = float(np.finfo(np.float32).tiny)
 
 
-class QuantizedMoment(NamedTuple):
-    """The first moment of a parameter in 8 bits.
+def check_decays(b1: Any, b2: Any) -> None:
+    """Refuses decay rates with which a moment can exceed its bound, where they can be known.
 
-    Attributes:
-        values: one code for each coordinate, of the parameter's shape, int8.
-        scale: a bound on the moment in each block, like the parameter's `nu`: one array of the
-            shape of the grid, float32 or wider, or an
-            [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two.
+    Raises:
+        ValueError: if they are such; traced arrays pass.
     """
+    if any(isinstance(decay, jax.core.Tracer) for decay in (b1, b2)):
+        return
+    b1, b2 = float(b1), float(b2)
+    # Cauchy and Schwarz: the sum of ((1 - b1) b1**i)**2 / ((1 - b2) b2**i) over the steps before.
+    squared = (1 - b1) ** 2 / ((1 - b2) * (1 - b1**2 / b2)) if b1**2 < b2 else np.inf
+    if squared > _FACTOR**2:
+        raise ValueError(
+            f"mu_dtype=int8 keeps no more than {_FACTOR:g} times the root of the second moment, "
+            f"and with b1={b1:g} and b2={b2:g} the first may be {np.sqrt(squared):.3g} times it: "
+            "take b2 from b1**2 to 0.999, or leave mu_dtype out"
+        )
 
-    values: Any
-    scale: Any
 
+def dequantize(spec: Spec, codes: Int8[Array, "*shape"], nu: Any) -> Float[Array, "*shape"]:
+    """The moment that codes stand for, in float32 or wider.
 
-def is_quantized(x: Any) -> bool:
-    """Whether it is a moment in 8 bits."""
-    return isinstance(x, QuantizedMoment)
-
-
-def is_smaller(spec: Spec, shape: tuple[int, ...], dtype: Any) -> bool:
-    """Whether codes and bounds of a parameter take fewer bytes than a moment of its own `dtype`.
+    Args:
+        spec: how the parameter is cut.
+        codes: one for each coordinate.
+        nu: the second moment that they were made with.
 
     Examples:
-        >>> is_smaller(per_neuron(), (768, 3072), np.float32)
-        True
-        >>> is_smaller(per_element(), (768,), np.float32)
-        False
+        >>> codes, nu = jnp.array([127, 0, -119, 0], jnp.int8), jnp.array([1.0])
+        >>> dequantize(per_tensor(), codes, nu)
+        Array([16.,  0., -8.,  0.], dtype=float32)
     """
-    size = math.prod(shape)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return False
-    return size + 4 * spec.size(shape) < size * np.dtype(dtype).itemsize
-
-
-def norms(spec: Spec, mean: Any, shape: tuple[int, ...]) -> Any:
-    """The Euclidean norm of each block, from the mean of its squares."""
-    if isinstance(spec, Outer):
-        return OuterMoments(norms(spec.a, mean.a, shape), norms(spec.b, mean.b, shape))
-    return jnp.sqrt(mean) * np.sqrt(sums.block_sizes(spec.runs(shape))).astype(mean.dtype)
-
-
-def dequantize(spec: Spec, moment: QuantizedMoment) -> Float[Array, "*shape"]:
-    """The values of a moment, in float32 or wider.
-
-    Examples:
-        >>> moment = QuantizedMoment(jnp.array([127, 0, -119], jnp.int8), jnp.array([3.0]))
-        >>> dequantize(per_tensor(), moment)
-        Array([ 3. ,  0. , -1.5], dtype=float32)
-    """
-    return _decode(moment.values) * _bound(spec, moment.scale, moment.values.shape)
+    code = codes.astype(jnp.int32)
+    bits = ((jnp.abs(code) - 127) << _bits_cut_off(spec, codes.shape)) + _ONE
+    magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    value = jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude))
+    return value * _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
 
 
 def quantize(
-    spec: Spec, m: Float[Array, "*shape"], scale: Any, seed: UInt32[Array, ""]
-) -> QuantizedMoment:
-    """A moment in 8 bits; its mean over many seeds is `m`.
+    spec: Spec, m: Float[Array, "*shape"], nu: Any, seed: UInt32[Array, ""]
+) -> Int8[Array, "*shape"]:
+    """The codes of a moment; over many seeds, the mean of what they stand for is `m`.
 
     Args:
         spec: how the parameter is cut.
         m: the moment.
-        scale: for each block, a number that no coordinate of it exceeds.
+        nu: the second moment after the same gradients.
         seed: of the rounding.
+
+    Examples:
+        >>> m, nu = jnp.array([16.0, 0.0, -8.0, 0.0]), jnp.array([1.0])
+        >>> quantize(per_tensor(), m, nu, rounding_seed(1, 0))
+        Array([ 127,    0, -119,    0], dtype=int8)
     """
-    # Of numbers too small to have an inverse nothing is kept.
-    inverse = jax.tree.map(lambda a: jnp.where(a > _TINY, 1 / a, 0), scale)
-    ratio = jnp.abs(m) * _bound(spec, inverse, m.shape, jnp.maximum)
-    codes = _encode(ratio.astype(jnp.float32), _random_bits(m.shape, seed))
-    return QuantizedMoment(jnp.where(m < 0, -codes, codes).astype(jnp.int8), scale)
-
-
-def quantized(spec: Spec, m: Float[Array, "*shape"], dtype: Any) -> Any:
-    """The moment of a parameter of `dtype` in 8 bits, where that is smaller, or else in `dtype`."""
-    if not is_smaller(spec, m.shape, dtype):
-        return m.astype(dtype)
-    m = m.astype(sums.widen(m.dtype))
-    scale = norms(spec, spec.block_mean(m, jnp.square), m.shape)
-    return quantize(spec, m, scale, rounding_seed(0, 0))
-
-
-_TINY = float(np.finfo(np.float32).tiny)
-_FRACTION = 20  # bits of a float32's fraction that a code does not have
-_ONE = 127 << 23  # the bits of 1.0 in float32
-_SMALLEST = np.int32(_ONE - (126 << _FRACTION)).view(np.float32)  # what code 1 stands for, 1.9e-5
-
-
-def _bound(spec: Spec, scale: Any, shape: tuple[int, ...], least: Any = jnp.minimum) -> Array:
-    """At every coordinate, the smallest bound of the blocks it is in."""
-    if isinstance(spec, Outer):
-        return least(spec.a.spread(scale.a, shape), spec.b.spread(scale.b, shape))
-    return spec.spread(scale, shape)
-
-
-def _encode(ratio: Float[Array, "*shape"], random: Any) -> Any:
-    """Codes from 0 to 127 of numbers from 0 to 1: a float32's exponent and three more bits.
-
-    Codes are in the order of their numbers, and between two of them numbers are evenly spaced as
-    bits: a random number is added to those that are cut off, and rounds up in proportion.
-    """
+    # Of what is too small to have an inverse nothing is kept.
+    inverse = lambda bound: jnp.where(bound > _TINY, 1 / bound, 0)
+    ratio = jnp.abs(m) * _at_every_coordinate(spec, nu, m.shape, inverse, jnp.maximum)
+    ratio = ratio.astype(jnp.float32)
+    cut_off = _bits_cut_off(spec, m.shape)
+    random = _random_bits(cut_off, m.shape, seed)
+    # Codes are in the order of their numbers, and between two of them numbers are evenly spaced as
+    # bits: a random number is added to those that are cut off, and rounds up in proportion.
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-    code = ((bits + random - _ONE) >> _FRACTION) + 127
-    small = (random < ratio * (2.0**_FRACTION / _SMALLEST)).astype(jnp.int32)  # 0 or 1
-    return jnp.where(ratio < _SMALLEST, small, jnp.minimum(code, 127))
-
-
-def _decode(values: Int8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The numbers from -1 to 1 that codes stand for."""
-    code = values.astype(jnp.int32)
-    bits = ((jnp.abs(code) - 127) << _FRACTION) + _ONE
-    magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude))
+    code = jnp.minimum(((bits + random - _ONE) >> cut_off) + 127, 127)
+    smallest = np.int32(_ONE - (126 << cut_off)).view(np.float32)  # what code 1 stands for
+    up = (random < ratio * (2.0**cut_off / smallest)).astype(jnp.int32)
+    code = jnp.where(ratio < smallest, up, code)
+    return jnp.where(m < 0, -code, code).astype(jnp.int8)
 
 
 def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
@@ -147,12 +109,31 @@ def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
     return _mixed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + np.uint32(index))
 
 
-def _random_bits(shape: tuple[int, ...], seed: Any) -> Any:
-    """For each coordinate a number of `_FRACTION` bits."""
+def _at_every_coordinate(spec: Spec, nu: Any, shape: Any, of: Any, choose: Any) -> Array:
+    """A function of the bound of the block that a coordinate is in; of its row's and its column's,
+    one is chosen."""
+    if isinstance(spec, Outer):
+        return choose(
+            _at_every_coordinate(spec.a, nu.a, shape, of, choose),
+            _at_every_coordinate(spec.b, nu.b, shape, of, choose),
+        )
+    root = _FACTOR * np.sqrt(sums.block_sizes(spec.runs(shape))).astype(nu.dtype)
+    return spec.spread(nu, shape, lambda nu: of(root * jnp.sqrt(nu)))
+
+
+def _bits_cut_off(spec: Spec, shape: Any) -> int:
+    """How many bits of a float32's fraction a code does not have."""
+    if isinstance(spec, Outer):
+        return min(_bits_cut_off(spec.a, shape), _bits_cut_off(spec.b, shape))
+    return 20 if np.max(sums.block_sizes(spec.runs(shape)), initial=0) <= 2**16 else 21
+
+
+def _random_bits(count: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
+    """For each coordinate a number of `count` bits."""
     place = seed
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    return (_mixed(place) >> (32 - _FRACTION)).astype(jnp.int32)
+    return (_mixed(place) >> (32 - count)).astype(jnp.int32)
 
 
 def _mixed(x: Any) -> Any:

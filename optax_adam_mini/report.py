@@ -15,7 +15,6 @@ from optax_adam_mini.blocks import BlockSpec, period
 from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
 from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.product import Outer, Spec
-from optax_adam_mini.quantized import is_smaller
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def block_table(
     table.add_column("blocks", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
     mu_dtype = check_mu_dtype(mu_dtype)
-    v_before = v_after = before = mu_bytes = nu_bytes = 0
+    v_before = v_after = adamw = mu_bytes = nu_bytes = 0
     for (_, shape, dtype, spec, note), paths in rows.items():
         size, blocks = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
         row_bytes = blocks * widen(_real(dtype)).itemsize
@@ -78,20 +77,15 @@ def block_table(
             f"{row_bytes:,}",
         )
         v_before, v_after = v_before + size, v_after + blocks
-        before, nu_bytes = before + 2 * size * dtype.itemsize, nu_bytes + row_bytes
-        if mu_dtype != jnp.int8:
-            mu_bytes += size * (mu_dtype or dtype).itemsize
-        elif is_smaller(spec, shape, dtype):
-            mu_bytes += size + row_bytes
-        else:
-            mu_bytes += size * dtype.itemsize
+        mu_bytes += size * (mu_dtype or dtype).itemsize
+        adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()
     table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
     removed = 1 - v_after / max(v_before, 1)
     state = mu_bytes + nu_bytes
     table.caption = (
         f"v: {v_before:,} numbers in Adam, {v_after:,} here, {removed:.2%} removed\n"
-        f"optimizer state: {state:,} bytes, {state / max(before, 1):.2%} of AdamW's {before:,}"
+        f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}"
     )
     table.caption_justify = "left"
     return table

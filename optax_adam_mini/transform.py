@@ -27,15 +27,7 @@ from optax_adam_mini.labels import (
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Spec
-from optax_adam_mini.quantized import (
-    QuantizedMoment,
-    dequantize,
-    is_quantized,
-    is_smaller,
-    norms,
-    quantize,
-    rounding_seed,
-)
+from optax_adam_mini.quantized import check_decays, dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
 
 # Annotations are objects here, not strings: Optax's tests look learning_rate's up.
@@ -48,9 +40,8 @@ class ScaleByAdamMiniState(NamedTuple):
 
     Attributes:
         count: number of updates made, shape `()`, int32.
-        mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`. With int8, a
-            [`QuantizedMoment`][optax_adam_mini.quantized.QuantizedMoment] of each parameter of
-            which that takes fewer bytes.
+        mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`. With int8,
+            codes relative to a bound that `nu` gives.
         nu: mean of the squared gradient's moving average over each block, a pytree like the
             parameters, float32 or wider; each array has the rank of its parameter and the shape
             of its grid of blocks. Where the spec is an [`outer`][optax_adam_mini.outer] it is an
@@ -148,9 +139,8 @@ def adam_mini(
         eps: added to the root, at least 0.
         eps_root: added under the root, at least 0; greater than 0 where gradients are taken through
             the update.
-        mu_dtype: dtype of `mu`; None for the parameters'. `jnp.int8` keeps it in 8 bits and a few
-            numbers for each block, an eighth of AdamW's state in all. Updates are made from `mu`
-            as it is kept.
+        mu_dtype: dtype of `mu`; None for the parameters'. `jnp.int8` keeps it in 8 bits, an eighth
+            of AdamW's state in all. Updates are made from `mu` as it is kept.
         weight_decay: at least 0, multiplied by the learning rate; or a schedule.
         mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
             a function of the parameters that returns one; None for all.
@@ -252,6 +242,8 @@ def _scale_by_adam_mini(
         leaves, treedef = jax.tree.flatten(params)
         labels = resolve_block_specs(block_specs, params)
         check_in_range(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+        if mu_dtype == jnp.int8:
+            check_decays(b1, b2)
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
@@ -259,21 +251,18 @@ def _scale_by_adam_mini(
             jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf)
             for (_, spec), leaf in zip(labels, leaves, strict=True)
         ]
-        of_blocks = lambda p, block: jax.tree.map(lambda v: _zeros_beside(v, p), block)
-
-        def first_moment(spec: Spec, p: Any, block: Any) -> Any:
-            dtype = jnp.result_type(p)
-            if mu_dtype != jnp.int8:  # with a dtype given, so that none is weak
-                return jnp.zeros_like(p, dtype=mu_dtype or dtype)
-            if not is_smaller(spec, jnp.shape(p), dtype):
-                return jnp.zeros_like(p, dtype=dtype)
-            return QuantizedMoment(jnp.zeros_like(p, dtype=jnp.int8), of_blocks(p, block))
-
-        specs = [spec for _, spec in labels]
         return ScaleByAdamMiniState(
             count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.unflatten(treedef, list(map(first_moment, specs, leaves, blocks))),
-            nu=jax.tree.unflatten(treedef, list(map(of_blocks, leaves, blocks))),
+            mu=jax.tree.map(  # with a dtype given, so that none is weak
+                lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
+            ),
+            nu=jax.tree.unflatten(
+                treedef,
+                [
+                    jax.tree.map(lambda v, leaf=leaf: _zeros_beside(v, leaf), block)
+                    for block, leaf in zip(blocks, leaves, strict=True)
+                ],
+            ),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
@@ -282,19 +271,17 @@ def _scale_by_adam_mini(
 
         # Parameters that are alike are traced once, which halves the time of tracing GPT-2.
         @functools.partial(jax.jit, static_argnums=0)
-        def adam_mini(spec: Spec, g: "Array", m: Any, v: Any, seed: Any) -> tuple[Any, ...]:
+        def adam_mini(spec: Spec, g: "Array", m: "Array", v: Any, seed: Any) -> tuple[Any, ...]:
             mean = spec.block_mean(g, _abs_sq)
             nu = jax.tree.map(lambda v, mean: b2 * v + (1 - b2) * mean, v, mean)
             nu_hat = jax.tree.map(lambda nu: nu / c2, nu)
             g = g.astype(widen(g.dtype))
-            average = lambda old, new: b1 * old + (1 - b1) * new
             # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
-            if is_quantized(m):
-                bound = jax.tree.map(average, m.scale, norms(spec, mean, g.shape))
-                kept = quantize(spec, average(dequantize(spec, m), g), bound, seed)
-                mu = dequantize(spec, kept).astype(g.dtype)
+            if m.dtype == jnp.int8:
+                kept = quantize(spec, b1 * dequantize(spec, m, v) + (1 - b1) * g, nu, seed)
+                mu = dequantize(spec, kept, nu)
             else:
-                kept = average(m.astype(g.dtype), g).astype(m.dtype)
+                kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
                 mu = kept.astype(g.dtype)
             # What is the same for a whole block is computed once for the block, and then spread.
             step = lambda v: 1 / (jnp.sqrt(v + eps_root) + eps)
@@ -307,37 +294,30 @@ def _scale_by_adam_mini(
             return update, kept, nu
 
         def update_leaf(index: int, path: str, spec: Spec, g: Any, m: Any, v: Any, p: Any) -> Any:
-            shape = jnp.shape(m.values if is_quantized(m) else m)
-            if (shapes := jax.tree.map(jnp.shape, v)) != spec.grid(shape):
+            if (shapes := jax.tree.map(jnp.shape, v)) != spec.grid(m.shape):
                 raise ValueError(
                     f"{path}: the state's nu has shape {shapes}, but {spec} cuts the shape "
-                    f"{shape} into the grid {spec.grid(shape)}: the state was made with other "
+                    f"{m.shape} into the grid {spec.grid(m.shape)}: the state was made with other "
                     "block specs; pass those, or init again"
                 )
             if g is None:
                 return None, m, v
-            if jnp.shape(g) != shape:
+            if jnp.shape(g) != m.shape:
                 raise ValueError(
                     f"{path}: got a gradient of shape {jnp.shape(g)}, but the parameter's is "
-                    f"{shape}: pass update the gradients of the parameters that init was given"
+                    f"{m.shape}: pass update the gradients of the parameters that init was given"
                 )
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
-                return jnp.zeros(shape, p.dtype), m, v
-            seed = rounding_seed(count, index) if is_quantized(m) else None
-            update, *new = adam_mini(spec, g, m, v, seed)
+                return jnp.zeros(m.shape, p.dtype), m, v
+            update, mu, nu = adam_mini(spec, g, m, v, rounding_seed(count, index))
             dtype = g.dtype if params is None else p.dtype
-            # Wider gradients do not widen the state.
-            kept = jax.tree.map(lambda new, old: new.astype(old.dtype), tuple(new), (m, v))
-            return update.astype(dtype), *kept
+            return update.astype(dtype), mu, jax.tree.map(lambda nu, v: nu.astype(v.dtype), nu, v)
 
         # mu, not updates, has the parameters' structure: gradients may be None.
-        mu, treedef = jax.tree.flatten(state.mu, is_leaf=is_quantized)
+        mu, treedef = jax.tree.flatten(state.mu)
         nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
-        like = [jax.ShapeDtypeStruct(m.values.shape, jnp.float32) if is_quantized(m) else m
-                for m in mu]  # fmt: skip
-        labels = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, like))
-        if params is not None:
-            like = treedef.flatten_up_to(params)
+        like = grads if params is None else treedef.flatten_up_to(params)
+        labels = resolve_block_specs(block_specs, state.mu)
         new = [
             update_leaf(index, *label, *leaves)
             for index, (label, *leaves) in enumerate(

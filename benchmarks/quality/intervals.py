@@ -154,6 +154,8 @@ def rate_curve(
         if asked["contender"] in ("adamw", "mean", "outer"):
             at = found.setdefault(asked["contender"], {}).setdefault(asked["learning_rate"], {})
             at[asked["seed"]] = workload.value(run["found"])
+    if not found:
+        return {}
     common = set.intersection(*(set(seeds) for rates in found.values() for seeds in rates.values()))
     return {
         contender: {

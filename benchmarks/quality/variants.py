@@ -57,6 +57,11 @@ VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
     "embedding by token": [(TABLES, per_token())],
     "embedding per coordinate": [(TABLES, per_element())],
     "positions by position": [("wpe", per_token())],
+    "query and key by head": [
+        ("c_attn/kernel", fused(1, [_heads(8, 16), _heads(8, 16), (128, per_neuron(axis=1))])),
+        ("query/kernel", _heads(8, 16)[1]),
+        ("key/kernel", _heads(4, 16)[1]),
+    ],
     "gains in one block": [("scale$", per_tensor())],
     "biases in one block": [("bias$", per_tensor())],
     "attention per coordinate": [("attn/.*kernel|attention/.*kernel", per_element())],
