@@ -15,7 +15,7 @@ import optax
 
 from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.product import Spec
+from optax_adam_mini.product import Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
@@ -125,7 +125,7 @@ def _convert(
             return node
         mu, treedef = jax.tree_util.tree_flatten_with_path(node.mu)
         pairs: list[tuple[Any, Any]] = []
-        for (keys, m), v in zip(mu, treedef.flatten_up_to(node.nu), strict=True):
+        for (keys, m), v in zip(mu, of_parameters(node.nu, treedef), strict=True):
             path = path_of(keys)
             if path not in by_path:
                 raise ValueError(
@@ -138,8 +138,8 @@ def _convert(
                 raise ValueError(
                     f"{'/'.join(path)}: the state is not of these params: {error}"
                 ) from None
-        mu, nu = (jax.tree.unflatten(treedef, [pair[i] for pair in pairs]) for i in range(2))
-        return new(count=node.count, mu=mu, nu=nu)
+        mu = jax.tree.unflatten(treedef, [m for m, _ in pairs])
+        return new(count=node.count, mu=mu, nu=in_trees([v for _, v in pairs], treedef))
 
     is_old = lambda node: isinstance(node, old)
     if not any(map(is_old, jax.tree.leaves(state, is_leaf=is_old))):

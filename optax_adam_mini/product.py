@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """What is kept of a parameter for the two grids of [`outer`][optax_adam_mini.outer].
+    """What is kept for the two grids of [`outer`][optax_adam_mini.outer]: of a parameter two
+    arrays, and in an optimizer's state two trees of arrays.
 
     Attributes:
-        a: one number for each block of the first grid, of the parameter's rank.
-        b: one for each block of the second.
+        a: one number for each block of the first grid, of the parameter's rank. In a state, a tree
+            like the parameters; those of which one number is kept for each block are in it too.
+        b: one for each block of the second. In a state, `None` for those.
     """
 
     a: Any
@@ -209,9 +211,9 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         v = v_a * v_b / v_ab
 
     at every coordinate. It is exact where the average itself is a row times a column inside each
-    block, and where one grid is the other's coarsening it is the finer one's mean. `nu` is an
-    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two arrays: 15,104 numbers for a
-    kernel of 4096 x 11008. A plain kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row
+    block, and where one grid is the other's coarsening it is the finer one's mean. Two arrays are
+    kept, 15,104 numbers for a kernel of 4096 x 11008: `nu` is an
+    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two trees like the parameters. A plain kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row
     of its own for each head it is `outer(a, per_neuron())`, where `a` cuts the inputs at each index
     and the outputs into heads.
 
@@ -241,8 +243,8 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         OuterMoments(a=(4096, 1), b=(1, 11008))
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = adam_mini(1e-3, block_specs=kernel).init(params)
-        >>> jax.tree.map(jnp.shape, state[0].nu["kernel"])
-        OuterMoments(a=(4, 1), b=(1, 6))
+        >>> jax.tree.map(jnp.shape, state[0].nu)
+        OuterMoments(a={'kernel': (4, 1)}, b={'kernel': (1, 6)})
     """
     spec = Outer(a, b)
     return dataclasses.replace(spec, a=stacked_along(a, stacked), b=stacked_along(b, stacked))
@@ -284,3 +286,28 @@ def _coarser_mean(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Ar
     if isinstance(sizes, float):
         return sums.block_mean(nu, counts)
     return sums.block_mean(nu * sizes, counts) / sums.block_mean(jnp.asarray(sizes), counts)
+
+
+def of_parameters(nu: Any, treedef: Any) -> list[Any]:
+    """What the `nu` of a state holds of each parameter: one array, or two.
+
+    Args:
+        nu: a tree like the parameters, or two of them.
+        treedef: the structure of the parameters.
+    """
+    if not isinstance(nu, OuterMoments):
+        return treedef.flatten_up_to(nu)
+    a, b = map(treedef.flatten_up_to, nu)
+    return [x if y is None else OuterMoments(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def in_trees(moments: Sequence[Any], treedef: Any) -> Any:
+    """The `nu` of a state. Of an `outer`'s arrays each is in a tree of its own, since what is to
+    hold an optimizer's state may take one array for each parameter (an NNX variable does)."""
+    is_pair = lambda x: isinstance(x, OuterMoments)
+    if not any(map(is_pair, moments)):
+        return jax.tree.unflatten(treedef, moments)
+    return OuterMoments(
+        a=jax.tree.unflatten(treedef, [x.a if is_pair(x) else x for x in moments]),
+        b=jax.tree.unflatten(treedef, [x.b if is_pair(x) else None for x in moments]),
+    )

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.labels import path_of, some
-from optax_adam_mini.product import OuterMoments
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -74,11 +73,7 @@ def opt_state_shardings(
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
-    is_outer = lambda x: isinstance(x, OuterMoments)
-
     def of_leaf(keys: Any, leaf: Any) -> Any:
-        if is_outer(leaf):
-            return OuterMoments(*(of_leaf(keys, factor) for factor in leaf))
         path = path_of(keys)  # ends with the parameter's, where the leaf is like a parameter
         for start in range(len(path) + 1):
             shape = shapes.get(path[start:])
@@ -89,7 +84,7 @@ def opt_state_shardings(
     # Shardings that are in the parameters' own types say nothing here.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(tx.init, bare)
-    return jax.tree_util.tree_map_with_path(of_leaf, state, is_leaf=is_outer)
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
 def _resolve(

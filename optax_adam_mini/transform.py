@@ -26,7 +26,7 @@ from optax_adam_mini.labels import (
     spec_leaves,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
-from optax_adam_mini.product import Spec
+from optax_adam_mini.product import Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import check_decays, dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
 
@@ -44,8 +44,8 @@ class ScaleByAdamMiniState(NamedTuple):
             codes relative to a bound that `nu` gives.
         nu: mean of the squared gradient's moving average over each block, a pytree like the
             parameters, float32 or wider; each array has the rank of its parameter and the shape
-            of its grid of blocks. Where the spec is an [`outer`][optax_adam_mini.outer] it is an
-            [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two such arrays.
+            of its grid of blocks. Where a spec is an [`outer`][optax_adam_mini.outer], an
+            [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two such pytrees.
     """
 
     count: 'Int[Array, ""]'  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -256,12 +256,12 @@ def _scale_by_adam_mini(
             mu=jax.tree.map(  # with a dtype given, so that none is weak
                 lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
             ),
-            nu=jax.tree.unflatten(
-                treedef,
+            nu=in_trees(
                 [
                     jax.tree.map(lambda v, leaf=leaf: _zeros_beside(v, leaf), block)
                     for block, leaf in zip(blocks, leaves, strict=True)
                 ],
+                treedef,
             ),
         )
 
@@ -315,7 +315,7 @@ def _scale_by_adam_mini(
 
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)
-        nu, grads = treedef.flatten_up_to(state.nu), treedef.flatten_up_to(updates)
+        nu, grads = of_parameters(state.nu, treedef), treedef.flatten_up_to(updates)
         like = grads if params is None else treedef.flatten_up_to(params)
         labels = resolve_block_specs(block_specs, state.mu)
         new = [
@@ -324,7 +324,8 @@ def _scale_by_adam_mini(
                 zip(labels, grads, mu, nu, like, strict=True)
             )
         ]
-        updates, mu, nu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(3))
+        updates, mu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(2))
+        nu = in_trees([leaf[2] for leaf in new], treedef)
         return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -217,8 +217,9 @@ def test_state_and_table():
     p = {"kernel": jnp.ones((768, 3072), jnp.bfloat16), "bias": jnp.zeros(3072, jnp.bfloat16)}
     specs = by_path([("kernel", MATRIX)], default=per_element())
     nu = adam_mini(1e-3, block_specs=specs).init(p)[0].nu
-    assert isinstance(nu["kernel"], OuterMoments)
-    chex.assert_shape([nu["kernel"].a, nu["kernel"].b], [(768, 1), (1, 3072)])
+    assert isinstance(nu, OuterMoments)
+    chex.assert_shape([nu.a["kernel"], nu.b["kernel"]], [(768, 1), (1, 3072)])
+    assert nu.a["bias"].shape == (3072,) and nu.b["bias"] is None
     assert {x.dtype for x in jax.tree.leaves(nu)} == {jnp.dtype("float32")}
     table = block_table(p, specs)
     cells = [list(column.cells) for column in table.columns]
