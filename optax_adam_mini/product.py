@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """What is kept for the two grids of [`outer`][optax_adam_mini.outer]: of a parameter two
-    arrays, and in an optimizer's state two trees of arrays.
+    """What is kept for the two grids of [`outer`][optax_adam_mini.outer].
+
+    Of a parameter these are two arrays, and in an optimizer's state two trees of arrays.
 
     Attributes:
         a: one number for each block of the first grid, of the parameter's rank. In a state, a tree
@@ -213,9 +214,9 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     at every coordinate. It is exact where the average itself is a row times a column inside each
     block, and where one grid is the other's coarsening it is the finer one's mean. Two arrays are
     kept, 15,104 numbers for a kernel of 4096 x 11008: `nu` is an
-    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two trees like the parameters. A plain kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row
-    of its own for each head it is `outer(a, per_neuron())`, where `a` cuts the inputs at each index
-    and the outputs into heads.
+    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two trees like the parameters. A plain
+    kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row of its own for each head it is
+    `outer(a, per_neuron())`, where `a` cuts the inputs at each index and the outputs into heads.
 
     `optax.adafactor` keeps the same two averages (Shazeer and Stern, [Adafactor: Adaptive Learning
     Rates with Sublinear Memory Cost](https://arxiv.org/abs/1804.04235), section 3) of the two
@@ -302,8 +303,11 @@ def of_parameters(nu: Any, treedef: Any) -> list[Any]:
 
 
 def in_trees(moments: Sequence[Any], treedef: Any) -> Any:
-    """The `nu` of a state. Of an `outer`'s arrays each is in a tree of its own, since what is to
-    hold an optimizer's state may take one array for each parameter (an NNX variable does)."""
+    """The `nu` of a state.
+
+    Each of an `outer`'s arrays is in a tree of its own, since what holds an optimizer's state may
+    take one array for each parameter: a variable of NNX does.
+    """
     is_pair = lambda x: isinstance(x, OuterMoments)
     if not any(map(is_pair, moments)):
         return jax.tree.unflatten(treedef, moments)

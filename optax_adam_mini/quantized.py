@@ -110,8 +110,10 @@ def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
 
 
 def _at_every_coordinate(spec: Spec, nu: Any, shape: Any, of: Any, choose: Any) -> Array:
-    """A function of the bound of the block that a coordinate is in; of its row's and its column's,
-    one is chosen."""
+    """A function of the bound of the block that a coordinate is in.
+
+    Of a row's and a column's, one is chosen.
+    """
     if isinstance(spec, Outer):
         return choose(
             _at_every_coordinate(spec.a, nu.a, shape, of, choose),

@@ -320,9 +320,7 @@ def _scale_by_adam_mini(
         labels = resolve_block_specs(block_specs, state.mu)
         new = [
             update_leaf(index, *label, *leaves)
-            for index, (label, *leaves) in enumerate(
-                zip(labels, grads, mu, nu, like, strict=True)
-            )
+            for index, (label, *leaves) in enumerate(zip(labels, grads, mu, nu, like, strict=True))
         ]
         updates, mu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(2))
         nu = in_trees([leaf[2] for leaf in new], treedef)
