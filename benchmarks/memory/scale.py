@@ -32,6 +32,7 @@ from benchmarks.results import Columns, write_rows
 from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from examples.common.mesh import param_shardings
+from examples.common.optimizers import decayed
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
 from examples.llama.train import Config
 from optax_adam_mini import adam_mini, infer_block_specs, opt_state_shardings
@@ -177,10 +178,13 @@ def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> 
     seconds = time.perf_counter() - start
     hlo = compiled.as_text()
     part = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    is_matrix = jax.tree.leaves(decayed(params))
     matrices = [
         part(leaf, sharding)
-        for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(of_params), strict=True)
-        if math.prod(leaf.shape[-2:]) > 2**20  # gains are vectors, stacked
+        for leaf, sharding, matrix in zip(
+            jax.tree.leaves(params), jax.tree.leaves(of_params), is_matrix, strict=True
+        )
+        if matrix
     ]
     state_bytes = sum(
         part(leaf, sharding)
