@@ -244,7 +244,7 @@ COLUMNS: Columns = {
     "longest context": lambda row: (
         f"{row['longest_context']:,}" if "longest_context" in row else ""
     ),
-    "effort": lambda row: f"{row['effort']:g}",
+    "effort": lambda row: "" if row["topology"].startswith("h100") else f"{row['effort']:g}",
     "compile s": lambda row: "" if row["seconds"] is None else f"{row['seconds']:.0f}",
 }
 FACTS = (

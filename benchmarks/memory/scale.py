@@ -116,23 +116,23 @@ class Compiled(NamedTuple):
     collectives: dict[str, tuple[int, int]]
     """By name: how many, and the bytes of their results on each device."""
     largest: int
-    """Bytes of the largest result of them."""
+    """Bytes of the largest array among these results."""
     smallest_matrix: int
     """Bytes of the smallest part of a matrix that a device has."""
     seconds: float
     """To trace and compile."""
 
 
-def results(hlo: str) -> list[tuple[str, int]]:
-    """The collectives in a compiled program: the name of each, and the bytes of its result."""
-    found: list[tuple[str, int]] = []
+def results(hlo: str) -> list[tuple[str, list[int]]]:
+    """The collectives in a compiled program: the name of each, and the bytes of its results."""
+    found: list[tuple[str, list[int]]] = []
     names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
     for result, name in re.findall(rf"= (.+?) ({names})(?:-start)?\(", hlo):
-        size = 0
+        sizes: list[int] = []
         for dtype, bits, dims in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", result):
             numbers = math.prod(int(n) for n in dims.split(",") if n)
-            size += numbers * (1 if dtype == "pred" else int(bits) // 8)
-        found.append((name, size))
+            sizes.append(numbers * (1 if dtype == "pred" else int(bits) // 8))
+        found.append((name, sizes))
     return found
 
 
@@ -140,9 +140,9 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """By name: how many, and the bytes of their results."""
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for name, of_result in results(hlo):
+    for name, sizes in results(hlo):
         count[name] += 1
-        size[name] += of_result
+        size[name] += sum(sizes)
     return {name: (count[name], size[name]) for name in count}
 
 
@@ -195,7 +195,7 @@ def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> 
         state_bytes=state_bytes,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         collectives=collectives(hlo),
-        largest=max((size for _, size in results(hlo)), default=0),
+        largest=max((size for _, sizes in results(hlo) for size in sizes), default=0),
         smallest_matrix=min(matrices),
         seconds=seconds,
     )
@@ -250,7 +250,7 @@ COLUMNS: Columns = {
     "temporary MB": lambda row: f"{row['temporary_mb']:,.1f}",
     "collectives": lambda row: ", ".join(f"{n} {name}" for name, n in row["collectives"].items()),
     "their bytes, of the parameters'": lambda row: f"{row['collective_share']:.1e}",
-    "largest, MB": lambda row: f"{row['largest_mb']:.2f}",
+    "largest array of them, MB": lambda row: f"{row['largest_mb']:.2f}",
     "least part of a matrix, MB": lambda row: f"{row['smallest_matrix_mb']:.1f}",
     "compile s": lambda row: f"{row['seconds']:.1f}",
 }

@@ -3,8 +3,8 @@
 python -m benchmarks.speed.one_reading
 
 A Pallas kernel has a stripe of columns on the chip, whole blocks by neuron, so that the gradient is
-read once for its squares' sum and for the moment. As a part of `tx.update` it gives the update, which
-another kernel adds to the parameters; only where it is given the parameters, and adds to them
+read once for its squares' sum and for the moment. As a part of `tx.update` it gives the update,
+which another kernel adds to the parameters; only where it is given the parameters, and adds to them
 itself, is something saved. benchmarks/chips.py says how to have the compiler.
 """
 
