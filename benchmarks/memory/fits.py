@@ -53,6 +53,7 @@ OPTIMIZERS = {
     "AdamW": Optimizer("adamw"),
     "Adam-mini, one number": Optimizer("adam_mini", "mean"),
     "Adam-mini, row and column": Optimizer("adam_mini", "outer"),
+    "Adam-mini, row and column, 8 bits": Optimizer("adam_mini_int8", "outer"),
     "SGD, momentum": Optimizer("sgd"),
     "Lion": Optimizer("lion"),
     "Adafactor, momentum": Optimizer("adafactor"),
@@ -84,7 +85,7 @@ class Options:
     """Tokens a sequence, instead of the model's."""
     batch: int = 1
     """Sequences a step for each device."""
-    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)[:3]
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)[:4]
     """By the names of the table."""
     search: bool = False
     """Look for the largest batch, and at this batch for the longest context of a power of two times
