@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_adam_mini.labels import BlockSpecs, check_has_state, path_of, resolve_block_specs
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
+from optax_adam_mini.labels import BlockSpecs, check_has_state, path_of, resolve_block_specs
 from optax_adam_mini.product import Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
@@ -56,7 +56,6 @@ def from_adam_state(
         >>> state[0].nu["kernel"].shape
         (1, 6)
     """
-
     dtype = check_mu_dtype(mu_dtype)
 
     def convert(path: str, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """What is kept for the two grids of [`outer`][optax_adam_mini.outer]: of a parameter two
-    arrays, and in an optimizer's state two trees of arrays.
+    """What is kept for the two grids of [`outer`][optax_adam_mini.outer].
+
+    Of a parameter these are two arrays, and in an optimizer's state two trees of arrays.
 
     Attributes:
         a: one number for each block of the first grid, of the parameter's rank. In a state, a tree
@@ -330,8 +331,11 @@ def of_parameters(nu: Any, treedef: Any) -> list[Any]:
 
 
 def in_trees(moments: Sequence[Any], treedef: Any) -> Any:
-    """The `nu` of a state. Of an `outer`'s arrays each is in a tree of its own, since what is to
-    hold an optimizer's state may take one array for each parameter (an NNX variable does)."""
+    """The `nu` of a state.
+
+    Each of an `outer`'s arrays is in a tree of its own, since what holds an optimizer's state may
+    take one array for each parameter: a variable of NNX does.
+    """
     is_pair = lambda x: isinstance(x, OuterMoments)
     if not any(map(is_pair, moments)):
         return jax.tree.unflatten(treedef, moments)

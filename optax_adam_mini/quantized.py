@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,10 +46,11 @@ def check_decays(b1: Any, b2: Any) -> None:
     # Cauchy and Schwarz: the sum of ((1 - b1) b1**i)**2 / ((1 - b2) b2**i) over the steps before.
     squared = (1 - b1) ** 2 / ((1 - b2) * (1 - b1**2 / b2)) if b1**2 < b2 else np.inf
     if squared > _FACTOR**2:
+        largest = np.floor(1e4 * (1 - (1 - b1) / (1 + b1) / _FACTOR**2)) / 1e4  # b1**2 / b2 ~ b1**2
         raise ValueError(
             f"mu_dtype=int8 keeps no more than {_FACTOR:g} times the root of the second moment, "
             f"and with b1={b1:g} and b2={b2:g} the first may be {np.sqrt(squared):.3g} times it: "
-            "take b2 from b1**2 to 0.999, or leave mu_dtype out"
+            f"take b2 between {b1**2:g} and {largest:g}, or leave mu_dtype out"
         )
 
 
@@ -110,8 +112,10 @@ def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
 
 
 def _at_every_coordinate(spec: Spec, nu: Any, shape: Any, of: Any, choose: Any) -> Array:
-    """A function of the bound of the block that a coordinate is in; of its row's and its column's,
-    one is chosen."""
+    """A function of the bound of the block that a coordinate is in.
+
+    Of a row's and a column's, one is chosen.
+    """
     if isinstance(spec, Outer):
         return choose(
             _at_every_coordinate(spec.a, nu.a, shape, of, choose),

@@ -219,7 +219,8 @@ def test_state_and_table():
     nu = adam_mini(1e-3, block_specs=specs).init(p)[0].nu
     assert isinstance(nu, OuterMoments)
     chex.assert_shape([nu.a["kernel"], nu.b["kernel"]], [(768, 1), (1, 3072)])
-    assert nu.a["bias"].shape == (3072,) and nu.b["bias"] is None
+    assert nu.a["bias"].shape == (3072,)
+    assert nu.b["bias"] is None
     assert {x.dtype for x in jax.tree.leaves(nu)} == {jnp.dtype("float32")}
     table = block_table(p, specs)
     cells = [list(column.cells) for column in table.columns]

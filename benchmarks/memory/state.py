@@ -6,9 +6,10 @@ Nothing is allocated: the states' shapes are those that `init` would make.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +53,9 @@ class Memory(NamedTuple):
     """Adam-mini's with one number for each block."""
     outer: int
     """Adam-mini's with a row and a column in each."""
+    mean_int8: int
+    """The same with the first moment in 8 bits."""
+    outer_int8: int
 
 
 def memory(config: LanguageConfig) -> Memory:
@@ -61,11 +65,16 @@ def memory(config: LanguageConfig) -> Memory:
     def of(tx: Any) -> int:
         return state_bytes(jax.eval_shape(tx.init, params))
 
-    def mini(v: Literal["mean", "outer"]) -> Any:
-        return adam_mini(1e-3, block_specs=block_specs(dataclasses.replace(config, v=v)))
+    specs = {v: block_specs(dataclasses.replace(config, v=v)) for v in ("mean", "outer")}
+
+    def mini(v: str, mu_dtype: Any = None) -> int:
+        return of(adam_mini(1e-3, mu_dtype=mu_dtype, block_specs=specs[v]))
 
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Memory(count, of(optax.adamw(1e-3)), of(mini("mean")), of(mini("outer")))
+    return Memory(
+        count, of(optax.adamw(1e-3)), mini("mean"), mini("outer"),
+        mini("mean", jnp.int8), mini("outer", jnp.int8),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -73,16 +82,16 @@ def main() -> None:
     table = Table(title="Optimizer state in float32, computed")
     table.add_column("model")
     for heading in ("parameters", "AdamW GB", "in the paper", "Adam-mini GB", "of AdamW's",
-                    "outer GB", "of AdamW's"):  # fmt: skip
+                    "outer GB", "of AdamW's", "8 bits GB", "of AdamW's", "outer, 8 bits GB",
+                    "of AdamW's"):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, config, paper in MODELS:
-        count, adamw, mean, outer = memory(config)
+        count, adamw, *minis = memory(config)
         table.add_row(
             name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}" if paper else "",
-            f"{mean / 1e9:.2f}", f"{mean / adamw:.2%}",
-            f"{outer / 1e9:.2f}", f"{outer / adamw:.2%}",
+            *(text for mini in minis for text in (f"{mini / 1e9:.2f}", f"{mini / adamw:.2%}")),
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tables and plots of `benchmarks.quality.paired`: differences seed by seed, with intervals."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Columns, markdown
 
 COMMAND = "python -m benchmarks.quality.paired"
+SUMMARIZED = {
+    "outer": "a row and a column",
+    "outer, 8 bits": "the same, `mu` in 8 bits",
+    "mean": "one number a block",
+}
 
 
 class Interval(NamedTuple):
@@ -44,8 +50,9 @@ def behind(workload: Workload, values: Sequence[float], adamw: Sequence[float]) 
 
 
 def behind_adamw(workload: Workload, row: Mapping[str, Any], adamw: Mapping[str, Any]) -> Interval:
-    """How far a row is behind AdamW's; it may have fewer of the first seeds."""
-    return behind(workload, row["values"], adamw["values"][: len(row["values"])])
+    """How far a row is behind another, as AdamW's; either may have fewer of the first seeds."""
+    count = min(len(row["values"]), len(adamw["values"]))
+    return behind(workload, row["values"][:count], adamw["values"][:count])
 
 
 def interval_text(workload: Workload, found: Interval) -> str:
@@ -53,7 +60,8 @@ def interval_text(workload: Workload, found: Interval) -> str:
     ends = [found.low, found.high]
     if workload.by_accuracy:
         low, high = sorted(-end for end in ends)
-        return f"{-found.mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        mean = round(-found.mean, 2) or 0.0  # what is rounded to zero has no sign
+        return f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
     return f"{found.mean:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
 
 
@@ -91,6 +99,55 @@ def write(output: Path, file: str, name: str) -> str:
     return page
 
 
+def write_summary(output: Path) -> str:
+    """The page that has of every comparison in `output` how far Adam-mini is behind AdamW."""
+    rows: list[dict[str, Any]] = []
+    for name, workload in WORKLOADS.items():
+        files = sorted(output.glob(f"{name}_*.json"), key=lambda file: int(file.stem.split("_")[1]))
+        for file in files:
+            content = json.loads(file.read_text())
+            by_name = {row["contender"]: row for row in content.get("rows", [])}
+            if "adamw" in by_name:
+                steps = content["settings"]["steps"]
+                rows.append({**by_name, "workload": workload, "steps": steps})
+
+    def distance(contender: str, other: str, row: Mapping[str, Any]) -> str:
+        if contender not in row or other not in row:
+            return ""
+        found = behind_adamw(row["workload"], row[contender], row[other])
+        return interval_text(row["workload"], found)
+
+    def seeds(row: Mapping[str, Any]) -> str:
+        counts = {len(row[name]["values"]) for name in SUMMARIZED if name in row}
+        return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+    which: Columns = {
+        "workload": lambda row: row["workload"].title,
+        "steps": lambda row: f"{row['steps']:,}",
+        "rate": lambda row: f"{row['adamw']['learning_rate']:g}",
+    }
+    columns: Columns = {
+        **which,
+        "AdamW": lambda row: row["workload"].text(float(np.mean(row["adamw"]["values"]))),
+        **{title: functools.partial(distance, name, "adamw") for name, title in SUMMARIZED.items()},
+        "seeds": seeds,
+    }
+    in_8_bits: Columns = {
+        **which,
+        "a row and a column": functools.partial(distance, "outer, 8 bits", "outer"),
+        "one number a block": functools.partial(distance, "mean, 8 bits", "mean"),
+        "seeds": seeds,
+    }
+    page = (
+        "# Against AdamW, at AdamW's best rate\n\nThe mean of the differences seed by seed, and "
+        f"its 95% interval, by `{COMMAND}`:\n\n{markdown(columns, rows)}\n"
+        "## `mu` in 8 bits against `mu` in float32\n\nAt the same rates, seed by seed:\n\n"
+        + markdown(in_8_bits, [row for row in rows if "outer, 8 bits" in row])
+    )
+    (output / "summary.md").write_text(page)
+    return page
+
+
 def write_memory(output: Path) -> None:
     """The plot of loss against memory, from the comparisons in `output`."""
     figure = draw_memory(output)
@@ -111,7 +168,7 @@ def draw_memory(output: Path) -> Figure | None:
             unit = "points" if workload.by_accuracy else "%"
             factor = 1 if workload.by_accuracy else 100
             for row in rows:
-                if row["contender"] not in ("mean", "outer"):
+                if row["contender"] not in SUMMARIZED:
                     continue
                 share = 100 * row["optimizer_bytes"] / rows[0]["optimizer_bytes"]
                 interval = behind_adamw(workload, row, rows[0])
@@ -121,24 +178,27 @@ def draw_memory(output: Path) -> Figure | None:
     if not found:
         return None
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    titles = {
+        "outer, 8 bits": "a row and a column,\n$m$ in 8 bits",
+        "mean": "one number a block",
+        "outer": "a row and a column",
+    }
     for index, (title, points) in enumerate(found.items()):
-        shift = 0.12 * (index - (len(found) - 1) / 2)
-        ends = [*sorted(points), (100.0, Interval(0.0, 0.0, 0.0), "adamw")]
-        order = [{"mean": 0, "outer": 1, "adamw": 2}[who] + shift for _, _, who in ends]
-        means = [interval.mean for _, interval, _ in ends]
-        errors = [[m - i.low for m, (_, i, _) in zip(means, ends, strict=True)],
-                  [i.high - m for m, (_, i, _) in zip(means, ends, strict=True)]]  # fmt: skip
-        axes.errorbar(order, means, yerr=errors, marker="osD^v"[index % 5], capsize=3, label=title)
-    shares = {who: sorted({f"{s:.1f}" for p in found.values() for s, _, w in p if w == who})
-              for who in ("mean", "outer")}  # fmt: skip
-    span = lambda who: f"{shares[who][0]} to {shares[who][-1]}%" if shares[who] else ""
-    axes.set_xticks(range(3))
+        shift = 0.1 * (index - (len(found) - 1) / 2)
+        order = [list(titles).index(who) + shift for _, _, who in points]
+        means = [interval.mean for _, interval, _ in points]
+        errors = [[m - i.low for m, (_, i, _) in zip(means, points, strict=True)],
+                  [i.high - m for m, (_, i, _) in zip(means, points, strict=True)]]  # fmt: skip
+        axes.errorbar(order, means, yerr=errors, fmt="osD^v"[index % 5], capsize=3, label=title)
+    shares = {who: sorted(s for p in found.values() for s, _, w in p if w == who) for who in titles}
+    axes.set_xticks(range(len(titles)))
     axes.set_xticklabels(
-        [f"one number a block\n{span('mean')}", f"a row and a column\n{span('outer')}",
-         "AdamW, per coordinate\n100%"]
+        [title + (f"\n{shares[who][0]:.1f} to {shares[who][-1]:.1f}%" if shares[who] else "")
+         for who, title in titles.items()]
     )  # fmt: skip
+    axes.set_xlim(-0.5, len(titles) - 0.5)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="what is kept of v, and the optimizer's memory", ylabel="behind AdamW")
+    axes.set(xlabel="what is kept, and its memory in per cent of AdamW's", ylabel="behind AdamW")
     axes.grid(alpha=0.3)
     axes.legend(title="mean and 95% interval")
     return figure

@@ -201,6 +201,7 @@ def main(options: Options) -> None:
         page = intervals.write(Path(options.output), comparison.file, name)
         console.print(page, markup=False, highlight=False, soft_wrap=True)
     intervals.write_memory(Path(options.output))
+    intervals.write_summary(Path(options.output))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python -m benchmarks.quality.switch
 
 Trains the nano GPT-2 with AdamW; half way, one copy goes on with AdamW, one with Adam-mini from the
-converted state, and one with Adam-mini from a fresh state, on the same batches.
+converted state, in float32 and with the first moment in 8 bits, and one with Adam-mini from a
+fresh state, on the same batches.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -41,7 +43,7 @@ def main(options: Options) -> None:
     context = config.architecture.context
     data = text.load(config.data, Path(options.data))
     held_out = text.held_out_windows(data.held_out, config.eval_windows, context)
-    programs = {name: make_program(config, name) for name in ("adamw", "adam_mini")}
+    programs = {name: make_program(config, name) for name in Config.compared}
     steps = {name: jax.jit(program.step) for name, program in programs.items()}
     evaluate = jax.jit(programs["adamw"].evaluate)
 
@@ -56,11 +58,14 @@ def main(options: Options) -> None:
     half = options.steps // 2
     training, _ = run("adamw", jax.jit(programs["adamw"].init)(), 1, half)
     params = training.params
-    converted = from_adam_state(training.opt_state, params, block_specs(config))
+    specs = block_specs(config)
+    converted = from_adam_state(training.opt_state, params, specs)
+    in_8_bits = from_adam_state(training.opt_state, params, specs, mu_dtype=jnp.int8)
     fresh = jax.jit(programs["adam_mini"].init)().opt_state
     runs = {
         "AdamW carried on": ("adamw", training.opt_state),
         "Adam-mini, converted state": ("adam_mini", converted),
+        "Adam-mini, converted to 8 bits": ("adam_mini_int8", in_8_bits),
         "Adam-mini, fresh state": ("adam_mini", fresh),
     }
 

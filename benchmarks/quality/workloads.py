@@ -61,7 +61,9 @@ WORKLOADS = {
     "gpt2": Workload("GPT-2", gpt2.Config(v="mean"), gpt2.load_task, 0.005),
     "llama": Workload("Llama", llama.Config(v="mean"), llama.load_task, 0.005),
     "resnet": Workload("ResNet-18", resnet.Config(v="mean"), resnet.load_task, 0.5, True, True),
-    "diffusion": Workload("Diffusion", diffusion.Config(v="mean"), diffusion.load_task, 0.01, False, True),
+    "diffusion": Workload(
+        "Diffusion", diffusion.Config(v="mean"), diffusion.load_task, 0.01, False, True
+    ),
     "gcn": Workload("GCN", gnn.Config(model="gcn", v="mean"), gnn.load_task, 0.5, True),
     "gat": Workload("GAT", gnn.Config(model="gat", v="mean"), gnn.load_task, 0.5, True),
 }

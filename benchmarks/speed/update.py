@@ -277,7 +277,7 @@ def ordinary(tree: Tree, dtype: str, is_gpt2: bool) -> tuple[str, ...]:
     if len(jax.tree.leaves(tree.params)) == 1:
         made = optimizers(tree, dtype)
         return tuple(name for name in made if name in ("AdamW", "SGD, momentum")
-                     or name.startswith("Adam-mini") and "default" not in name)  # fmt: skip
+                     or (name.startswith("Adam-mini") and "default" not in name))  # fmt: skip
     slow = () if is_gpt2 and dtype == "float32" else ("Muon",)
     return tuple(name for name in optimizers(tree, dtype) if name not in slow)
 

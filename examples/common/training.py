@@ -21,7 +21,6 @@ from examples.common import interrupts, mesh, optimizers, runs
 from examples.common.cli import ConfigError, check_counts, comparison_table, progress_bar
 from examples.common.optimizers import OptimizerConfig
 
-COMPARED = ("adamw", "adam_mini")
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -29,8 +28,9 @@ METRICS_FILE = "metrics.jsonl"
 class TrainingConfig:
     """The options that every example has. An example adds its own, and may give other defaults."""
 
-    optimizer: Literal["adamw", "adam_mini"] | None = None
-    """Train with this one alone. Without it, with both, one after the other."""
+    optimizer: Literal["adamw", "adam_mini", "adam_mini_int8"] | None = None
+    """Train with this one alone; adam_mini_int8 keeps the first moment in 8 bits. Without it, with
+    AdamW and with Adam-mini, one after the other."""
     steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16
@@ -60,13 +60,15 @@ class TrainingConfig:
         default_factory=OptimizerConfig
     )
 
+    compared: ClassVar[tuple[str, ...]] = ("adamw", "adam_mini")
+    """Names of the optimizers that are trained with where none is named."""
     where: ClassVar[tuple[str, ...]] = ()
     """Groups of options that say where to train: a run that goes on takes new ones."""
 
     @property
     def optimizer_names(self) -> tuple[str, ...]:
         """Names of the optimizers to train with, in order."""
-        return COMPARED if self.optimizer is None else (self.optimizer,)
+        return self.compared if self.optimizer is None else (self.optimizer,)
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is read, written or compiled."""

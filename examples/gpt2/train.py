@@ -16,11 +16,12 @@ __all__ = ["Config", "blocks", "load_task", "main", "make_program"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(LanguageConfig):
-    """Train GPT-2 with AdamW and then with Adam-mini: same seed, same batches, same
-    hyper-parameters. Without arguments it trains a small model on the source of Python's standard
-    library, in a few minutes on two CPU cores."""
+    """Train GPT-2 with AdamW, with Adam-mini, and with Adam-mini whose first moment is kept in 8
+    bits: same seed, same batches, same hyper-parameters. Without arguments it trains a small model
+    on the source of Python's standard library, in a few minutes on two CPU cores."""
 
     title: ClassVar[str] = "GPT-2"
+    compared: ClassVar[tuple[str, ...]] = ("adamw", "adam_mini", "adam_mini_int8")
     shardings: ClassVar[Sequence[tuple[str, P]]] = (
         ("wpe", P(None, "fsdp")),
         ("wte", P("fsdp", "tensor")),

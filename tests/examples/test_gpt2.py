@@ -238,14 +238,15 @@ def test_two_half_batches_are_one_batch():
 def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys):
     main(tiny_config(corpus, tmp_path))
     folder = only_run(tmp_path)
-    for name in ("adamw", "adam_mini"):
+    for name in ("adamw", "adam_mini", "adam_mini_int8"):
         records = losses(folder / name)
         assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
         assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    adamw, mini = json.loads((folder / "results.json").read_text())
+    adamw, mini, small = json.loads((folder / "results.json").read_text())
     assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"]
     assert mini["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
+    assert small["optimizer_bytes"] < 0.30 * adamw["optimizer_bytes"]
     output = capsys.readouterr().out
     for expected in ("held-out", "optimizer bytes", "numbers in v", "ms per step"):
         assert expected in " ".join(output.split())
@@ -255,7 +256,7 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
 
     main(Config(runs=str(tmp_path), sample="the qu", sample_tokens=20))
     sample = capsys.readouterr().out
-    assert "adam_mini, step 8" in sample
+    assert "adam_mini_int8, step 8" in sample
     assert "the qu" in sample
 
 
