@@ -226,8 +226,8 @@ def check_only_params(
         kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
         raise ValueError(
             f"{what}: these are no parameters, and an optimizer would change them, by weight decay "
-            f"alone: {kinds}: take the parameters alone, by nnx.Optimizer(model, tx, wrt=nnx.Param), or "
-            "by graph, params, rest = nnx.split(model, nnx.Param, ...) and, inside the loss, "
+            f"alone: {kinds}: take the parameters alone, nnx.Optimizer(model, tx, wrt=nnx.Param), "
+            "or graph, params, rest = nnx.split(model, nnx.Param, ...) and, inside the loss, "
             "nnx.merge(graph, params, rest); or give specs for them"
         )
 
@@ -263,7 +263,9 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
         ValueError: if it has another one; the message says where.
     """
     try:
-        return jax.tree.structure(like).flatten_up_to(tree)
+        leaves = jax.tree.structure(like).flatten_up_to(tree)
+        if not any(isinstance(leaf, (dict, list, tuple)) for leaf in leaves):
+            return leaves
     except ValueError:
         pass
     is_none = lambda x: x is None

@@ -344,7 +344,7 @@ def test_one_reason_is_said_once():
     different = {
         f"p{i}": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones(9 + i)} for i in range(11)
     }
-    with pytest.raises(ValueError, match=r"p7/kernel .*\n  3 more\ninfer_block_specs"):
+    with pytest.raises(ValueError, match=r"p6/kernel .*\n  3 more\ninfer_block_specs"):
         flax_layers()(different)
 
 
