@@ -70,8 +70,9 @@ def dequantize(spec: Spec, codes: Int8[Array, "*shape"], nu: Any) -> Float[Array
     code = codes.astype(jnp.int32)
     bits = ((jnp.abs(code) - 127) << _bits_cut_off(spec, codes.shape)) + _ONE
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    value = jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude))
-    return value * _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
+    bound = _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
+    # Nothing is nothing of an infinite bound as well: a block that has overflowed stands still.
+    return jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude) * bound)
 
 
 def quantize(
@@ -134,10 +135,11 @@ def _bits_cut_off(spec: Spec, shape: Any) -> int:
 
 def _random_bits(count: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
     """For each coordinate a number of `count` bits."""
-    place = seed
+    place = np.uint32(0)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    return (_mixed(place) >> (32 - count)).astype(jnp.int32)
+    # Added, not multiplied: times a power of two the seed would lose as many bits as places have.
+    return (_mixed(place + seed) >> (32 - count)).astype(jnp.int32)
 
 
 def _mixed(x: Any) -> Any:

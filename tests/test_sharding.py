@@ -91,11 +91,11 @@ def test_a_row_and_a_column_are_sharded_axis_by_axis():
     found = opt_state_shardings(tx, params, specs, mesh=MESH)
     assert jax.tree.structure(found) == jax.tree.structure(tx.init(params))
     nu = found[1][0].nu
-    assert same(nu["kernel"].a, P("fsdp", "tensor"))  # six heads over two devices
-    assert same(nu["kernel"].b, P(None, "tensor"))
-    assert same(nu["a"][0].a, P("tensor", None))  # and over four
-    assert same(nu["a"][0].b, P(None, "fsdp"))
-    assert same(nu["b"], P(None))
+    assert same(nu.a["kernel"], P("fsdp", "tensor"))  # six heads over two devices
+    assert same(nu.b["kernel"], P(None, "tensor"))
+    assert same(nu.a["a"][0], P("tensor", None))  # and over four
+    assert same(nu.b["a"][0], P(None, "fsdp"))
+    assert same(nu.a["b"], P(None))
     jax.jit(tx.init, out_shardings=found)(params)
 
 
