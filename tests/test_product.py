@@ -170,6 +170,20 @@ def test_rows_and_columns_of_any_size(scale):
     np.testing.assert_allclose(found[visible], np.asarray(g, np.float64)[visible], rtol=1e-3)
 
 
+LARGEST, SMALLEST = float(jnp.finfo(jnp.float32).max), float(jnp.finfo(jnp.float32).tiny)
+
+
+@pytest.mark.parametrize("spec", [MATRIX, rows_by_head(2)], ids=str)
+@pytest.mark.parametrize("v", [LARGEST, LARGEST / 4, 1e19, 1.0, 1e-19, 32 * SMALLEST])
+def test_ratios_near_the_ends_of_float32(spec, v):
+    """Quotients of numbers near the largest, whose inverse is 0, and near the smallest."""
+    expected = v * np.arange(1, 17)[None] / 16
+    edges = [[numpy_adam_mini.edges_of(r) for r in g.runs((1, 16))] for g in (spec.a, spec.b)]
+    means = [jnp.asarray(numpy_adam_mini.block_mean(expected, e), jnp.float32) for e in edges]
+    found = jax.jit(lambda nu: spec.spread(nu, (1, 16)))(OuterMoments(*means))
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_zero_rows_and_zero_blocks_do_not_move(dtype):
     g = jnp.asarray([[0, 0, 0, 0], [1, 2, 0, 0], [3, 1, 0, 0]], dtype)

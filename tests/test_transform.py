@@ -12,6 +12,7 @@ from optax_adam_mini import (
     ScaleByAdamMiniState,
     adam_mini,
     by_path,
+    outer,
     per_element,
     per_head,
     per_neuron,
@@ -124,6 +125,27 @@ def test_second_step_by_hand():
 
 
 # --- Mixed precision -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", [per_tensor(), per_neuron(), outer(per_neuron(axis=0), per_neuron())], ids=str
+)
+def test_scaled_gradients_and_eps_make_the_same_steps(spec):
+    """What the FAQ says of gradients whose squares sum to more than float32 holds."""
+    rng = np.random.default_rng(0)
+    p = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    grads = rng.normal(size=(3, 64, 32)).astype(np.float32)
+    plain = adam_mini(0.1, eps=1e-2, block_specs=spec)
+
+    def updates_of(tx, grads):
+        state = tx.init(p)
+        for g in grads:
+            updates, state = tx.update(jnp.asarray(g), state, p)
+        return updates
+
+    scaled = optax.chain(optax.scale(1e-5), adam_mini(0.1, eps=1e12, block_specs=spec))
+    expected = updates_of(plain, grads)
+    chex.assert_trees_all_close(updates_of(scaled, 1e19 * grads), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_float16_gradients_do_not_overflow():

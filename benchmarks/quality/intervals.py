@@ -50,8 +50,9 @@ def behind(workload: Workload, values: Sequence[float], adamw: Sequence[float]) 
 
 
 def behind_adamw(workload: Workload, row: Mapping[str, Any], adamw: Mapping[str, Any]) -> Interval:
-    """How far a row is behind AdamW's; it may have fewer of the first seeds."""
-    return behind(workload, row["values"], adamw["values"][: len(row["values"])])
+    """How far a row is behind another, as AdamW's; either may have fewer of the first seeds."""
+    count = min(len(row["values"]), len(adamw["values"]))
+    return behind(workload, row["values"][:count], adamw["values"][:count])
 
 
 def interval_text(workload: Workload, found: Interval) -> str:
@@ -59,7 +60,8 @@ def interval_text(workload: Workload, found: Interval) -> str:
     ends = [found.low, found.high]
     if workload.by_accuracy:
         low, high = sorted(-end for end in ends)
-        return f"{-found.mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        mean = round(-found.mean, 2) or 0.0  # what is rounded to zero has no sign
+        return f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
     return f"{found.mean:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
 
 
@@ -109,27 +111,38 @@ def write_summary(output: Path) -> str:
                 steps = content["settings"]["steps"]
                 rows.append({**by_name, "workload": workload, "steps": steps})
 
-    def distance(contender: str, row: Mapping[str, Any]) -> str:
-        if contender not in row:
+    def distance(contender: str, other: str, row: Mapping[str, Any]) -> str:
+        if contender not in row or other not in row:
             return ""
-        found = behind_adamw(row["workload"], row[contender], row["adamw"])
+        found = behind_adamw(row["workload"], row[contender], row[other])
         return interval_text(row["workload"], found)
 
     def seeds(row: Mapping[str, Any]) -> str:
         counts = {len(row[name]["values"]) for name in SUMMARIZED if name in row}
         return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
-    columns: Columns = {
+    which: Columns = {
         "workload": lambda row: row["workload"].title,
         "steps": lambda row: f"{row['steps']:,}",
         "rate": lambda row: f"{row['adamw']['learning_rate']:g}",
+    }
+    columns: Columns = {
+        **which,
         "AdamW": lambda row: row["workload"].text(float(np.mean(row["adamw"]["values"]))),
-        **{title: functools.partial(distance, name) for name, title in SUMMARIZED.items()},
+        **{title: functools.partial(distance, name, "adamw") for name, title in SUMMARIZED.items()},
+        "seeds": seeds,
+    }
+    in_8_bits: Columns = {
+        **which,
+        "a row and a column": functools.partial(distance, "outer, 8 bits", "outer"),
+        "one number a block": functools.partial(distance, "mean, 8 bits", "mean"),
         "seeds": seeds,
     }
     page = (
         "# Against AdamW, at AdamW's best rate\n\nThe mean of the differences seed by seed, and "
-        f"its 95% interval, by `{COMMAND}`:\n\n{markdown(columns, rows)}"
+        f"its 95% interval, by `{COMMAND}`:\n\n{markdown(columns, rows)}\n"
+        "## `mu` in 8 bits against `mu` in float32\n\nAt the same rates, seed by seed:\n\n"
+        + markdown(in_8_bits, [row for row in rows if "outer, 8 bits" in row])
     )
     (output / "summary.md").write_text(page)
     return page
