@@ -103,8 +103,10 @@ def quantize(
     code = jnp.minimum(((bits + random - _ONE) >> cut_off) + 127, 127)
     smallest = np.int32(_ONE - (126 << cut_off)).view(np.float32)  # what code 1 stands for
     up = (random < ratio * (2.0**cut_off / smallest)).astype(jnp.int32)
-    code = jnp.where(ratio < smallest, up, code)
-    return jnp.where(m < 0, -code, code).astype(jnp.int8)
+    # The sign is chosen last, in 8 bits: where a conversion is last, XLA's CPU compiler makes the
+    # codes again for the update, from a copy of the old ones.
+    code = jnp.where(ratio < smallest, up, code).astype(jnp.int8)
+    return jnp.where(m < 0, -code, code)
 
 
 def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
