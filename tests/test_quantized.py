@@ -345,10 +345,7 @@ def largest_ratio(b1, b2):
 def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     """One coordinate, and gradients that grow by b2 / b1: the inequality is an equation then."""
     shape, steps = (4, 4), 60
-    if b1:
-        sizes = (b2 / b1) ** np.arange(steps) * np.resize(1e-3, steps)
-    else:
-        sizes = np.eye(steps)[-1]
+    sizes = (b2 / b1) ** np.arange(steps) * 1e-3 if b1 else np.eye(steps)[-1]
     grads = np.zeros((steps, *shape), np.float32)
     grads[:, 1, 2] = sizes
     tx = scale_by_adam_mini(b1, b2, mu_dtype=jnp.int8, block_specs=spec)
