@@ -519,7 +519,9 @@ def test_without_momentum_a_code_is_the_gradient():
 # --- Shapes, dtypes, and what is no number --------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1), (0,), (0, 4), (3, 0), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 1), (2, 1), (0,), (0, 4), (3, 0), (1, 0, 2)], ids=str
+)
 def test_small_and_empty_parameters(shape):
     g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     specs = [per_tensor(), per_element()] + [MATRIX] * (len(shape) == 2)
@@ -631,7 +633,9 @@ def loss_fn(p, x, y):
 def train(tx, params, state, key):
     """A small network on noisy samples of another one; the loss on each batch before its step."""
     teacher = jax.random.split(jax.random.key(0))
-    teacher = [jax.random.normal(k, s) / 4 for k, s in zip(teacher, ((16, 32), (32, 1)), strict=True)]
+    teacher = [
+        jax.random.normal(k, s) / 4 for k, s in zip(teacher, ((16, 32), (32, 1)), strict=True)
+    ]
     noise = jax.random.normal(key, (STEPS, 32, 17))
 
     def step(carry, noise):
