@@ -112,7 +112,8 @@ class Outer:
             >>> outer(per_head(4, stacked=0), per_neuron()).check((64, 64))
         """
         (a, b), both = self.grid(shape), _grid(self.runs(shape))
-        if sum(size > 1 for size in shape) < 2 or both not in (a, b):
+        longer = [any(size > 1 for _, size in runs) for runs in self.runs(shape)]
+        if sum(longer) < 2 or both not in (a, b):  # blocks with less than two axes are vectors
             return
         inner, other = ("b", "a") if both == a else ("a", "b")
         raise ValueError(

@@ -44,7 +44,11 @@ from optax_adam_mini import adam_mini
             TypeError,
             "mu_dtype must be a floating-point dtype or jnp.int8, got 'floaty'",
         ),
-        ({"mu_dtype": "int32"}, TypeError, "mu_dtype must be a floating-point dtype or jnp.int8, got 'int32'"),
+        (
+            {"mu_dtype": "int32"},
+            TypeError,
+            "mu_dtype must be a floating-point dtype or jnp.int8, got 'int32'",
+        ),
     ],
     ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),
 )

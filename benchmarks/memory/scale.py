@@ -3,9 +3,10 @@
 python -m benchmarks.memory.scale
 
 The optimizer's update, and adding it to the parameters, of Llama models sharded over a mesh of
-fsdp x tensor, compiled for as many (CPU) devices: bytes on each device, and the collectives that
-the compiler put in, AdamW beside Adam-mini. With the 512 devices of the default cases every sum is
-a plain reduction, as it is on accelerators.
+fsdp x tensor, compiled for TPUs that need not be there (benchmarks/chips.py says how to have the
+compiler): bytes on each device, and the collectives that the compiler put in, AdamW beside
+Adam-mini. A collective with a result as large as a device's part of a matrix is an error: then a
+parameter, a gradient or a moment would be gathered. Writes docs/results/scale.json and scale.md.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,11 +26,13 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
-from rich.table import Table
 
-from examples.common.cli import ConfigError, exit_status
+from benchmarks.chips import chip_of, devices, versions, without_devices
+from benchmarks.results import Columns, write_rows
+from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from examples.common.mesh import param_shardings
+from examples.common.optimizers import decayed
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
 from examples.llama.train import Config
 from optax_adam_mini import adam_mini, infer_block_specs, opt_state_shardings
@@ -51,7 +55,10 @@ RULES = {
     "outputs": Config.shardings,
     "width": (("(query|key|value|gate|up)/kernel", P("fsdp", "tensor")), *Config.shardings),
 }
-CASES = ("llama2-7b:8x1", "llama2-7b:4x2", "llama2-13b:8x2", "llama3-70b:8x8", "llama3-405b:64x8")
+CASES = (
+    "llama2-7b:16x1@v5e:4x4", "llama2-7b:8x2@v5e:4x4", "llama2-7b:8x1@v5p:2x2x2",
+    "llama3-70b:16x4@v5p:4x4x4", "llama3-405b:64x8@v5p:8x8x8",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +66,13 @@ class Options:
     """Compile the update of Llama models for many devices, AdamW beside Adam-mini."""
 
     cases: tuple[str, ...] = CASES
-    """MODEL:FSDPxTENSOR, such as llama2-7b:4x2 for 8 devices."""
+    """MODEL:FSDPxTENSOR@TOPOLOGY, such as llama2-7b:8x2@v5e:4x4; without @TOPOLOGY for as many
+    devices of the CPU."""
     fsdp: Literal["outputs", "width"] = "outputs"
     """Which axis of the layers' first matrices fsdp shards: their outputs, as the example does,
     which separate blocks, or the model's width, so that there is more to sum over devices."""
+    output: Path = Path("docs/results")
+    """Folder for scale.json and scale.md."""
 
 
 class Case(NamedTuple):
@@ -71,17 +81,28 @@ class Case(NamedTuple):
     model: str
     fsdp: int
     tensor: int
+    topology: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """From MODEL:FSDPxTENSOR."""
-        found = re.fullmatch(r"(\S+):(\d+)x(\d+)", text)
+        """From MODEL:FSDPxTENSOR@TOPOLOGY."""
+        found = re.fullmatch(r"([^:]+):(\d+)x(\d+)(?:@(.+))?", text)
         if not found or found[1] not in MODELS:
             raise ConfigError(
-                f"--cases got {text}, but a case is MODEL:FSDPxTENSOR, such as llama2-7b:4x2, with "
-                f"a model of {', '.join(MODELS)}."
+                f"--cases got {text}, but a case is MODEL:FSDPxTENSOR@TOPOLOGY, such as "
+                f"llama2-7b:8x2@v5e:4x4, with a model of {', '.join(MODELS)}."
             )
-        return cls(found[1], int(found[2]), int(found[3]))
+        if found[4]:
+            chip_of(found[4])
+        return cls(found[1], int(found[2]), int(found[3]), found[4])
+
+    @property
+    def devices(self) -> list[Any]:
+        """As many as the mesh has."""
+        found = jax.devices() if self.topology is None else devices(self.topology)
+        if len(found) < self.fsdp * self.tensor:
+            raise ConfigError(f"{self.topology} has {len(found)} devices, too few for {self}.")
+        return found[: self.fsdp * self.tensor]
 
 
 class Compiled(NamedTuple):
@@ -94,20 +115,34 @@ class Compiled(NamedTuple):
     temporary_bytes: int
     collectives: dict[str, tuple[int, int]]
     """By name: how many, and the bytes of their results on each device."""
+    largest: int
+    """Bytes of the largest array among these results."""
+    smallest_matrix: int
+    """Bytes of the smallest part of a matrix that a device has."""
     seconds: float
     """To trace and compile."""
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """The collectives in a compiled program, by name: how many, and the bytes of their results."""
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
+def results(hlo: str) -> list[tuple[str, list[int]]]:
+    """The collectives in a compiled program: the name of each, and the bytes of its results."""
+    found: list[tuple[str, list[int]]] = []
     names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
     for result, name in re.findall(rf"= (.+?) ({names})(?:-start)?\(", hlo):
-        count[name] += 1
+        sizes: list[int] = []
         for dtype, bits, dims in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", result):
             numbers = math.prod(int(n) for n in dims.split(",") if n)
-            size[name] += numbers * (1 if dtype == "pred" else int(bits) // 8)
+            sizes.append(numbers * (1 if dtype == "pred" else int(bits) // 8))
+        found.append((name, sizes))
+    return found
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """By name: how many, and the bytes of their results."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for name, sizes in results(hlo):
+        count[name] += 1
+        size[name] += sum(sizes)
     return {name: (count[name], size[name]) for name in count}
 
 
@@ -141,25 +176,36 @@ def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> 
         .compile()
     )
     seconds = time.perf_counter() - start
+    hlo = compiled.as_text()
+    part = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    is_matrix = jax.tree.leaves(decayed(params))
+    matrices = [
+        part(leaf, sharding)
+        for leaf, sharding, matrix in zip(
+            jax.tree.leaves(params), jax.tree.leaves(of_params), is_matrix, strict=True
+        )
+        if matrix
+    ]
     state_bytes = sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        part(leaf, sharding)
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(of_state), strict=True)
     )
     return Compiled(
         param_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
         state_bytes=state_bytes,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(hlo),
+        largest=max((size for _, sizes in results(hlo) for size in sizes), default=0),
+        smallest_matrix=min(matrices),
         seconds=seconds,
     )
 
 
 def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
     """AdamW and Adam-mini."""
-    devices = jax.devices()[: case.fsdp * case.tensor]
     mesh = jax.make_mesh(
         (case.fsdp, case.tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2,
-        devices=devices,
+        devices=case.devices,
     )  # fmt: skip
     params, specs = abstract_llama(MODELS[case.model])
     optimizers = {
@@ -170,39 +216,72 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
     return {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
 
 
+def row_of(case: Case, optimizer: str, found: dict[str, Compiled]) -> dict[str, Any]:
+    """Of the table."""
+    compiled = found[optimizer]
+    if compiled.largest >= compiled.smallest_matrix:
+        raise RuntimeError(
+            f"{case}, {optimizer}: a collective's result has {compiled.largest:,} bytes, the "
+            f"smallest part of a matrix {compiled.smallest_matrix:,}: is one gathered?"
+        )
+    size = sum(size for _, size in compiled.collectives.values())
+    return {
+        **case._asdict(),
+        "optimizer": optimizer,
+        # Parameters and gradients are as large as each other, and sharded alike.
+        "gb": (2 * compiled.param_bytes / case.fsdp / case.tensor + compiled.state_bytes) / 1e9,
+        "state_share": compiled.state_bytes / found["AdamW"].state_bytes,
+        "temporary_mb": compiled.temporary_bytes / 1e6,
+        "collectives": {name: count for name, (count, _) in sorted(compiled.collectives.items())},
+        "collective_share": size / compiled.param_bytes,
+        "largest_mb": compiled.largest / 1e6,
+        "smallest_matrix_mb": compiled.smallest_matrix / 1e6,
+        "seconds": compiled.seconds,
+    }
+
+
+COLUMNS: Columns = {
+    "model": lambda row: row["model"],
+    "devices": lambda row: row["topology"] or "CPU",
+    "fsdp x tensor": lambda row: f"{row['fsdp']} x {row['tensor']}",
+    "optimizer": lambda row: row["optimizer"],
+    "GB a device": lambda row: f"{row['gb']:.2f}",
+    "state, of AdamW's": lambda row: f"{row['state_share']:.2%}",
+    "temporary MB": lambda row: f"{row['temporary_mb']:,.1f}",
+    "collectives": lambda row: ", ".join(f"{n} {name}" for name, n in row["collectives"].items()),
+    "their bytes, of the parameters'": lambda row: f"{row['collective_share']:.1e}",
+    "largest array of them, MB": lambda row: f"{row['largest_mb']:.2f}",
+    "least part of a matrix, MB": lambda row: f"{row['smallest_matrix_mb']:.1f}",
+    "compile s": lambda row: f"{row['seconds']:.1f}",
+}
+
+
 def main(options: Options) -> None:
     """Prints a row for each case and optimizer."""
     cases = [Case.parse(text) for text in options.cases]
-    jax.config.update("jax_num_cpu_devices", max(case.fsdp * case.tensor for case in cases))
-    table = Table(
-        title=f"The update, compiled for fsdp x tensor devices; float32; fsdp over {options.fsdp}"
+    of_cpu = [case.fsdp * case.tensor for case in cases if case.topology is None]
+    jax.config.update("jax_num_cpu_devices", max(of_cpu, default=1))
+    title = (
+        "The update, and adding it, compiled for each topology and not run; float32; fsdp over "
+        f"{options.fsdp}. GB are of parameters, gradients and state. No collective has a result "
+        "as large as a device's part of a matrix: no parameter, gradient or moment is gathered."
     )
-    table.add_column("model")
-    table.add_column("devices")
-    table.add_column("optimizer")
-    for heading in ("GB a device", "of AdamW's", "temporary MB", "collectives",
-                    "their bytes, of the parameters'", "compile s"):  # fmt: skip
-        table.add_column(heading, justify="right")
+    console = Console(width=200)
+    rows: list[dict[str, Any]] = []
     for case in cases:
-        found = measure(case, options.fsdp)
-        for name, row in found.items():
-            share = sum(size for _, size in row.collectives.values()) / row.param_bytes
-            counts = ", ".join(f"{n} {op}" for op, (n, _) in sorted(row.collectives.items()))
-            # Parameters and gradients are as large as each other, and sharded alike.
-            devices = case.fsdp * case.tensor
-            table.add_row(
-                case.model, f"{case.fsdp} x {case.tensor}", name,
-                f"{(2 * row.param_bytes / devices + row.state_bytes) / 1e9:.2f}",
-                f"{row.state_bytes / found['AdamW'].state_bytes:.2%}",
-                f"{row.temporary_bytes / 1e6:,.1f}", counts or "none", f"{share:.1e}",
-                f"{row.seconds:.1f}",
-            )  # fmt: skip
-    Console(width=160).print(table)
+        with console.status(str(case)):
+            found = measure(case, options.fsdp)
+        rows += [row_of(case, optimizer, found) for optimizer in found]
+    console.print(comparison_table(title, COLUMNS, rows))
+    content = {"machine": versions(), "rows": rows}
+    heading, command = "The update on many devices", "python -m benchmarks.memory.scale"
+    write_rows(options.output, "scale", heading, command, title, COLUMNS, content)
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
+    without_devices()
     parsed = tyro.cli(
         Options, prog="python -m benchmarks.memory.scale", description=Options.__doc__
     )
-    end_on_interrupt()
     sys.exit(exit_status(lambda: main(parsed)))

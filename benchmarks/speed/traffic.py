@@ -1,75 +1,69 @@
-"""How much device memory the update reads and writes, by the compilers of a TPU and an H100.
+"""How much device memory the update reads and writes, by the compilers of TPUs and the H100.
 
-python3 -m venv tpu && tpu/bin/pip install --editable '.[examples]' 'jax[tpu]'
-tpu/bin/python -m benchmarks.speed.traffic
+python -m benchmarks.speed.traffic
 
-python3 -m venv gpu && gpu/bin/pip install --editable '.[examples]'
-gpu/bin/pip install --no-deps jax-cuda12-{plugin,pjrt} nvidia-cuda-{nvcc,runtime}-cu12
-gpu/bin/python -m benchmarks.speed.traffic --chip h100
-
-No device is needed: XLA compiles for a topology. Counted are the operands and results of each
-kernel of the compiled step (the update, and adding it to the parameters, with parameters and state
-donated) that are in device memory, as large as their layout makes them; a copy into memory on the
-chip counts what it reads. Kernels' own temporaries on the chip are free. An array is one of the
-parameters' size.
+No device is needed, but XLA's compilers for them: benchmarks/chips.py says how to have them.
+Counted are the operands and results of each kernel of the compiled step (the update, and adding it
+to the parameters, with parameters and state donated) that are in device memory, as large as their
+layout makes them; a copy into memory on the chip counts what it reads. Kernels' own temporaries on
+the chip are free. An array is one of the parameters' size: 5 is the least (parameters and first
+moment read and written, the gradient read once). Writes docs/results/traffic.json and traffic.md;
+rows of other chips, trees and dtypes than those that are asked for stay as they are.
 """
 
 import dataclasses
+import itertools
 import math
-import os
 import re
 import sys
+import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import optax
 import tyro
-from jax.experimental import topologies
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.speed.update import TREES, Tree
-from examples.common.cli import exit_status
+from benchmarks.chips import CHIPS, devices, versions, without_devices
+from benchmarks.results import Columns, write_rows
+from benchmarks.speed.update import TREES, Tree, known, rows_of_before
+from examples.common.cli import comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from optax_adam_mini import adam_mini, per_element
 
-# Of an H100 SXM, from its data sheet and XLA's own description of it: what the compiler asks for.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+PER_ELEMENT = "per coordinate, 4096 x 11008"
 CASES: dict[str, Callable[[], Tree]] = {
-    **{name: tree for name, tree in TREES.items() if name != "ViT-B/16"},
-    "per coordinate, 4096 x 11008": lambda: TREES["neurons, 4096 x 11008"]()._replace(
+    **TREES,
+    PER_ELEMENT: lambda: TREES["neurons, 4096 x 11008"]()._replace(
         specs={"kernel": per_element()}, outer={"kernel": per_element()}
+    ),
+}
+OPTIMIZERS: dict[str, Callable[[Tree, str], optax.GradientTransformation]] = {
+    "AdamW": lambda tree, dtype: optax.adamw(1e-4, mu_dtype=dtype),
+    "SGD, momentum": lambda tree, dtype: optax.sgd(1e-4, 0.9),
+    "one number": lambda tree, dtype: adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.specs),
+    "row and column": lambda tree, dtype: adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.outer),
+    "one number, 8 bits": lambda tree, _: adam_mini(1e-4, mu_dtype="int8", block_specs=tree.specs),
+    "row and column, 8 bits": lambda tree, _: adam_mini(
+        1e-4, mu_dtype="int8", block_specs=tree.outer
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Count the bytes that the update moves, compiled for an accelerator that is not there."""
+    """Count the bytes that the update moves, compiled for accelerators that are not there."""
 
-    chip: Literal["v5e", "v5p", "v6e", "h100"] = "v5e"
-    """A TPU or a GPU."""
-    trees: tuple[str, ...] = tuple(CASES)
-    """Names of trees and layouts."""
+    chips: tuple[str, ...] = ()
+    """Names of chips; all of them where none is given."""
+    trees: tuple[str, ...] = ()
+    """Names of trees and layouts; all of them where none is given."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Of parameters and first moment."""
+    output: Path = Path("docs/results")
+    """Folder for traffic.json and traffic.md."""
 
 
 class Array(NamedTuple):
@@ -107,35 +101,57 @@ def arrays(text: str) -> list[Array]:
     return found
 
 
-def moved(hlo: str) -> int:
-    """The bytes of device memory that the kernels of the entry computation read and write."""
-    known: dict[str, list[Array]] = {}
-    total = 0
+class Kernel(NamedTuple):
+    """The bytes of device memory that one reads and writes."""
+
+    read: int
+    written: int
+
+
+class Traffic(NamedTuple):
+    """Of a compiled program."""
+
+    kernels: list[Kernel]
+    outputs: int
+    """Bytes of its results."""
+
+    @property
+    def moved(self) -> int:
+        """Bytes that are read and written."""
+        return sum(read + written for read, written in self.kernels)
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that are written but are no results, as if all were there at once."""
+        return sum(kernel.written for kernel in self.kernels) - self.outputs
+
+
+def traffic(hlo: str) -> Traffic:
+    """What the kernels of the entry computation read and write."""
+    made: dict[str, list[Array]] = {}
+    kernels: list[Kernel] = []
     for line in hlo[hlo.index("\nENTRY ") :].splitlines():
         step = _STEP.match(line)
         if not step:
             continue
         name, result, opcode, operands = step.groups()
-        known[name] = arrays(result)
+        made[name] = written = arrays(result)
         if opcode in NO_WORK:
             continue
         if opcode in ("while", "conditional", "call"):
             raise ValueError(f"the program has a {opcode}, whose kernels are not counted")
-        touched = list(known[name])
-        if not opcode.endswith("-start"):  # its result has what it reads
-            for operand in dict.fromkeys(re.findall(r"%([\w.-]+)", operands)):
-                touched += known.get(operand, [])
-        total += sum(array.size for array in touched if not array.on_chip)
-    return total
-
-
-def device(chip: str) -> Any:
-    """One device of the chip's topology."""
-    if chip == "h100":
-        return topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x1", target_config=H100
-        ).devices[0]
-    return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[chip]).devices[0]
+        if opcode == "slice-start":  # the whole, the slice, a semaphore
+            whole, piece, _ = written
+            read, written = [piece._replace(on_chip=whole.on_chip)], [piece]
+        elif opcode == "copy-start":  # the copy, what is copied, a semaphore
+            copy, copied, _ = written
+            read, written = [copied], [copy]
+        else:
+            of = dict.fromkeys(re.findall(r"%([\w.-]+)", operands))
+            read = [array for operand in of for array in made.get(operand, [])]
+        in_memory = lambda arrays: sum(array.size for array in arrays if not array.on_chip)
+        kernels.append(Kernel(in_memory(read), in_memory(written)))
+    return Traffic(kernels, sum(array.size for array in made[name]))
 
 
 def compiled(tx: Any, params: Any, where: Any) -> Any:
@@ -152,51 +168,97 @@ def compiled(tx: Any, params: Any, where: Any) -> Any:
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-def main(options: Options) -> None:
-    """Prints a row for each tree and dtype."""
-    where = device(options.chip)
-    table = Table(
-        title=f"Arrays of the parameters' size moved by a step, compiled for {options.chip}"
+def measure(chip: str, tree: Tree, dtype: str) -> dict[str, Any]:
+    """Of each optimizer the arrays it moves, and what else is known of the program.
+
+    With 8 bits in float32 alone: beside narrower parameters they are another share.
+    """
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
+    size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+    where = devices(CHIPS[chip].one)[0]
+    ms = 1e3 * size / CHIPS[chip].bandwidth  # to read one array
+    row: dict[str, Any] = {"floor_ms": 5 * ms}
+    for optimizer, make in OPTIMIZERS.items():
+        if "8 bits" in optimizer and dtype != "float32":
+            continue
+        start = time.perf_counter()
+        program = compiled(make(tree, dtype), params, where)
+        seconds = time.perf_counter() - start
+        found = traffic(program.as_text())
+        # The compiler's count of temporaries has those on a TPU's chip in it.
+        temporaries = min(found.temporaries, program.memory_analysis().temp_size_in_bytes)
+        row[optimizer] = {
+            "arrays": found.moved / size,
+            "ms": ms * found.moved / size,
+            "kernels": len(found.kernels),
+            "temporary_share": temporaries / size,
+            "compile_seconds": seconds,
+        }
+    return row
+
+
+def of_each(what: str, form: str) -> Callable[[Any], str]:
+    """What is known of the optimizers, one after the other."""
+    return lambda row: " / ".join(
+        format(row[name][what], form) for name in OPTIMIZERS if name in row
     )
-    table.add_column("tree")
-    table.add_column("dtype")
-    for heading in ("AdamW", "SGD, momentum", "one number a block", "of AdamW's",
-                    "a row and a column", "of AdamW's", "temporaries"):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for name in options.trees:
+
+
+def of_adamw(optimizer: str) -> Callable[[Any], str]:
+    return lambda row: (
+        f"{row[optimizer]['arrays'] / row['AdamW']['arrays']:.3f}" if optimizer in row else ""
+    )
+
+
+COLUMNS: Columns = {
+    "tree": lambda row: row["tree"],
+    "chip": lambda row: row["chip"],
+    "dtype": lambda row: row["dtype"],
+    **{
+        name: lambda row, name=name: f"{row[name]['arrays']:.2f}" if name in row else ""
+        for name in OPTIMIZERS
+    },
+    **{f"{name}, of AdamW's": of_adamw(name) for name in list(OPTIMIZERS)[2:]},
+    "ms at full bandwidth": of_each("ms", ".2f"),
+    "5 arrays, ms": lambda row: f"{row['floor_ms']:.2f}",
+    "kernels": of_each("kernels", "d"),
+    "temporaries": of_each("temporary_share", ".2%"),
+    "trace + compile s": of_each("compile_seconds", ".1f"),
+}
+
+
+def main(options: Options) -> None:
+    """Prints a row for each chip, tree and dtype."""
+    chips = known("chips", options.chips, CHIPS)
+    names = known("trees", options.trees, CASES)
+    facts = versions()
+    title = (
+        f"Arrays of the parameters' size that a step moves; XLA of JAX {facts['jax']}, libtpu "
+        f"{facts['libtpu']}. Compiled, not run: ms are the bytes at the chip's published "
+        "bandwidth. Of several numbers in a cell: " + ", ".join(OPTIMIZERS) + "."
+    )
+    rows = rows_of_before(options.output / "traffic.json", facts)
+    console = Console(width=250)
+    order = lambda row: (list(CASES).index(row["tree"]), list(CHIPS).index(row["chip"]))
+    key = lambda row: (row["tree"], row["chip"], row["dtype"])
+    for name in names:
         tree = CASES[name]()
-        for dtype in options.dtypes:
-            params = jax.tree.map(lambda p, d=dtype: jax.ShapeDtypeStruct(p.shape, d), tree.params)
-            size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
-            programs = [
-                compiled(tx, params, where)
-                for tx in (
-                    optax.adamw(1e-4, mu_dtype=dtype),
-                    optax.sgd(1e-4, 0.9),
-                    adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.specs),
-                    adam_mini(1e-4, mu_dtype=dtype, block_specs=tree.outer),
-                )
-            ]
-            adamw, sgd, mean, outer = (moved(p.as_text()) / size for p in programs)
-            temporary = programs[-1].memory_analysis().temp_size_in_bytes / size
-            table.add_row(
-                name, dtype, f"{adamw:.2f}", f"{sgd:.2f}", f"{mean:.2f}", f"{mean / adamw:.2f}",
-                f"{outer:.2f}", f"{outer / adamw:.2f}", f"{temporary:.2%}",
-            )  # fmt: skip
-    Console(width=140).print(table)
+        for chip, dtype in itertools.product(chips, options.dtypes):
+            asked = {"tree": name, "chip": chip, "dtype": dtype}
+            with console.status(", ".join(asked.values())):
+                found = {**asked, **measure(chip, tree, dtype)}
+            rows = [row for row in rows if key(row) != key(found)] + [found]
+            rows.sort(key=order)
+            content = {"machine": facts, "rows": rows}
+            heading, command = "What the update moves", "python -m benchmarks.speed.traffic"
+            write_rows(options.output, "traffic", heading, command, title, COLUMNS, content)
+    console.print(comparison_table(title, COLUMNS, rows))
 
 
 if __name__ == "__main__":
     end_on_interrupt()
-    # What the compilers look for when they are loaded: a machine that has such a device.
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
-        XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
-        JAX_PLATFORMS="cpu",
+    without_devices()
+    parsed = tyro.cli(
+        Options, prog="python -m benchmarks.speed.traffic", description=Options.__doc__
     )
-    jax.config.update("jax_platforms", "cpu")
-    parsed = tyro.cli(Options, prog="python -m benchmarks.speed.traffic", description=__doc__)
     sys.exit(exit_status(lambda: main(parsed)))

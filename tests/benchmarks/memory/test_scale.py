@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.memory.scale import MODELS, Case, abstract_llama, collectives, measure
+from benchmarks.memory.scale import MODELS, Case, abstract_llama, collectives, measure, row_of
 from examples.common.cli import ConfigError
 from optax_adam_mini import adam_mini, opt_state_shardings, per_head
 
@@ -32,12 +32,28 @@ def test_several_results_of_one_collective_count():
     assert collectives("  %r = f32[4]{0} all-reduce-done(%a)") == {}
 
 
-@pytest.mark.parametrize(("text", "expected"), [("nano:4x2", Case("nano", 4, 2))])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nano:4x2", Case("nano", 4, 2)),
+        ("nano:4x2@v5e:2x4", Case("nano", 4, 2, "v5e:2x4")),
+    ],
+)
 def test_cases_are_read(text, expected):
     assert Case.parse(text) == expected
-    for wrong in ("nano", "nano:4", "unknown:4x2", "nano:4x"):
+    for wrong in ("nano", "nano:4", "unknown:4x2", "nano:4x", "nano:4x2@"):
         with pytest.raises(ConfigError, match="MODEL:FSDPxTENSOR"):
             Case.parse(wrong)
+    with pytest.raises(ConfigError, match="no topology"):
+        Case.parse("nano:4x2@cpu")
+
+
+def test_what_is_gathered_is_an_error():
+    found = measure(Case("nano", 4, 2), "outputs")
+    case, mini = Case("nano", 4, 2), found["outer"]
+    assert row_of(case, "outer", found)["smallest_matrix_mb"] * 1e6 == mini.smallest_matrix
+    with pytest.raises(RuntimeError, match="is one gathered"):
+        row_of(case, "outer", {**found, "outer": mini._replace(largest=mini.smallest_matrix)})
 
 
 def test_published_numbers_of_parameters():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.traffic import Array, arrays, moved
+from benchmarks.speed.traffic import Array, Kernel, arrays, traffic
 
 HLO = """HloModule jit_step
 
@@ -35,10 +35,22 @@ def test_arrays_are_padded_to_tiles():
 def test_kernels_move_what_is_in_device_memory():
     """The copy reads g, the sum reads it again, and the last kernel reads p once and writes two."""
     size = 8 * 128 * 4
-    assert moved(HLO) == 5 * size
+    found = traffic(HLO)
+    assert found.kernels == [Kernel(size, 0), Kernel(size, 0), Kernel(size, 2 * size)]
+    assert found.moved == 5 * size
+    assert found.outputs == size
+    assert found.temporaries == size  # the second of the results is none of the program's
+
+
+def test_of_a_slice_its_part_is_read():
+    start = """  %slice-start = ((f32[8,128]{1,0:T(8,128)}), f32[8,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%g), slice={[0:8], [0:32]}
+  %copy-start ="""
+    found = traffic(HLO.replace("  %copy-start =", start))
+    assert found.kernels[0] == Kernel(8 * 128 * 4, 0)  # 32 columns fill a tile of 128
+    assert len(found.kernels) == 4
 
 
 def test_what_is_not_counted_is_refused():
     loop = HLO.replace("copy-done(%copy-start)", "while(%copy-start)")
     with pytest.raises(ValueError, match="has a while"):
-        moved(loop)
+        traffic(loop)

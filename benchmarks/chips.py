@@ -1,0 +1,109 @@
+"""TPUs and GPUs that need not be there: XLA compiles for them, and says what a program needs.
+
+python3 -m venv chips && chips/bin/pip install --editable '.[examples]' 'jax[tpu]'
+version=$(chips/bin/python -c 'import jax; print(jax.__version__)')
+chips/bin/pip install --no-deps jax-cuda12-{plugin,pjrt}==$version nvidia-cuda-{nvcc,runtime}-cu12
+
+What is compiled is what would run there. What is not known of it is time: no kernel is run, and on
+GPUs none is tuned.
+"""
+
+import functools
+import os
+import re
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from examples.common.cli import ConfigError
+
+
+class Chip(NamedTuple):
+    """What is published of one."""
+
+    bandwidth: float
+    """Of its device memory, bytes a second."""
+    memory: float
+    """Bytes that a program may have."""
+    one: str
+    """The least topology that has it."""
+
+
+# Bandwidths: Cloud TPU documentation, "TPU v5e", "TPU v5p", "TPU v6e"; NVIDIA H100 data sheet, SXM.
+# Memory of a TPU: what its compiler says is "available HBM", less the 258 MiB that it reserves on a
+# v5e. Of an H100: 80 of its 85 GB; the driver, CUDA and the collectives need some.
+RESERVED = 258 * 2**20
+CHIPS = {
+    "v5e": Chip(819e9, 15.75 * 2**30 - RESERVED, "v5e:2x2"),
+    "v5p": Chip(2765e9, 95.74 * 2**30 - RESERVED, "v5p:2x2x1"),
+    "v6e": Chip(1640e9, 31.25 * 2**30 - RESERVED, "v6e:2x2"),
+    "h100": Chip(3350e9, 80e9, "h100:1"),
+}
+# Of an H100 SXM, from its data sheet and XLA's own description of it: what the compiler asks for.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+EXAMPLES = "v5e:2x4, v5p:2x2x1, v6e:2x4 or h100:8"
+
+
+def without_devices() -> None:
+    """To be called before JAX looks for devices: the compilers look for a machine that has them."""
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # by several processes: there is no device to share
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+        XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        JAX_PLATFORMS="cpu",
+    )
+    jax.config.update("jax_platforms", "cpu")
+
+
+def chip_of(topology: str) -> Chip:
+    """Of CHIP:SHAPE."""
+    name = topology.partition(":")[0]
+    if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
+        raise ConfigError(
+            f"{topology} is no topology: give CHIP:SHAPE, such as {EXAMPLES}, with a chip of "
+            f"{', '.join(CHIPS)}."
+        )
+    return CHIPS[name]
+
+
+@functools.cache  # each description has devices of its own
+def devices(topology: str) -> list[Any]:
+    """Those of a topology, such as v5e:2x4 or h100:8."""
+    chip_of(topology)
+    name, _, shape = topology.partition(":")
+    try:
+        if name == "h100":
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name="", topology=f"1x1x{shape}", target_config=H100
+            ).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"there is no compiler for {topology} ({error}): benchmarks/chips.py says what to "
+            "install."
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers: XLA for GPUs is part of JAX."""
+    return {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}

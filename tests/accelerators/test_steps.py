@@ -1,0 +1,42 @@
+import pytest
+
+from benchmarks.memory.fits import OPTIMIZERS, Case, compiled
+from benchmarks.memory.scale import Case as OnMesh
+from benchmarks.memory.scale import measure, row_of
+from tests.accelerators.conftest import needs_compiler
+
+pytestmark = pytest.mark.slow
+ADAMW, MEAN, OUTER = list(OPTIMIZERS)[:3]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:2"])
+@pytest.mark.parametrize("model", ["gpt2", "tinyllama-1b"])
+def test_the_examples_steps_compile_and_half_of_the_state_is_saved(model, topology):
+    needs_compiler(topology)
+    adamw, outer = (compiled(Case(model, topology, name, 512, 1)) for name in (ADAMW, OUTER))
+    assert adamw["fits"]
+    assert outer["fits"]
+    assert outer["state"] <= 0.51 * adamw["state"]
+    for row in (adamw, outer):  # the gradients at least, of which parts are summed over devices
+        assert row["temporaries"] > 0.5 * row["parameters"]
+
+
+def test_llama2_7b_fits_on_eight_v5e_with_adam_mini_alone():
+    """As the compiler ordinarily works: it refuses what does not fit."""
+    needs_compiler("v5e:2x4")
+    case = Case("llama2-7b", "v5e:2x4", ADAMW, 2048, 1, effort=0.0)
+    adamw, mini = (compiled(case._replace(optimizer=name)) for name in (ADAMW, MEAN))
+    assert not adamw["fits"]
+    assert adamw["parameters"] + adamw["state"] < adamw["memory"] < adamw["total"]
+    assert mini["fits"]
+
+
+@pytest.mark.parametrize("case", ["llama2-7b:8x2@v5e:4x4"])
+def test_nothing_is_gathered_on_a_mesh(case):
+    case = OnMesh.parse(case)
+    needs_compiler(case.topology)
+    found = measure(case, "outputs")
+    assert found["AdamW"].collectives == {}
+    rows = {name: row_of(case, name, found) for name in found}  # an error where one is
+    assert rows["Adam-mini"]["collective_share"] <= 1e-4
+    assert rows["outer"]["collective_share"] <= 3e-4
