@@ -70,8 +70,9 @@ def dequantize(spec: Spec, codes: Int8[Array, "*shape"], nu: Any) -> Float[Array
     code = codes.astype(jnp.int32)
     bits = ((jnp.abs(code) - 127) << _bits_cut_off(spec, codes.shape)) + _ONE
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    value = jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude))
-    return value * _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
+    bound = _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
+    # Nothing is nothing of an infinite bound as well: a block that has overflowed stands still.
+    return jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude) * bound)
 
 
 def quantize(
@@ -102,8 +103,10 @@ def quantize(
     code = jnp.minimum(((bits + random - _ONE) >> cut_off) + 127, 127)
     smallest = np.int32(_ONE - (126 << cut_off)).view(np.float32)  # what code 1 stands for
     up = (random < ratio * (2.0**cut_off / smallest)).astype(jnp.int32)
-    code = jnp.where(ratio < smallest, up, code)
-    return jnp.where(m < 0, -code, code).astype(jnp.int8)
+    # The sign is chosen last, in 8 bits: where a conversion is last, XLA's CPU compiler makes the
+    # codes again for the update, from a copy of the old ones.
+    code = jnp.where(ratio < smallest, up, code).astype(jnp.int8)
+    return jnp.where(m < 0, -code, code)
 
 
 def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
@@ -134,10 +137,11 @@ def _bits_cut_off(spec: Spec, shape: Any) -> int:
 
 def _random_bits(count: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
     """For each coordinate a number of `count` bits."""
-    place = seed
+    place = np.uint32(0)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    return (_mixed(place) >> (32 - count)).astype(jnp.int32)
+    # Added, not multiplied: times a power of two the seed would lose as many bits as places have.
+    return (_mixed(place + seed) >> (32 - count)).astype(jnp.int32)
 
 
 def _mixed(x: Any) -> Any:

@@ -41,6 +41,21 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @each_spec
+def test_takes_over_in_8_bits_in_any_wrapper(name, specs):
+    adam = WRAPPERS[name](optax.adamw(0.1))
+    mini = WRAPPERS[name](adam_mini(0.1, block_specs=specs, mu_dtype=jnp.int8))
+    p, state = train(adam, params(), adam.init(params()), range(4))
+    converted = from_adam_state(state, p, specs, mu_dtype=jnp.int8)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.init(p))
+    back = to_adam_state(converted, p, specs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
+    mu, found = ([m for _, m in optax.tree.get_all_with_path(s, "mu")] for s in (state, back))
+    chex.assert_trees_all_close(found, mu, rtol=1 / 8, atol=1e-4)
+    train(mini, p, converted, range(4, 6))
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@each_spec
 def test_takes_over_in_any_wrapper(name, specs):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
     adam = WRAPPERS[name](optax.adamw(schedule))

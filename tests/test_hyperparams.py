@@ -44,10 +44,13 @@ from optax_adam_mini import adam_mini
             TypeError,
             "mu_dtype must be a floating-point dtype or jnp.int8, got 'floaty'",
         ),
-        (
-            {"mu_dtype": "int32"},
-            TypeError,
-            "mu_dtype must be a floating-point dtype or jnp.int8, got 'int32'",
+        *(
+            (
+                {"mu_dtype": dtype},
+                TypeError,
+                f"mu_dtype must be a floating-point dtype or jnp.int8, got '{dtype}'",
+            )
+            for dtype in ("int32", "int16", "int4", "uint8", "bool")
         ),
     ],
     ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),

@@ -8,6 +8,7 @@ import ast
 import pathlib
 import types
 
+import jax.numpy as jnp
 import optax
 
 from optax_adam_mini import adam_mini, per_element, per_neuron, per_tensor
@@ -27,7 +28,7 @@ def cases(learning_rate: float) -> list[dict]:
     return [
         {"opt_name": "adam_mini", "opt_kwargs": kwargs | ({"block_specs": spec} if spec else {})}
         for spec in SPECS.values()
-    ]
+    ] + [{"opt_name": "adam_mini", "opt_kwargs": kwargs | {"mu_dtype": jnp.int8}}]
 
 
 def factory(*args: object) -> object:
@@ -82,7 +83,10 @@ AliasTest = installed(
 ShardingTest = installed(
     "_src/sharding_test.py",
     "ShardingTest",
-    {"OPTIMIZERS": "{k: adam_mini(1.0, block_specs=spec) for k, spec in SPECS.items()}"},
+    {
+        "OPTIMIZERS": "{k: adam_mini(1.0, block_specs=spec) for k, spec in SPECS.items()}"
+        " | {'int8': adam_mini(1.0, mu_dtype='int8')}"
+    },
 )
 for name in [name for name in vars(ShardingTest) if name.startswith("test_microbatch")]:
     delattr(ShardingTest, name)  # has no optimizer in it, and fails on JAX 0.10

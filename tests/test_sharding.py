@@ -91,11 +91,11 @@ def test_a_row_and_a_column_are_sharded_axis_by_axis():
     found = opt_state_shardings(tx, params, specs, mesh=MESH)
     assert jax.tree.structure(found) == jax.tree.structure(tx.init(params))
     nu = found[1][0].nu
-    assert same(nu["kernel"].a, P("fsdp", "tensor"))  # six heads over two devices
-    assert same(nu["kernel"].b, P(None, "tensor"))
-    assert same(nu["a"][0].a, P("tensor", None))  # and over four
-    assert same(nu["a"][0].b, P(None, "fsdp"))
-    assert same(nu["b"], P(None))
+    assert same(nu.a["kernel"], P("fsdp", "tensor"))  # six heads over two devices
+    assert same(nu.b["kernel"], P(None, "tensor"))
+    assert same(nu.a["a"][0], P("tensor", None))  # and over four
+    assert same(nu.b["a"][0], P(None, "fsdp"))
+    assert same(nu.a["b"], P(None))
     jax.jit(tx.init, out_shardings=found)(params)
 
 
@@ -126,6 +126,7 @@ WRAPPED = {
         lambda s: s.inner_state[0],
     ),
     "ema": (lambda: optax.chain(mini(), optax.ema(0.9)), lambda s: s[0][0]),
+    "int8": (lambda: mini(mu_dtype=jnp.int8), lambda s: s[0]),
 }  # fmt: skip
 
 
@@ -272,11 +273,14 @@ QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
     ],
     ids=str,
 )
-@pytest.mark.parametrize("jitted", [False, True])
-def test_explicit_shardings_need_nothing(spec, jitted):
+@pytest.mark.parametrize(
+    ("jitted", "mu_dtype"),
+    [(False, None), (True, None), pytest.param(False, "int8", marks=pytest.mark.slow), (True, "int8")],
+)
+def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
     x = jax.random.normal(jax.random.key(0), (16, 24))
     param = jax.device_put(x, NamedSharding(EXPLICIT, P("fsdp", "tensor")))
-    tx = adam_mini(1e-3, block_specs=spec)
+    tx = adam_mini(1e-3, block_specs=spec, mu_dtype=mu_dtype)
     wrap = jax.jit if jitted else lambda fn: fn
     with jax.set_mesh(EXPLICIT) if jitted else contextlib.nullcontext():
         state = wrap(tx.init)(param)
@@ -286,7 +290,9 @@ def test_explicit_shardings_need_nothing(spec, jitted):
     types = lambda state: jax.tree.map(jax.typeof, state[0].nu)
     assert types(after) == types(state)
     expected, _ = tx.update(x, tx.init(x), x)
-    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    # Sums in another order may move a moment past its random number, to the next code.
+    differ = ~np.isclose(updates, expected, rtol=1e-6 if mu_dtype is None else 1e-5)
+    assert differ.sum() <= (0 if mu_dtype is None else 1)
 
 
 # Long rows, which are added in a loop on CPU, along an axis that is sharded and one that is not.

@@ -1,0 +1,762 @@
+"""The first moment in 8 bits: against its code in NumPy, closed forms, and a moment in float32."""
+
+import functools
+import inspect
+import re
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optax_adam_mini import (
+    BlockSpec,
+    adam_mini,
+    block_table,
+    by_path,
+    from_adam_state,
+    fused,
+    opt_state_shardings,
+    outer,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    per_token,
+    scale_by_adam_mini,
+    to_adam_state,
+)
+from optax_adam_mini.product import Outer, OuterMoments
+from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
+from tests import numpy_adam_mini
+from tests.strategies import given, shapes_and_specs
+from tests.test_product import MATRIX, product, rows_by_head
+
+int8 = functools.partial(adam_mini, mu_dtype=jnp.int8)
+ALL_CODES = np.arange(-127, 128, dtype=np.int8)
+
+
+def decoded(codes, bound, fraction=3):
+    """What codes stand for: 127 for the bound, and 2**fraction numbers in each binade below it."""
+    codes = np.asarray(codes, int)
+    binade, part = np.divmod(np.abs(codes) - 127, 2**fraction)
+    return np.sign(codes) * 2.0**binade * (1 + part / 2**fraction) * bound
+
+
+def edges_of(spec, shape):
+    return [numpy_adam_mini.edges_of(runs) for runs in spec.runs(shape)]
+
+
+def bounds(spec, nu, shape):
+    """8 sqrt(n v) at every coordinate; of a row's and a column's the smaller."""
+    if isinstance(spec, Outer):
+        return np.minimum(bounds(spec.a, nu.a, shape), bounds(spec.b, nu.b, shape))
+    found = np.zeros(shape)
+    for index, block in numpy_adam_mini.blocks_of(edges_of(spec, shape)):
+        found[block] = 8 * np.sqrt(found[block].size * np.asarray(nu, np.float64)[index])
+    return found
+
+
+def neighbours(m, bound, fraction=3):
+    """The codes that stand for the nearest numbers below and above, and these numbers."""
+    table = decoded(ALL_CODES, 1.0, fraction)
+    ratio = np.divide(m, bound, out=np.zeros(np.shape(m)), where=np.asarray(bound) > 0)
+    above = np.clip(np.searchsorted(table, ratio), 1, 254)
+    return above - 128, above - 127, bound * table[above - 1], bound * table[above]
+
+
+def many_seeds(count):
+    return jax.vmap(lambda step: rounding_seed(step, 0))(jnp.arange(1, count + 1))
+
+
+# --- The code ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(2**16, 3), (2**18, 2)])
+def test_all_codes(size, fraction):
+    nu, bound = jnp.array([1.0]), 8 * np.sqrt(size)  # a power of two
+    codes = jnp.resize(ALL_CODES, size)
+    values = jax.jit(dequantize, static_argnums=0)(per_tensor(), codes, nu)
+    table = np.asarray(values[:255], np.float64)
+    np.testing.assert_array_equal(table, decoded(ALL_CODES, bound, fraction))
+    assert (np.diff(table) > 0).all()
+    assert (table[127], table[254]) == (0, bound)
+    step = np.diff(table[128:]) / table[128:-1]
+    assert (step.max(), step.min()) == (2.0**-fraction, 1 / (2 ** (fraction + 1) - 1))
+    # They are what they stand for, whatever the random numbers.
+    again = jax.jit(jax.vmap(functools.partial(quantize, per_tensor(), values, nu)))(many_seeds(16))
+    assert (again == codes).all()
+
+
+def test_two_bits_of_fraction_in_blocks_of_more_than_65536():
+    codes = jnp.full((2**16 + 1,), 126, jnp.int8)
+    nu = jnp.array([1.0])
+    np.testing.assert_allclose(
+        dequantize(per_tensor(), codes, nu), 7 / 8 * 8 * np.sqrt(2**16 + 1), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        dequantize(per_tensor(), codes[1:], nu), 15 / 16 * 8 * 2**8, rtol=1e-6
+    )
+    # Of two grids, one for both.
+    spec, shape = outer(per_tensor(), per_neuron()), (2**9, 2**8)
+    nu = OuterMoments(jnp.ones((1, 1)), jnp.ones((1, 2**8)))
+    found = dequantize(spec, jnp.full(shape, 126, jnp.int8), nu)
+    np.testing.assert_allclose(found, 15 / 16 * 8 * np.sqrt(2**9), rtol=1e-6)
+
+
+def test_codes_are_kept_with_any_bound():
+    """But where float32's rounding of the bound and a random number in a million meet."""
+    nu = jnp.array([np.pi])
+    values = dequantize(per_tensor(), jnp.asarray(ALL_CODES), nu)
+    again = jax.jit(jax.vmap(functools.partial(quantize, per_tensor(), values, nu)))(
+        many_seeds(2000)
+    )
+    differ = np.abs(np.asarray(again, int) - ALL_CODES)
+    assert differ.max() <= 1
+    assert differ.mean() < 1e-5
+
+
+def check_step(spec, shape, dtype=np.float32, *, nesterov=False, seed=0, b1=0.9, b2=0.99):
+    """A second step, its codes, nu and updates, against NumPy in float64."""
+    rng = np.random.default_rng(seed)
+    grads = rng.normal(size=(2, *shape)) * rng.lognormal(sigma=2, size=shape)
+    grads = jnp.asarray(grads.astype(np.float32)).astype(dtype)
+    tx = scale_by_adam_mini(b1, b2, mu_dtype=jnp.int8, nesterov=nesterov, block_specs=spec)
+    _, state = tx.update(grads[0], tx.init(grads[0]))
+    updates, new = tx.update(grads[1], state)
+    assert new.mu.dtype == jnp.int8
+    grads = np.asarray(grads, np.float64)
+
+    m = b1 * decoded(state.mu, bounds(spec, state.nu, shape)) + (1 - b1) * grads[1]
+    bound = bounds(spec, new.nu, shape)
+    lower, upper, low, high = neighbours(m, bound)
+    codes = np.asarray(new.mu, int)
+    slack = 1e-5 * (np.abs(m) + bound)  # of m in float32, where it is a code almost exactly
+    assert ((codes == lower) & (low <= m + slack) | (codes == upper) & (high >= m - slack)).all()
+
+    v = np.asarray(b2 * (1 - b2) * grads[0] ** 2 + (1 - b2) * grads[1] ** 2)
+    if isinstance(spec, Outer):
+        v = product(v, edges_of(spec.a, shape), edges_of(spec.b, shape))
+    else:
+        for _, block in numpy_adam_mini.blocks_of(edges_of(spec, shape)):
+            v[block] = v[block].mean()
+    mu = decoded(codes, bound) / (1 - b1**2)
+    if nesterov:
+        mu = b1 * decoded(codes, bound) / (1 - b1**3) + (1 - b1) * grads[1] / (1 - b1**2)
+    expected = mu / (np.sqrt(v / (1 - b2**2)) + 1e-8)
+    rtol = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}[np.dtype(dtype).name]
+    np.testing.assert_allclose(np.asarray(updates, np.float64), expected, rtol=rtol, atol=rtol / 10)
+
+
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 5)
+@given(
+    shapes_and_specs(max_rank=3, min_side=1),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_step_on_any_grid_is_the_formulas(case, dtype, nesterov, seed):
+    shape, spec, _ = case
+    check_step(spec, shape, jnp.dtype(dtype), nesterov=nesterov, seed=seed)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        (MATRIX, (6, 8)),
+        (rows_by_head(4), (6, 8)),
+        (outer(per_neuron(axis=0), fused(-1, [(4, per_head(2)), (4, per_neuron())])), (6, 8)),
+        (outer(per_neuron(axis=1), per_neuron(), stacked=0), (3, 6, 8)),
+    ],
+)
+def test_a_step_of_rows_and_columns_is_the_formulas(spec, shape, nesterov):
+    check_step(spec, shape, nesterov=nesterov)
+
+
+# --- Rounding ------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_many_is_the_moment():
+    """From the bound to a hundredth of the smallest code; and no further off than chance is."""
+    bound, n, seeds = 8.0 * 8, 64, 20_000
+    m = jnp.asarray(bound * np.geomspace(1, 1e-7, n) * np.resize([1, -1], n), jnp.float32)
+    nu = jnp.array([1.0])
+    codes = jax.jit(jax.vmap(functools.partial(quantize, per_tensor(), m, nu)))(many_seeds(seeds))
+    error = decoded(codes, bound).mean(0) - np.asarray(m, np.float64)
+    assert (np.abs(error) < 1e-3 * bound).all()
+    _, _, low, high = neighbours(np.asarray(m, np.float64), bound)
+    deviation = np.sqrt(np.maximum((m - low) * (high - m), 0) / seeds)
+    assert (np.abs(error) <= 5 * deviation + 1e-6 * np.abs(m)).all()
+    assert (np.abs(error) < 0.1 * np.abs(m))[np.abs(m) > 1e-6 * bound].all()
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(2**16, 3), (2**17, 2)])
+def test_the_mean_over_coordinates_is_the_moment(size, fraction):
+    bound, nu = 8 * np.sqrt(size), jnp.array([1.0])
+    round_all = jax.jit(functools.partial(quantize, per_tensor()))
+    for ratio in (0.99, 0.3, -1e-3, 2.0**-fraction * 1e-4, 1e-9):
+        m = np.float32(ratio * bound)
+        codes = round_all(jnp.full(size, m), nu, rounding_seed(7, 3))
+        _, _, low, high = neighbours(float(m), bound, fraction)
+        error = decoded(codes, bound, fraction).mean() - m
+        assert abs(error) <= 5 * np.sqrt((m - low) * (high - m) / size) + 1e-6 * abs(m)
+
+
+def test_errors_are_uncorrelated():
+    """Those of coordinates, of parameters and of steps: half way between two codes, all coins."""
+    steps, parameters, size = 400, 5, 256
+    m, nu = jnp.full(size, 1.0625), jnp.array([1.0])
+    seeds = jax.vmap(
+        lambda step: jnp.stack([rounding_seed(step, index) for index in range(parameters)])
+    )(jnp.arange(1, steps + 1))
+    of_seed = functools.partial(quantize, per_tensor(), m, nu)
+    codes = np.asarray(jax.jit(jax.vmap(jax.vmap(of_seed)))(seeds), int)
+    assert len(np.unique(codes)) == 2
+    coins = 2.0 * (codes == codes.max()) - 1
+    for axis, samples in ((0, parameters * size), (1, steps * size), (2, steps * parameters)):
+        rows = np.moveaxis(coins, axis, 0).reshape(coins.shape[axis], -1)
+        assert rows.shape[1] == samples
+        correlation = rows @ rows.T / samples - np.eye(len(rows))
+        assert np.abs(correlation).max() < 5.5 / np.sqrt(samples)
+
+
+@pytest.mark.parametrize("shape", [(1 << 12, 1 << 12), (1 << 24,), (3, 1 << 20, 2)])
+def test_every_step_has_random_numbers_of_its_own(shape):
+    """However many powers of two the size has."""
+    m, nu = jnp.full(shape, 1.0625 / 2), jnp.full(shape, 1 / 64)  # between two codes
+    first = jax.jit(lambda seed: quantize(per_element(), m, nu, seed).ravel()[:64])
+    found = {np.asarray(first(rounding_seed(step, 0))).tobytes() for step in range(1, 65)}
+    assert len(found) == 64
+
+
+def test_no_random_key():
+    assert "seed" not in inspect.signature(adam_mini).parameters
+    assert "key" not in inspect.signature(adam_mini).parameters
+    state = int8(0.1, block_specs=per_neuron()).init({"w": jnp.ones((4, 6))})
+    shapes = {leaf.shape: leaf.dtype.name for leaf in jax.tree.leaves(state)}
+    assert shapes == {(): "int32", (4, 6): "int8", (1, 6): "float32"}
+
+
+SHARDED = {
+    "kernel": (P("fsdp", "tensor"), (16, 32), per_neuron()),
+    "query": (P("fsdp", "tensor"), (16, 32), per_head(4)),
+    "matrix": (P("tensor", "fsdp"), (16, 32), MATRIX),
+    "bias": (P(("fsdp", "tensor")), (32,), per_element()),
+    "gain": (P(), (16,), per_tensor()),
+}
+OF_SHARDED = {name: spec for name, (_, _, spec) in SHARDED.items()}
+
+
+def sums_of_powers_of_two(step):
+    """Gradients whose squares have exact means, in any order."""
+    rng = np.random.default_rng(step)
+    return {name: jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
+            for name, (_, shape, _) in SHARDED.items()}  # fmt: skip
+
+
+def some_steps(tx, params, state, steps, update=None):
+    for step in steps:
+        grads = jax.tree.map(
+            lambda g, p: jax.device_put(g, p.sharding), sums_of_powers_of_two(step), params
+        )
+        updates, state = (update or tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def place(mesh, params):
+    return {name: jax.device_put(params[name], NamedSharding(mesh, SHARDED[name][0]))
+            for name in SHARDED}  # fmt: skip
+
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices // 2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2,
+                         devices=jax.devices()[:devices])  # fmt: skip
+
+
+def test_the_same_on_any_mesh_and_after_a_checkpoint(tmp_path):
+    """To the last bit, with decays that lose none: so are the random numbers the same."""
+    tx = int8(0.125, b1=0.5, b2=0.75, weight_decay=0.0, block_specs=OF_SHARDED)
+    params = sums_of_powers_of_two(99)
+    expected, expected_state = some_steps(tx, params, tx.init(params), range(6))
+    half, half_state = some_steps(tx, params, tx.init(params), range(3))
+
+    def same(found, state):
+        chex.assert_trees_all_equal(*jax.device_get((state, expected_state)))
+        chex.assert_trees_all_close(*jax.device_get((found, expected)), rtol=1e-5, atol=1e-6)
+
+    same(*some_steps(tx, params, tx.init(params), range(6), jax.jit(tx.update)))
+    same(*some_steps(tx, half, half_state, range(3, 6)))
+
+    explicit = mesh_of(8, AxisType.Explicit)
+    with jax.set_mesh(explicit):
+        placed = place(explicit, params)
+        found, state = some_steps(tx, placed, tx.init(placed), range(6), jax.jit(tx.update))
+    assert jax.typeof(state[0].mu["kernel"]).sharding.spec == P("fsdp", "tensor")
+    same(found, state)
+
+    def shardings(mesh):
+        of_params = {name: NamedSharding(mesh, spec) for name, (spec, _, _) in SHARDED.items()}
+        found = opt_state_shardings(tx, params, of_params)
+        for name, sharding in of_params.items():
+            rank = params[name].ndim
+            assert found[0].mu[name].is_equivalent_to(sharding, rank)
+        return of_params, found
+
+    # Three steps on eight devices, three on four.
+    of_params, of_state = shardings(mesh_of(8))
+    update = jax.jit(tx.update, out_shardings=(of_params, of_state))
+    state = jax.jit(tx.init, out_shardings=of_state)(place(mesh_of(8), params))
+    saved = some_steps(tx, place(mesh_of(8), params), state, range(3), update)
+    assert saved[1][0].mu["kernel"].addressable_shards[0].data.shape == (4, 16)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "saved", saved)
+    checkpointer.wait_until_finished()
+    of_params, of_state = shardings(mesh_of(4))
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        saved, (of_params, of_state),
+    )  # fmt: skip
+    restored = checkpointer.restore(tmp_path / "saved", abstract)
+    assert restored[1][0].mu["kernel"].addressable_shards[0].data.shape == (8, 16)
+    update = jax.jit(tx.update, out_shardings=(of_params, of_state))
+    same(*some_steps(tx, *restored, range(3, 6), update))
+
+
+# --- The bound -----------------------------------------------------------------------------------
+
+DECAYS = [(0.9, 0.95), (0.9, 0.999), (0.0, 0.9), (0.95, 0.98), (0.9, 0.9991), (0.0, 0.984)]
+
+
+def largest_ratio(b1, b2):
+    return (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+
+
+@pytest.mark.parametrize("spec", [per_tensor(), MATRIX], ids=["mean", "outer"])
+@pytest.mark.parametrize(("b1", "b2"), DECAYS)
+def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
+    """One coordinate, and gradients that grow by b2 / b1: the inequality is an equation then."""
+    shape, steps = (4, 4), 60
+    if b1:
+        sizes = (b2 / b1) ** np.arange(steps) * np.resize(1e-3, steps)
+    else:
+        sizes = np.eye(steps)[-1]
+    grads = np.zeros((steps, *shape), np.float32)
+    grads[:, 1, 2] = sizes
+    tx = scale_by_adam_mini(b1, b2, mu_dtype=jnp.int8, block_specs=spec)
+    step = lambda state, g: (tx.update(g, state)[1], None)
+    state, _ = jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))(grads)
+    m = v = 0.0
+    for g in sizes:
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    assert 0.97 * largest_ratio(b1, b2) < m / np.sqrt(v) < largest_ratio(b1, b2) + 1e-9
+    assert largest_ratio(b1, b2) <= 8
+    bound = bounds(spec, state.nu, shape)
+    np.testing.assert_allclose(bound[1, 2], 8 * np.sqrt(v), rtol=1e-4)
+    np.testing.assert_allclose(decoded(state.mu, bound)[1, 2], m, rtol=0.15)
+    assert not np.delete(np.ravel(state.mu), 6).any()
+
+
+@given(
+    st.sampled_from(DECAYS),
+    st.lists(
+        st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=40
+    ),
+)
+def test_no_moment_exceeds_its_bound(decays, grads):
+    """In NumPy; rounded up at every step as well, as far as 8."""
+    b1, b2 = decays
+    m, up, v = np.zeros(3), np.zeros(3), 0.0
+    for g in np.asarray(grads, np.float64):
+        v = b2 * v + (1 - b2) * np.mean(g * g)
+        bound = 8 * np.sqrt(3 * v) * (1 + 1e-9)
+        m, up = b1 * m + (1 - b1) * g, b1 * up + (1 - b1) * np.abs(g)
+        assert (np.abs(m) <= largest_ratio(b1, b2) * np.sqrt(3 * v) * (1 + 1e-9)).all()
+        assert (up <= bound).all()
+        up = np.minimum(1.125 * up, bound)
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2", "text"),
+    [
+        (0.9, 0.9999, "with b1=0.9 and b2=0.9999 the first may be 22.9 times it: take b2 between 0.81"),
+        (0.9, 0.8, "the first may be inf times it: take b2 between 0.81 and 0.9991"),
+        (0.5, 0.25, "the first may be inf times it: take b2 between 0.25 and"),
+        (0.0, 0.999, "take b2 between 0 and 0.9843"),
+    ],
+)  # fmt: skip
+def test_decays_with_which_moments_exceed_it_are_refused(b1, b2, text):
+    params = {"w": jnp.ones((2, 3))}
+    inject = optax.inject_hyperparams(adam_mini, static_args=("mu_dtype", "block_specs"))
+    for tx in (
+        int8(0.1, b1, b2),
+        int8(0.1, jnp.float32(b1), np.float32(b2)),
+        inject(0.1, b1, b2, mu_dtype=jnp.int8),
+        scale_by_adam_mini(b1, b2, mu_dtype="int8"),
+    ):
+        with pytest.raises(ValueError, match=r"mu_dtype=int8") as raised:
+            tx.init(params)
+        assert text in str(raised.value)
+    adam_mini(0.1, b1, b2).init(params)
+
+
+def test_the_decays_that_the_message_names_are_taken():
+    for b1 in (0.0, 0.5, 0.9, 0.95):
+        with pytest.raises(ValueError, match=r"mu_dtype=int8") as raised:
+            int8(0.1, b1, 0.99999).init({"w": jnp.ones(3)})
+        largest = float(re.search(r"and (\S+), or", str(raised.value)).group(1))
+        int8(0.1, b1, largest).init({"w": jnp.ones(3)})
+
+
+# --- Against a moment in float32, on gradients that are hard --------------------------------------
+
+ROWS, WIDTH = 16, 64
+
+
+def noisy(key, t):
+    return 1 + jax.random.normal(key, (ROWS, WIDTH))
+
+
+def rarely(key, t):
+    """Each row once in 200 steps."""
+    return noisy(key, t) * jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / 200, (ROWS, 1))
+
+
+def shrinking(key, t):
+    return noisy(key, t) * 10.0 ** (-6 * t / 2000)
+
+
+def dropping(key, t):
+    """To a millionth at once: too little for any code, until the bound has followed."""
+    return noisy(key, t) * jnp.where(t < 50, 1.0, 1e-6)
+
+
+def pausing(key, t):
+    return noisy(key, t) * ((t < 50) | (t >= 1950))
+
+
+def with_an_outlier(key, t):
+    return noisy(key, t).at[:, 3].multiply(jnp.where(t == 50, 1e4, 1.0))
+
+
+# (gradients, steps, the first that is looked at, b2, relative error of the mean of what parameters
+# moved, and of one of them)
+HARD = {
+    "plain": (noisy, 1000, 0, 0.999, 2e-3, 0.02),
+    "rows that are rarely touched": (rarely, 10_000, 0, 0.999, 5e-3, 0.05),
+    "gradients that shrink by 1e6": (shrinking, 2000, 1000, 0.99, 5e-3, 0.05),
+    "gradients that drop by 1e6": (dropping, 2000, 200, 0.999, 0.15, None),
+    "a run of zeros": (pausing, 2000, 1900, 0.95, 5e-3, 0.05),
+    "an outlier of 1e4": (with_an_outlier, 1000, 50, 0.999, 5e-3, 0.05),
+}
+
+
+def check_displacements(spec, case, dtype=jnp.float32):
+    """Where parameters are in the end, with moments in 8 bits and in float32."""
+    gradients, steps, start, b2, of_mean, of_one = case
+    txs = [
+        scale_by_adam_mini(b2=b2, mu_dtype=mu_dtype, block_specs=spec)
+        for mu_dtype in (jnp.int8, jnp.float32)
+    ]
+
+    def step(carry, t):
+        states, sums = carry
+        g = gradients(jax.random.fold_in(jax.random.key(0), t), t).astype(dtype)
+        new = [tx.update(g, state) for tx, state in zip(txs, states, strict=True)]
+        moves = jnp.stack([updates.astype(jnp.float32) for updates, _ in new])
+        return ([state for _, state in new], sums + jnp.where(t >= start, moves, 0)), None
+
+    init = [tx.init(jnp.zeros((ROWS, WIDTH), dtype)) for tx in txs], jnp.zeros((2, ROWS, WIDTH))
+    (_, sums), _ = jax.jit(lambda: jax.lax.scan(step, init, jnp.arange(steps)))()
+    found, expected = np.asarray(sums, np.float64)
+    chex.assert_tree_all_finite(found)
+    assert expected.mean() > 0
+    assert abs(found.mean() / expected.mean() - 1) < of_mean
+    if of_one:
+        error = np.sqrt(np.mean((found - expected) ** 2)) / np.sqrt(np.mean(expected**2))
+        assert error < of_one
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_parameters_move_as_with_float32(name):
+    check_displacements(per_token(), HARD[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("spec", [MATRIX, per_tensor(), per_element()], ids=str)
+def test_parameters_move_as_with_float32_in_other_blocks(name, spec):
+    check_displacements(spec, HARD[name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_16_bits_move_as_with_float32(dtype):
+    check_displacements(MATRIX, HARD["plain"], jnp.dtype(dtype))
+
+
+def test_without_momentum_a_code_is_the_gradient():
+    """b1=0, as inside schedule_free: m is g, rounded to one of two numbers an eighth apart."""
+    g = jax.random.normal(jax.random.key(0), (32, 8))
+    results = []
+    for mu_dtype in (jnp.int8, None):
+        tx = scale_by_adam_mini(0.0, 0.95, mu_dtype=mu_dtype, block_specs=per_neuron())
+        state = tx.init(g)
+        for grads in (10 * g[::-1], g):  # nothing of the first is left
+            updates, state = tx.update(grads, state)
+        results.append(np.asarray(updates, np.float64))
+    found, expected = results
+    large = np.abs(g) > 2.0**-15 * bounds(per_neuron(), state.nu, g.shape)
+    assert large.mean() > 0.9
+    assert (np.abs(found / expected - 1)[large] < 1 / 8).all()
+    assert (np.sign(found) == np.sign(expected))[large].all()
+
+
+# --- Shapes, dtypes, and what is no number --------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1), (0,), (0, 4), (3, 0), (1, 0, 2)], ids=str)
+def test_small_and_empty_parameters(shape):
+    g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    specs = [per_tensor(), per_element()] + [MATRIX] * (len(shape) == 2)
+    for spec in specs:
+        (found, state), (expected, _) = (
+            tx.update(g, tx.init(g), g)
+            for tx in (int8(0.1, block_specs=spec), adam_mini(0.1, block_specs=spec))
+        )
+        assert (state[0].mu.shape, state[0].mu.dtype) == (shape, jnp.int8)
+        np.testing.assert_allclose(found, expected, rtol=0.13)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("spec", [per_neuron(), per_head(2), MATRIX, rows_by_head(2)], ids=str)
+def test_what_is_no_number_spreads_as_with_float32(spec, bad):
+    """No further than its block, and there a step is never silently wrong."""
+    g = jax.random.normal(jax.random.key(0), (3, 4))
+    updates = []
+    for mu_dtype in (jnp.int8, None):
+        tx = scale_by_adam_mini(mu_dtype=mu_dtype, block_specs=spec)
+        state = tx.init(g)
+        for grads in (g, g.at[1, 1].set(bad), g):
+            update, state = tx.update(grads, state)
+            updates.append(np.asarray(update))
+    for found, expected in zip(updates[:3], updates[3:], strict=True):
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        np.testing.assert_array_equal(found == 0, expected == 0)
+    block = np.zeros((3, 4), bool)
+    ends = spec.runs((3, 4))[1]
+    block[:, slice(0, 4) if ends == ((1, 4),) else slice(0, 2) if ends == ((2, 2),) else 1] = True
+    moves = np.isfinite(updates[2]) & (updates[2] != 0)
+    np.testing.assert_array_equal(moves, ~block)  # inside, it stands still or is NaN
+    if np.isnan(bad):
+        np.testing.assert_array_equal(np.isnan(updates[2]), block)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        params = {"wide": jnp.ones((2, 4), jnp.float64), "narrow": jnp.ones((2, 4), jnp.float32)}
+        grads = jax.tree.map(lambda p: p * jnp.arange(1.0, 5.0), params)
+        for spec in (per_tensor(), MATRIX):
+            tx = int8(1e-2, weight_decay=0.0, block_specs=spec)
+            state = tx.init(params)
+            updates, new = tx.update(grads, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes((updates, new), (params, state))
+            assert {x.dtype.name for x in jax.tree.leaves(new[0].mu)} == {"int8"}
+            wide = adam_mini(1e-2, weight_decay=0.0, block_specs=spec)
+            expected, _ = wide.update(grads, wide.init(params), params)
+            chex.assert_trees_all_close(updates, expected, rtol=1 / 8)
+
+
+def test_complex_parameters_are_refused_and_integers_left_alone():
+    with pytest.raises(TypeError, match=r"a/z: mu_dtype=int8 keeps real numbers, .* complex64"):
+        int8(0.1, block_specs=per_tensor()).init({"a": {"z": jnp.ones((2, 3), jnp.complex64)}})
+    params = {"kernel": jnp.ones((2, 3)), "w": jnp.arange(6).reshape(2, 3), "b": jnp.array([True])}
+    grads = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2), allow_int=True)(params)
+    for specs in (per_tensor(), MATRIX, None):
+        specs = by_path([("b$", per_element())], specs) if specs == MATRIX else specs
+        tx = int8(0.1, weight_decay=0.1, block_specs=specs)
+        state = tx.init(params)
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, new_state = update(grads, state, params)
+            new = optax.apply_updates(params, updates)
+            chex.assert_trees_all_equal((new["w"], new["b"]), (params["w"], params["b"]))
+            assert (new["kernel"] < 1).all()
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+
+
+def test_missing_gradients_and_parameters():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "none": None}
+    tx = int8(0.1, weight_decay=0.0)
+    state = tx.init(params)
+    _, state = tx.update(params, state)
+    updates, new = tx.update({"kernel": params["kernel"], "bias": None, "none": None}, state)
+    assert updates["bias"] is None
+    assert updates["none"] is None
+    chex.assert_trees_all_equal(new[0].mu["bias"], state[0].mu["bias"])
+    chex.assert_trees_all_equal(new[0].nu["bias"], state[0].nu["bias"])
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=0.15)
+
+
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_stay(dtype, grad_dtype):
+    params = {"kernel": jnp.ones((4, 4), dtype), "bias": jnp.ones(4, dtype)}
+    grads = jax.tree.map(lambda x: x.astype(grad_dtype), params)
+    tx = int8(1e-2)
+    state = tx.init(params)
+    updates, new = tx.update(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
+    assert {x.dtype.name for x in jax.tree.leaves(state[0].nu)} == {"float32"}
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+SEEDS, STEPS = 8, 300
+SPECS = {"up": MATRIX, "bias": per_element(), "down": per_neuron()}
+RATE = optax.linear_schedule(1e-2, 0.0, 2 * STEPS)
+
+
+def loss_fn(p, x, y):
+    return jnp.mean((jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"] - y) ** 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
+def train(tx, params, state, key):
+    """A small network on noisy samples of another one; the loss on each batch before its step."""
+    teacher = jax.random.split(jax.random.key(0))
+    teacher = [jax.random.normal(k, s) / 4 for k, s in zip(teacher, ((16, 32), (32, 1)), strict=True)]
+    noise = jax.random.normal(key, (STEPS, 32, 17))
+
+    def step(carry, noise):
+        p, state = carry
+        x, y = noise[:, 1:], jnp.tanh(noise[:, 1:] @ teacher[0]) @ teacher[1] + 0.1 * noise[:, :1]
+        loss, grads = jax.value_and_grad(loss_fn)(p, x, y)
+        updates, state = tx.update(grads, state, p)
+        return (optax.apply_updates(p, updates), state), loss
+
+    (params, state), losses = jax.lax.scan(step, (params, state), noise)
+    return params, state, losses
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Parameters for each seed, and keys for two runs."""
+    keys = jax.random.split(jax.random.key(1), (4, SEEDS))
+    normal = lambda keys, shape: jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    params = {"up": normal(keys[0], (16, 64)) / 4, "bias": jnp.zeros((SEEDS, 64)),
+              "down": normal(keys[1], (64, 1)) / 8}  # fmt: skip
+    return params, keys[2], keys[3]
+
+
+FULL = adam_mini(RATE, b2=0.99, block_specs=SPECS)
+EIGHT = adam_mini(RATE, b2=0.99, block_specs=SPECS, mu_dtype=jnp.int8)
+
+
+def test_trains_as_well_as_with_float32(network):
+    """Paired, eight seeds: within 1% in the mean of the last 100 steps, and within 4% each."""
+    params, first, second = network
+    last = []
+    for tx in (FULL, EIGHT):
+        p, state, start = train(tx, params, jax.vmap(tx.init)(params), first)
+        _, _, losses = train(tx, p, state, second)
+        last.append(np.asarray(losses)[:, -100:].mean(1))
+    assert last[0].mean() < 0.1 * start[:, :5].mean()
+    ratio = last[1] / last[0]
+    assert abs(ratio.mean() - 1) < 0.01
+    assert (np.abs(ratio - 1) < 0.04).all()
+
+
+def test_a_run_of_adamw_goes_on_in_8_bits(network):
+    """Half way: no jump, and in the end within 1% of going on in float32."""
+    params, first, second = network
+    adam = optax.adamw(RATE, b2=0.99)
+    params, state, before = train(adam, params, jax.vmap(adam.init)(params), first)
+    after = []
+    for tx, dtype in ((EIGHT, jnp.int8), (FULL, None)):
+        convert = functools.partial(from_adam_state, block_specs=SPECS, mu_dtype=dtype)
+        _, _, losses = train(tx, params, jax.jit(jax.vmap(convert))(state, params), second)
+        assert losses[:, :20].mean() < 1.1 * before[:, -20:].mean()
+        after.append(losses[:, -100:].mean())
+    assert after[0] < before[:, -100:].mean()
+    assert abs(after[0] / after[1] - 1) < 0.01
+
+
+# --- Conversion -----------------------------------------------------------------------------------
+
+
+def test_to_8_bits_and_back_is_within_a_code():
+    params = {"up": jnp.zeros((64, 64)), "matrix": jnp.zeros((64, 64)), "bias": jnp.zeros(64)}
+    specs = {"up": per_neuron(), "matrix": MATRIX, "bias": per_element()}
+    adam = optax.adamw(0.1)
+    state = adam.init(params)
+    for step in range(3):
+        key = jax.random.key(step)
+        grads = jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params)
+        _, state = jax.jit(adam.update)(grads, state, params)
+    convert = jax.jit(lambda state: from_adam_state(state, params, specs, mu_dtype=jnp.int8))
+    converted = convert(state)
+    mini = int8(0.1, block_specs=specs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.init(params))
+    back = jax.jit(lambda state: to_adam_state(state, params, specs))(converted)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
+    for name, spec in specs.items():
+        m, found = (np.asarray(s[0].mu[name], np.float64) for s in (state, back))
+        nu = converted[0].nu
+        nu = OuterMoments(nu.a[name], nu.b[name]) if spec == MATRIX else nu.a[name]
+        _, _, low, high = neighbours(m, bounds(spec, nu, m.shape))
+        slack = 1e-6 * np.abs(m).max()
+        assert ((low - slack <= found) & (found <= high + slack)).all()
+        deviation = np.sqrt(np.maximum((m - low) * (high - m), 0).mean() / m.size)
+        assert abs((found - m).mean()) < 4 * deviation
+    # What goes on from there goes on with codes, and codes go through a second conversion.
+    again = convert(back)
+    same = jax.tree.map(lambda a, b: (np.asarray(a) == b).mean(), again[0].mu, converted[0].mu)
+    assert min(same[name] for name in ("up", "bias")) > 0.999
+    updates, _ = mini.update(grads, converted, params)
+    chex.assert_tree_all_finite(updates)
+
+
+def test_abstract_states_and_refusals():
+    params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    state = jax.eval_shape(optax.adamw(0.1).init, params)
+    convert = functools.partial(from_adam_state, params=params, block_specs=per_neuron())
+    converted = jax.eval_shape(functools.partial(convert, mu_dtype="int8"), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        converted, jax.eval_shape(int8(0.1, block_specs=per_neuron()).init, params)
+    )
+    with pytest.raises(TypeError, match=r"mu_dtype must be a floating-point dtype or jnp.int8"):
+        convert(state, mu_dtype="uint8")
+    z = {"w": jnp.ones((4, 6), jnp.complex64)}
+    with pytest.raises(TypeError, match=r"w: mu_dtype=int8 keeps real numbers"):
+        from_adam_state(optax.adamw(0.1).init(z), z, per_neuron(), mu_dtype=jnp.int8)
+
+
+# --- Bytes ----------------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_bytes_of_the_state():
+    params = {
+        "kernel": jnp.ones((12, 8), jnp.bfloat16),
+        "matrix": jnp.ones((3, 12, 8)),
+        "bias": jnp.ones(8),
+        "ids": jnp.arange(5),
+    }
+    rows = outer(BlockSpec(((0, None), (1, None))), per_neuron(), stacked=())
+    specs = {"kernel": per_head(2), "matrix": rows, "bias": per_element(), "ids": per_tensor()}
+    state = int8(0.1, block_specs=specs).init(params)[0]
+    nbytes = sum(x.nbytes for x in jax.tree.leaves((state.mu, state.nu)))
+    assert state.mu["matrix"].nbytes == 3 * 12 * 8
+    table = block_table(params, specs, mu_dtype=jnp.int8)
+    assert f"optimizer state: {nbytes:,} bytes" in table.caption
+    with pytest.raises(TypeError, match="mu_dtype must be"):
+        block_table(params, specs, mu_dtype="int32")
