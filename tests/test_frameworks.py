@@ -142,11 +142,10 @@ def test_flax_linen_plain_query_kernels():
 
     params = jax.eval_shape(Attention().init, jax.random.key(0), jnp.ones((4, 6)))["params"]
     text = refusal(params)
-    for name in ("query", "key"):
-        assert (
-            f"{name}/kernel (6, 8): the number of heads is not in a plain kernel: pass num_heads to "
-            "flax_layers" in text
-        )
+    assert (
+        "  key/kernel (6, 8), query/kernel (6, 8): the number of heads is not in a plain kernel: pass "
+        "num_heads to flax_layers" in text
+    )
     assert "value" not in text
     state = adam_mini(1e-2, block_specs=flax_layers(num_heads=2)).init(params)
     assert nu_shapes(state)["query/kernel"] == (1, 2)
@@ -699,3 +698,12 @@ def test_page(section):
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(old, PAGE, "exec"), names)
     assert jnp.isfinite(names["loss"])
+
+
+@pytest.mark.slow
+def test_page_restores_what_is_no_parameter():
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(SECTIONS["Flax NNX with the functional API"], PAGE, "exec"), names)
+    assert names["rest"]["dropout"]["rngs"]["count"][...] == 4  # three steps, and one after
+    assert jnp.any(names["rest"]["norm"]["mean"][...] != 0)
+    assert names["opt_state"][0].count == 4
