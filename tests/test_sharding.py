@@ -275,7 +275,12 @@ QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
 )
 @pytest.mark.parametrize(
     ("jitted", "mu_dtype"),
-    [(False, None), (True, None), pytest.param(False, "int8", marks=pytest.mark.slow), (True, "int8")],
+    [
+        (False, None),
+        (True, None),
+        pytest.param(False, "int8", marks=pytest.mark.slow),
+        (True, "int8"),
+    ],
 )
 def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
     x = jax.random.normal(jax.random.key(0), (16, 24))
