@@ -471,7 +471,7 @@ HARD = {
     "gradients that shrink by 1e6": (shrinking, 2000, 1000, 0.99, 5e-3, 0.05),
     "gradients that drop by 1e6": (dropping, 2000, 200, 0.999, 0.15, None),
     "a run of zeros": (pausing, 2000, 1900, 0.95, 5e-3, 0.05),
-    "an outlier of 1e4": (with_an_outlier, 1000, 50, 0.999, 5e-3, 0.05),
+    "an outlier of 1e4": (with_an_outlier, 1000, 50, 0.999, 5e-3, 0.08),
 }
 
 
