@@ -35,12 +35,21 @@ def markdown(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def write_rows(
-    folder: Path, name: str, heading: str, facts: str, columns: Columns, content: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    heading: str,
+    command: str,
+    facts: str,
+    columns: Columns,
+    content: Mapping[str, Any],
 ) -> None:
-    """`content`, which has `rows`, as name.json, and its rows as the page name.md."""
+    """`content`, which has `rows`, as name.json, and its rows as the page name.md.
+
+    The page names the command that printed it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(folder / f"{name}.json", content)
-    text = f"# {heading}\n\n{facts}\n\n{markdown(columns, content['rows'])}"
+    text = f"# {heading}\n\n`{command}`. {facts}\n\n{markdown(columns, content['rows'])}"
     (folder / f"{name}.md").write_text(text)
 
 

@@ -126,6 +126,17 @@ class BlockSpec:
         """
         return tuple(sum(n for n, _ in runs) for runs in self.runs(shape))
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuses a shape that the spec does not fit.
+
+        Args:
+            shape: the parameter's shape.
+
+        Raises:
+            ValueError: as [`BlockSpec.runs`][].
+        """
+        self.grid(shape)
+
     def size(self, shape: Sequence[int]) -> int:
         """How many numbers `nu` has.
 

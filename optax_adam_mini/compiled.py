@@ -26,7 +26,7 @@ def compiled(
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        return _update(static, arrays, updates, state, params)
+        return _update(static, arrays, updates, state, _with_gradients(updates, params))
 
     return optax.GradientTransformationExtraArgs(static.build(arrays).init, update_fn)
 
@@ -51,6 +51,21 @@ class _Static:
     def build(self, arrays: Any) -> optax.GradientTransformationExtraArgs:
         leaves = [s if a is None else a for s, a in zip(self.leaves, arrays, strict=True)]
         return self.factory(**jax.tree.unflatten(self.treedef, leaves))
+
+
+def _with_gradients(updates: Any, params: Any) -> Any:
+    """`params` without the leaves whose gradient is None, which may be anything.
+
+    Of an Equinox model's leaves some are functions, and no argument of a compiled program.
+    """
+    is_none = lambda x: x is None
+    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+        return params
+    keep = lambda g, p: jax.tree.map(lambda _: None, p) if g is None else p
+    try:
+        return jax.tree.map(keep, updates, params, is_leaf=is_none)
+    except ValueError:  # of another structure, which update itself says better
+        return params
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.labels import BlockSpecs, path_of, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, check_has_state, path_of, resolve_block_specs
 from optax_adam_mini.product import Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
@@ -107,12 +107,18 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
     )
 
 
+_IS_CONVERTED = {
+    "ScaleByAdamMiniState": "it is Adam-mini's already",
+    "ScaleByAdamState": "it is AdamW's already",
+}
+
+
 def _convert(
     state: Any,
     params: Any,
     block_specs: Any,
     old: type,
-    new: Callable[..., Any],
+    new: type,
     convert_leaf: Callable[..., tuple[Any, Any]],
 ) -> Any:
     labels = dict(resolve_block_specs(block_specs, params))
@@ -140,10 +146,5 @@ def _convert(
         mu = jax.tree.unflatten(treedef, [m for m, _ in pairs])
         return new(count=node.count, mu=mu, nu=in_trees([v for _, v in pairs], treedef))
 
-    is_old = lambda node: isinstance(node, old)
-    if not any(map(is_old, jax.tree.leaves(state, is_leaf=is_old))):
-        raise ValueError(
-            f"expected an optimizer state with a {old.__name__} in it, got "
-            f"{jax.tree.structure(state)}"
-        )
-    return jax.tree.map(convert, state, is_leaf=is_old)
+    check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
+    return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

@@ -79,7 +79,9 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
         [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
     """
     check_called(block_specs)
-    specs = spec_leaves(block_specs(params) if is_label_function(block_specs) else block_specs)
+    specs = spec_leaves(
+        _called(block_specs, params) if is_label_function(block_specs) else block_specs
+    )
 
     leaves: dict[tuple[str, ...], Any] = {}
     empty: list[tuple[str, ...]] = []
@@ -100,7 +102,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
             continue
         used.add(prefix)
         try:
-            specs[prefix].grid(jnp.shape(leaf))
+            specs[prefix].check(jnp.shape(leaf))
         except ValueError as error:
             wrong.append(f"{'/'.join(path) or 'params'}: {error}")
         found.append(("/".join(path), specs[prefix]))
@@ -125,6 +127,25 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     return found
 
 
+def _called(label_fn: LabelFn, params: Any) -> Any:
+    """What a label function returns, which are specs where there are parameters."""
+    returned = label_fn(params)
+    if is_empty(returned) and not is_empty(params):
+        raise TypeError(
+            f"block_specs: the label function returned {returned!r}, expected a BlockSpec such as "
+            "per_neuron(), or a pytree of them like the parameters: return the specs"
+        )
+    if is_label_function(returned):
+        function = jax.tree.leaves(returned)[0]
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"block_specs: the label function returned the function {name}, expected a BlockSpec "
+            "or a pytree of them: call it, as in lambda params: per_neuron() or "
+            "lambda params: flax_layers()(params)"
+        )
+    return returned
+
+
 def spec_leaves(labels: Any) -> dict[tuple[str, ...], Spec]:
     """The specs of a pytree of specs by their paths.
 
@@ -135,9 +156,11 @@ def spec_leaves(labels: Any) -> dict[tuple[str, ...], Spec]:
     specs: dict[tuple[str, ...], Spec] = {}
     for keys, spec in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_spec):
         if not is_spec(spec):
+            is_kept = isinstance(spec, str) and spec in ("mean", "outer")
+            hint = f": v={spec!r} is an argument of infer_block_specs" if is_kept else ""
             raise TypeError(
                 f"{path_str(keys) or 'block_specs'}: expected a BlockSpec such as per_neuron(), "
-                f"got {spec!r} of type {type(spec).__name__}"
+                f"got {spec!r} of type {type(spec).__name__}{hint}"
             )
         specs[path_of(keys)] = spec
     return specs
@@ -206,8 +229,9 @@ def check_only_params(
         kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
         raise ValueError(
             f"{what}: these are no parameters, and an optimizer would change them, by weight decay "
-            f"alone: {kinds}: take the parameters alone, nnx.split(model, nnx.Param, ...) or "
-            "nnx.Optimizer(model, tx, wrt=nnx.Param), or give specs for them"
+            f"alone: {kinds}: take the parameters alone, nnx.Optimizer(model, tx, wrt=nnx.Param), "
+            "or graph, params, rest = nnx.split(model, nnx.Param, ...) and, inside the loss, "
+            "nnx.merge(graph, params, rest); or give specs for them"
         )
 
 
@@ -229,7 +253,74 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
     if not paths or has_masked(params) or any(map(matches, paths)):
         return
     closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
-    raise ValueError(f"{what} matches no parameter; the closest paths are {', '.join(closest)}")
+    form = "" if "/" in given or not any("/" in path for path in paths) else " (a path reads a/b/c)"
+    raise ValueError(
+        f"{what} matches no parameter; the closest paths are {', '.join(closest)}{form}"
+    )
+
+
+def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
+    """The leaves of `tree`, which is to have the structure of `like`, None standing for a leaf too.
+
+    Raises:
+        ValueError: if it has another one; the message says where.
+    """
+    try:
+        leaves = jax.tree.structure(like).flatten_up_to(tree)
+        if not any(isinstance(leaf, (dict, list, tuple)) for leaf in leaves):
+            return leaves
+    except ValueError:
+        pass
+    is_none = lambda x: x is None
+    got, expected = (
+        [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_none)]
+        for t in (tree, like)
+    )
+    if type(tree) is not type(like):
+        said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]
+        if isinstance(tree, tuple) and len(tree) == 2:
+            said += ["of the pair (loss, gradients) of jax.value_and_grad pass the second"]
+    else:
+        missing = [path for path in expected if path not in got]
+        surplus = [path for path in got if path not in expected]
+        said = [f"got nothing for {some(missing)}"] if missing else []
+        said += [f"got {some(surplus)}, which the parameters do not have"] if surplus else []
+    if not said:
+        said = [f"got {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"]
+    raise ValueError(
+        f"update: the {what} must have the structure of the parameters given to init: "
+        + "; ".join(said)
+    )
+
+
+def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: Any) -> None:
+    """Refuses an optimizer's state without what is looked for in it.
+
+    Args:
+        what: who asks, to begin the message with.
+        wanted: the name of the class of states that must be there.
+        others: what to say where there are others instead, by the names of their classes.
+        state: the optimizer's state.
+
+    Raises:
+        ValueError: if there is no `wanted` in it; the message names what there is.
+    """
+    found: list[str] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, tuple) and type(node).__name__.endswith("State"):
+            found.append(type(node).__name__)
+        return False
+
+    jax.tree.leaves(state, is_leaf=visit)
+    if wanted not in found:
+        root = type(state).__name__
+        inner = [name for name in dict.fromkeys(found) if name != root]
+        seen = f"a {root}" + (f" of {some(inner)}" if inner else "")
+        hint = "".join(f": {said}" for name, said in others.items() if name in found)
+        raise ValueError(
+            f"{what}expected an optimizer state with a {wanted} in it, got {seen}{hint}"
+        )
 
 
 def has_masked(params: Any) -> bool:

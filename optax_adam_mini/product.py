@@ -98,6 +98,31 @@ class Outer:
         """
         return OuterMoments(self.a.grid(shape), self.b.grid(shape))
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuses a shape that the grids do not fit, or on which one of them says nothing.
+
+        Args:
+            shape: the parameter's shape.
+
+        Raises:
+            ValueError: as [`Outer.runs`][]; and if all blocks of one grid lie inside those of the
+                other, but for vectors and the like, where it cannot be otherwise.
+
+        Examples:
+            >>> outer(per_head(4, stacked=0), per_neuron()).check((64, 64))
+        """
+        (a, b), both = self.grid(shape), _grid(self.runs(shape))
+        longer = [any(size > 1 for _, size in runs) for runs in self.runs(shape)]
+        if sum(longer) < 2 or both not in (a, b):  # blocks with less than two axes are vectors
+            return
+        inner, other = ("b", "a") if both == a else ("a", "b")
+        raise ValueError(
+            f"{self}: the blocks of {inner} lie inside those of {other} on the shape "
+            f"{tuple(shape)}, so that v would be the mean over those of {inner} alone: let {other} "
+            "cut other axes too, as in outer(per_head(4, stacked=0), per_neuron()), or give "
+            f"{inner} without outer"
+        )
+
     def size(self, shape: Sequence[int]) -> int:
         """How many numbers `nu` has.
 
@@ -212,11 +237,13 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         v = v_a * v_b / v_ab
 
     at every coordinate. It is exact where the average itself is a row times a column inside each
-    block, and where one grid is the other's coarsening it is the finer one's mean. Two arrays are
+    block, and where one grid is the other's coarsening it is the finer one's mean; so `init`
+    refuses `outer(per_head(12), per_neuron())` of a kernel, whose rows say nothing. Two arrays are
     kept, 15,104 numbers for a kernel of 4096 x 11008: `nu` is an
     [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two trees like the parameters. A plain
     kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row of its own for each head it is
-    `outer(a, per_neuron())`, where `a` cuts the inputs at each index and the outputs into heads.
+    `outer(per_head(12, stacked=0), per_neuron())`, whose first grid cuts the inputs at each index
+    and the outputs into heads.
 
     `optax.adafactor` keeps the same two averages (Shazeer and Stern, [Adafactor: Adaptive Learning
     Rates with Sublinear Memory Cost](https://arxiv.org/abs/1804.04235), section 3) of the two
@@ -242,6 +269,8 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         >>> kernel = outer(per_neuron(axis=0), per_neuron())
         >>> kernel.grid((4096, 11008))
         OuterMoments(a=(4096, 1), b=(1, 11008))
+        >>> outer(per_head(12, stacked=0), per_neuron()).grid((768, 768))
+        OuterMoments(a=(768, 12), b=(1, 768))
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = adam_mini(1e-3, block_specs=kernel).init(params)
         >>> jax.tree.map(jnp.shape, state[0].nu)

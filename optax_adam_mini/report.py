@@ -35,7 +35,7 @@ def block_table(
 
     Returns:
         A `rich.table.Table`, which `print` shows as `rich.print` does: a row for each parameter
-        (path, shape, cut, number of blocks, bytes of `nu`), repeated layers in one row with their
+        (path, shape, cut, numbers in `nu` and their bytes), repeated layers in one row with their
         number, and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
         optimizer's state against AdamW's.
 
@@ -61,22 +61,22 @@ def block_table(
     table.add_column("parameter", no_wrap=True)  # in a narrow terminal, the others are wrapped
     table.add_column("shape")
     table.add_column("cut")
-    table.add_column("blocks", justify="right", no_wrap=True)
+    table.add_column("numbers in v", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
     mu_dtype = check_mu_dtype(mu_dtype)
     v_before = v_after = adamw = mu_bytes = nu_bytes = 0
     for (_, shape, dtype, spec, note), paths in rows.items():
-        size, blocks = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
-        row_bytes = blocks * widen(_real(dtype)).itemsize
+        size, numbers = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
+        row_bytes = numbers * widen(_real(dtype)).itemsize
         times = f"{len(paths)} x " if len(paths) > 1 else ""
         table.add_row(
             _common_path(paths),
             f"{times}{shape}",
             describe(spec, shape) + (f" ({note})" if note else ""),
-            f"{blocks:,}",
+            f"{numbers:,}",
             f"{row_bytes:,}",
         )
-        v_before, v_after = v_before + size, v_after + blocks
+        v_before, v_after = v_before + size, v_after + numbers
         mu_bytes += size * (mu_dtype or dtype).itemsize
         adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()

@@ -22,6 +22,7 @@ from optax_adam_mini.labels import (
     BlockSpecs,
     check_called,
     is_label_function,
+    leaves_as,
     resolve_block_specs,
     spec_leaves,
 )
@@ -235,6 +236,14 @@ def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransfor
     return optax.GradientTransformation(decay.init, update_fn)
 
 
+_CONVERT = "convert it, from_adam_state(state, params, block_specs)"
+_OTHER_SPECS = (
+    "the state was made with other block specs: pass those, or convert it, "
+    "from_adam_state(to_adam_state(state, params, its_specs), params, block_specs)"
+)
+_LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OTHER_SPECS}"
+
+
 def _scale_by_adam_mini(
     *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
 ) -> optax.GradientTransformation:
@@ -297,15 +306,16 @@ def _scale_by_adam_mini(
             if (shapes := jax.tree.map(jnp.shape, v)) != spec.grid(m.shape):
                 raise ValueError(
                     f"{path}: the state's nu has shape {shapes}, but {spec} cuts the shape "
-                    f"{m.shape} into the grid {spec.grid(m.shape)}: the state was made with other "
-                    "block specs; pass those, or init again"
+                    f"{m.shape} into the grid {spec.grid(m.shape)}: "
+                    + (_LIKE_ADAMS if is_like_adams else _OTHER_SPECS)
                 )
             if g is None:
                 return None, m, v
             if jnp.shape(g) != m.shape:
                 raise ValueError(
-                    f"{path}: got a gradient of shape {jnp.shape(g)}, but the parameter's is "
-                    f"{m.shape}: pass update the gradients of the parameters that init was given"
+                    f"{path}: got a gradient of shape {jnp.shape(g)}, but the state was made for a "
+                    f"parameter of shape {m.shape}: call update with gradients of the parameters "
+                    "given to init"
                 )
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
@@ -313,11 +323,14 @@ def _scale_by_adam_mini(
             dtype = g.dtype if params is None else p.dtype
             return update.astype(dtype), mu, jax.tree.map(lambda nu, v: nu.astype(v.dtype), nu, v)
 
+        if isinstance(state, optax.ScaleByAdamState):
+            raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)
-        nu, grads = of_parameters(state.nu, treedef), treedef.flatten_up_to(updates)
-        like = grads if params is None else treedef.flatten_up_to(params)
+        nu, grads = of_parameters(state.nu, treedef), leaves_as(state.mu, "gradients", updates)
+        like = grads if params is None else leaves_as(state.mu, "params", params)
         labels = resolve_block_specs(block_specs, state.mu)
+        is_like_adams = jax.tree.map(jnp.shape, nu) == [m.shape for m in mu]
         new = [
             update_leaf(index, *label, *leaves)
             for index, (label, *leaves) in enumerate(zip(labels, grads, mu, nu, like, strict=True))

@@ -154,7 +154,11 @@ def test_nnx_optimizer_goes_on():
     ("state", "specs", "text"),
     [
         (lambda p: optax.sgd(0.1).init(p), BLOCK_SPECS,
-         "expected an optimizer state with a ScaleByAdamState in it, got PyTreeDef"),
+         "expected an optimizer state with a ScaleByAdamState in it, got a tuple of EmptyState"),
+        (lambda p: adam_mini(0.1, block_specs=OUTER_SPECS).init(p), OUTER_SPECS,
+         "with a ScaleByAdamState in it, got a tuple of ScaleByAdamMiniState, EmptyState: it is "
+         "Adam-mini's already"),
+        (lambda p: p, BLOCK_SPECS, "ScaleByAdamState in it, got a dict"),
         (lambda p: optax.adamw(0.1).init({"kernel": p["kernel"], "b": p["bias"]}), BLOCK_SPECS,
          "b: the state has a nu for it, but params have no such"),
         (lambda p: optax.adamw(0.1).init({**p, "bias": jnp.ones(3)}), BLOCK_SPECS,
@@ -166,6 +170,12 @@ def test_errors(state, specs, text):
     with pytest.raises(ValueError, match=r".") as raised:
         from_adam_state(state(params()), params(), specs)
     assert text in str(raised.value)
+
+
+def test_back_from_adams_own_state_is_refused():
+    state = optax.MultiSteps(optax.adamw(0.1), 2).init(params())
+    with pytest.raises(ValueError, match=r"got a MultiStepsState of .*: it is AdamW's already"):
+        to_adam_state(state, params(), BLOCK_SPECS)
 
 
 def test_back_with_other_specs_is_refused():

@@ -23,6 +23,7 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     flax_layers,
+    per_element,
     per_neuron,
     per_tensor,
 )
@@ -141,11 +142,10 @@ def test_flax_linen_plain_query_kernels():
 
     params = jax.eval_shape(Attention().init, jax.random.key(0), jnp.ones((4, 6)))["params"]
     text = refusal(params)
-    for name in ("query", "key"):
-        assert (
-            f"{name}/kernel (6, 8): the number of heads is not in a plain kernel: pass num_heads to "
-            "flax_layers" in text
-        )
+    assert (
+        "  key/kernel (6, 8), query/kernel (6, 8): the number of heads is not in a plain kernel: pass "
+        "num_heads to flax_layers" in text
+    )
     assert "value" not in text
     state = adam_mini(1e-2, block_specs=flax_layers(num_heads=2)).init(params)
     assert nu_shapes(state)["query/kernel"] == (1, 2)
@@ -239,8 +239,8 @@ def test_flax_nnx_of_unknown_name():
 
     params = nnx.state(Prompted(nnx.Rngs(0)), nnx.Param)
     assert refusal(params) == (
-        "flax_layers cannot tell the blocks of prompt (3, 16): its name is none of Flax's own: pass "
-        "default to flax_layers; infer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)], "
+        "flax_layers cannot tell the blocks of\n  prompt (3, 16): its name is none of Flax's own: "
+        "pass default to flax_layers\ninfer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)], "
         "default=flax_layers())"
     )
     specs = by_path([("prompt", per_neuron(axis=0))], default=flax_layers())
@@ -337,8 +337,8 @@ def test_haiku_attention_needs_num_heads(digits):
     params = jax.eval_shape(init, jax.random.key(0), digits[0])
     why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(params) == (
-        f"flax_layers cannot tell the blocks of multi_head_attention/key/w (16, 16): {why}, "
-        f"multi_head_attention/query/w (16, 16): {why}; infer_block_specs reads them off the "
+        f"flax_layers cannot tell the blocks of\n  multi_head_attention/key/w (16, 16), "
+        f"multi_head_attention/query/w (16, 16): {why}\ninfer_block_specs reads them off the "
         "model, or say it yourself, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
@@ -471,11 +471,46 @@ def test_equinox_attention(digits):
     }
     why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(eqx.filter(model, eqx.is_inexact_array)) == (
-        f"flax_layers cannot tell the blocks of attention/query_proj/weight (8, 8): {why}, "
-        f"attention/key_proj/weight (8, 8): {why}; infer_block_specs reads them off the "
+        f"flax_layers cannot tell the blocks of\n  attention/query_proj/weight (8, 8), "
+        f"attention/key_proj/weight (8, 8): {why}\ninfer_block_specs reads them off the "
         "model, or say it yourself, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
+
+
+def test_equinox_takes_the_whole_model_as_params(digits):
+    """As `optax.adamw` does: its functions, numbers and integers, which have no gradient."""
+
+    class Model(eqx.Module):
+        conv: EquinoxConvolution
+        dropout: eqx.nn.Dropout  # its rate is a leaf, a float
+        activation: Any
+
+        def __call__(self, image):
+            return self.activation(self.dropout(self.conv(image), inference=True))
+
+    model = Model(EquinoxConvolution(jax.random.key(0)), eqx.nn.Dropout(0.1), jax.nn.softplus)
+    loss = lambda model, images, labels: cross_entropy(jax.vmap(model)(images), labels)
+
+    def trained(tx):
+        new, state = model, tx.init(eqx.filter(model, eqx.is_inexact_array))
+        step = lambda m, s: tx.update(eqx.filter_grad(loss)(m, *digits), s, m)
+        for jit in (lambda f: f, eqx.filter_jit, eqx.filter_jit):
+            updates, state = jit(step)(new, state)
+            new = eqx.apply_updates(new, updates)
+        return new
+
+    specs = per_element()
+    ours = trained(adam_mini(1e-2, weight_decay=0.1, block_specs=specs))
+    theirs = trained(optax.adamw(1e-2, weight_decay=0.1))
+    assert loss(ours, *digits) < loss(model, *digits)
+    chex.assert_trees_all_close(*(eqx.filter(m, eqx.is_array) for m in (ours, theirs)), atol=1e-4)
+    # And a parameter without a gradient stays, whatever else has none.
+    grads = eqx.filter_grad(loss)(model, *digits)
+    grads = eqx.tree_at(lambda m: m.conv.norm.weight, grads, None)
+    tx = adam_mini(1e-2, block_specs=per_neuron(axis=0))
+    updates, _ = tx.update(grads, tx.init(eqx.filter(model, eqx.is_inexact_array)), model)
+    assert updates.conv.norm.weight is None
 
 
 def equinox_shapes(make, *args):
@@ -620,7 +655,7 @@ def test_containers_of_unknown_names():
     params = Factors(jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones(()))
     why = "its name is none of Flax's own: pass default to flax_layers"
     assert refusal(params) == (
-        f"flax_layers cannot tell the blocks of left (3, 4): {why}, right (4, 5): {why}; infer_block_specs "
+        f"flax_layers cannot tell the blocks of\n  left (3, 4), right (4, 5): {why}\ninfer_block_specs "
         "reads them off the model, or say it "
         "yourself, by_path([(pattern, spec)], default=flax_layers())"
     )
@@ -663,3 +698,12 @@ def test_page(section):
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(old, PAGE, "exec"), names)
     assert jnp.isfinite(names["loss"])
+
+
+@pytest.mark.slow
+def test_page_restores_what_is_no_parameter():
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(SECTIONS["Flax NNX with the functional API"], PAGE, "exec"), names)
+    assert names["rest"]["dropout"]["rngs"]["count"][...] == 4  # three steps, and one after
+    assert jnp.any(names["rest"]["norm"]["mean"][...] != 0)
+    assert names["opt_state"][0].count == 4

@@ -35,6 +35,7 @@ def test_resolve_block_specs():
         partial = {"a": empty, "b": jnp.ones(3)}
         assert resolve_block_specs(specs, partial) == [("b", per_tensor())]
     assert resolve_block_specs(specs, optax.MaskedNode()) == []
+    assert resolve_block_specs(lambda p: p, optax.MaskedNode()) == []
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,23 @@ def test_resolve_block_specs():
         ({"a": None, "c": per_tensor()}, ValueError, "no spec for a"),
         ({"a": per_head(3), "c": per_tensor()}, ValueError, "a: 3 blocks do not divide axis -1"),
         (lambda params: {"a": 1, "c": 2}, TypeError, "a: expected a BlockSpec"),
+        (
+            lambda params: per_neuron,
+            TypeError,
+            "block_specs: the label function returned the function per_neuron, expected a BlockSpec "
+            "or a pytree of them: call it",
+        ),
+        (
+            lambda params: flax_layers(),
+            TypeError,
+            "the label function returned the function label_fn",
+        ),
+        (lambda params: None, TypeError, "the label function returned None, expected a BlockSpec"),
+        (
+            "outer",
+            TypeError,
+            "got 'outer' of type str: v='outer' is an argument of infer_block_specs",
+        ),
         (3, TypeError, "block_specs: expected a BlockSpec such as per_neuron(), got 3 of type int"),
     ],
 )

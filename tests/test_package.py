@@ -35,7 +35,7 @@ LAYERS = [
     ["blocks", "compiled", "hyperparams"],
     ["sums"],
     ["product"],
-    ["labels"],
+    ["labels", "quantized"],
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
      "dataflow", "report", "sharding", "hessian"],
     ["transform"],

@@ -269,6 +269,26 @@ def test_errors():
         MATRIX.spread(jnp.ones((6, 8)), (6, 8))  # pyright: ignore[reportArgumentType]
 
 
+def test_rows_that_are_coarser_columns_are_refused():
+    p = {"w": jnp.ones((6, 8))}
+    for pair, inner in (
+        (outer(per_head(4), per_neuron()), "b"),
+        (outer(per_neuron(), per_head(4)), "a"),
+        (outer(per_tensor(), per_neuron()), "b"),
+    ):
+        for use in (lambda s: adam_mini(0.1, block_specs=s).init(p), lambda s: block_table(p, s)):
+            with pytest.raises(ValueError, match=rf"w: outer.* alone: .* give {inner} without"):
+                use(pair)
+        # Of what has no two axes, one grid always lies in the other.
+        for shape in ((8,), (1, 8), (8, 1), (1, 8, 1)):
+            tx = adam_mini(0.1, block_specs=outer(per_tensor(), per_neuron()))
+            tx.init(jnp.ones(shape))
+        stacked = outer(per_tensor(), per_neuron(), stacked=0)
+        adam_mini(0.1, block_specs=stacked).init(jnp.ones((3, 1, 8)))
+    found = adam_mini(0.1, block_specs=outer(per_head(4, stacked=0), per_neuron())).init(p)[0].nu
+    assert (found.a["w"].shape, found.b["w"].shape) == ((6, 4), (1, 8))  # what the message advises
+
+
 def test_a_state_of_other_specs_is_refused():
     p = {"w": jnp.ones((6, 8))}
     for made, used in ((per_neuron(), MATRIX), (MATRIX, per_neuron()), (MATRIX, rows_by_head(2))):

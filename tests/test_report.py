@@ -1,4 +1,5 @@
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ def test_table(capsys):
     text = show(block_table(params, by_path([("qkv", QKV)], default=flax_layers())))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
     rows = [row for row in rows if row]
+    heads = [cell.strip() for cell in re.split("[┃│]", text.splitlines()[2])[1:-1]]
+    assert heads == ["parameter", "shape", "cut", "numbers in v", "bytes of v"]
     assert rows == [
         ["h/*/bias", "3 x (8,)", "8 elements x (1,)", "24", "96"],
         ["h/*/qkv/kernel", "3 x (8, 24)",

@@ -12,12 +12,14 @@ from optax_adam_mini import (
     ScaleByAdamMiniState,
     adam_mini,
     by_path,
+    from_adam_state,
     outer,
     per_element,
     per_head,
     per_neuron,
     per_tensor,
     scale_by_adam_mini,
+    to_adam_state,
 )
 from tests import numpy_adam_mini
 from tests.strategies import given, shapes_and_specs
@@ -276,6 +278,60 @@ def test_random_keys_among_the_parameters_are_refused():
     params = {"w": jnp.ones(2), "dropout": {"key": jax.random.key(0)}}
     with pytest.raises(TypeError, match=r"dropout/key: expected numbers, got dtype key<fry>"):
         adam_mini(1e-3, block_specs=per_element()).init(params)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        ((1.0, PARAMS), "got a tuple, expected a dict; of the pair (loss, gradients)"),
+        ({"kernel": PARAMS["kernel"]}, "got nothing for bias"),
+        ({**PARAMS, "extra": {"b": PARAMS["bias"]}},
+         "got extra/b, which the parameters do not have"),
+        ({"kernel": PARAMS["kernel"], "offset": PARAMS["bias"]}, "got nothing for bias; got offset,"),
+        ({**PARAMS, "bias": (PARAMS["bias"],)}, "got nothing for bias; got bias/0, which"),
+    ],
+)  # fmt: skip
+def test_updates_of_another_structure_are_refused(updates, said, jit):
+    tx = adam_mini(1e-3)
+    state = tx.init(PARAMS)
+    for what, args in (
+        ("gradients", (updates, state, PARAMS)),
+        ("params", (PARAMS, state, updates)),
+    ):
+        with pytest.raises(ValueError, match=r".") as raised:
+            jit(tx.update)(*args)
+        assert str(raised.value).startswith(
+            f"update: the {what} must have the structure of the parameters given to init: {said}"
+        )
+
+
+def test_adamws_state_is_refused_with_the_way_to_convert_it():
+    specs = {"kernel": per_neuron(), "bias": per_tensor()}
+    tx = adam_mini(1e-3, block_specs=specs)
+    adams = optax.adamw(1e-3).init(PARAMS)
+    text = r"optax.adam or optax.adamw: convert it, from_adam_state\(state, params, block_specs\)"
+    for tx_of in (tx, adam_mini(1e-3, block_specs=per_element())):  # of the same shapes too
+        with pytest.raises(ValueError, match=rf"update: got the state of {text}"):
+            jax.jit(tx_of.update)(PARAMS, adams, PARAMS)
+    restored = (ScaleByAdamMiniState(*adams[0]), *adams[1:])  # as some checkpoints give it back
+    with pytest.raises(ValueError, match=rf"bias: the state's nu has shape \(6,\).*{text}"):
+        tx.update(PARAMS, restored, PARAMS)
+    tx.update(PARAMS, from_adam_state(adams, PARAMS, specs), PARAMS)  # what is advised
+    made = adam_mini(1e-3, block_specs=per_element()).init(PARAMS)
+    made = from_adam_state(to_adam_state(made, PARAMS, per_element()), PARAMS, specs)
+    tx.update(PARAMS, made, PARAMS)
+
+
+def test_state_of_other_sizes():
+    tx = adam_mini(1e-3)
+    other = {**PARAMS, "bias": jnp.ones(9)}
+    with pytest.raises(
+        ValueError,
+        match=r"bias: got a gradient of shape \(6,\), but the state was made for a parameter of "
+        r"shape \(9,\): call update with gradients of the parameters given to init",
+    ):
+        tx.update(PARAMS, tx.init(other), PARAMS)
 
 
 def test_state_of_other_specs_is_refused():

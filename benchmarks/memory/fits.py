@@ -285,7 +285,8 @@ def main(options: Options) -> None:
         rows = [old for old in rows if key(old) != key(row)] + [row]
         rows.sort(key=lambda row: (list(MODELS).index(row["model"]), row["context"]))
         content = {"machine": facts, "rows": rows}
-        write_rows(options.output, "fits", "What fits", title, COLUMNS, content)
+        command = "python -m benchmarks.memory.fits --model ... --topology ..."
+        write_rows(options.output, "fits", "What fits", command, title, COLUMNS, content)
     console.print(comparison_table("GB on each device, compiled and not run", COLUMNS, asked))
 
 

@@ -274,7 +274,8 @@ def main(options: Options) -> None:
         rows += [row_of(case, optimizer, found) for optimizer in found]
     console.print(comparison_table(title, COLUMNS, rows))
     content = {"machine": versions(), "rows": rows}
-    write_rows(options.output, "scale", "The update on many devices", title, COLUMNS, content)
+    heading, command = "The update on many devices", "python -m benchmarks.memory.scale"
+    write_rows(options.output, "scale", heading, command, title, COLUMNS, content)
 
 
 if __name__ == "__main__":

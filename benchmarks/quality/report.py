@@ -164,7 +164,8 @@ def write_summary(output: Path) -> str:
         **{title: value(title) for title in others},
     }
     page = (
-        "# Adam-mini and other optimizers\n\nHeld-out loss, or test accuracy, of the nano size of "
+        "# Adam-mini and other optimizers\n\n`python -m benchmarks.quality`. "
+        "Held-out loss, or test accuracy, of the nano size of "
         "each example, means of fresh seeds. AdamW and the optimizers on the right at their own "
         f"best learning rates, Adam-mini at AdamW's.\n\n{markdown(columns, rows)}"
     )

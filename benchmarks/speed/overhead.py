@@ -143,7 +143,9 @@ def main(options: Options) -> None:
     )
     rows = measure(options.layers, options.rounds)
     content = {"machine": facts, "rows": rows}
-    write_rows(options.output, "overhead", "Beside the arithmetic", f"{title}.", COLUMNS, content)
+    command = f"python -m benchmarks.speed.overhead --rounds {options.rounds}"
+    heading = "Beside the arithmetic"
+    write_rows(options.output, "overhead", heading, command, f"{title}.", COLUMNS, content)
     Console(width=120).print(comparison_table(title, COLUMNS, rows))
 
 

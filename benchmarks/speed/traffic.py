@@ -250,7 +250,8 @@ def main(options: Options) -> None:
             rows = [row for row in rows if key(row) != key(found)] + [found]
             rows.sort(key=order)
             content = {"machine": facts, "rows": rows}
-            write_rows(options.output, "traffic", "What the update moves", title, COLUMNS, content)
+            heading, command = "What the update moves", "python -m benchmarks.speed.traffic"
+            write_rows(options.output, "traffic", heading, command, title, COLUMNS, content)
     console.print(comparison_table(title, COLUMNS, rows))
 
 

@@ -182,7 +182,10 @@ def main(options: Options) -> None:
         with console.status(name):
             rows += measure(name, rounds)
         content = {"machine": facts, "rows": rows}
-        write_rows(options.output, "train_step", "Training steps", f"{title}.", COLUMNS, content)
+        command = "python -m benchmarks.speed.train_step"
+        write_rows(
+            options.output, "train_step", "Training steps", command, f"{title}.", COLUMNS, content
+        )
     console.print(comparison_table(title, COLUMNS, rows))
 
 

@@ -395,7 +395,8 @@ def main(options: Options) -> None:
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
             rows.sort(key=lambda row: list(trees).index(row["tree"]))  # of a tree as they are
             content = {"machine": facts, "rows": rows}
-            write_rows(options.output, "update", "The update", title, COLUMNS, content)
+            command = "python -m benchmarks.speed.update" + " --reference" * options.reference
+            write_rows(options.output, "update", "The update", command, title, COLUMNS, content)
     console.print(comparison_table(title, COLUMNS, rows))
 
 

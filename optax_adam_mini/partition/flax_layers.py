@@ -49,6 +49,7 @@ _UNTOLD = (
     "its name is that of query, key and value in another layout than Flax's: have "
     "infer_block_specs read it off the model"
 )
+_SHOWN = 8  # reasons in one error
 _FUSED = re.compile(
     r"(w|to_|in_|attn_|c_)?(qkv|qk|kv|wqkv|query_key_value|query_key|key_value)(_proj|_dense|_lin)?"
     r"|c_attn|[qk](v?)_?(a|b|up|down)(_proj)?|in_proj"
@@ -253,7 +254,7 @@ def flax_layers(
         shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
         attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
         specs: list[Spec] = []
-        unread: list[str] = []
+        unread: dict[str, list[str]] = {}
         for path, shape in shapes.items():
             names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
             axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
@@ -269,14 +270,16 @@ def flax_layers(
             except ValueError as error:
                 spec = str(error)
             if isinstance(spec, str):
-                unread.append(f"{'/'.join(path)} {shape}: {spec}")
+                unread.setdefault(spec, []).append(f"{'/'.join(path)} {shape}")
             else:
                 specs.append(spec)
         if unread:
+            reasons, more = list(unread.items()), len(unread) > _SHOWN
             raise ValueError(
-                "flax_layers cannot tell the blocks of "
-                + some(unread)
-                + "; infer_block_specs reads them off the model, or say it yourself, "
+                "flax_layers cannot tell the blocks of\n"
+                + "".join(f"  {some(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
+                + f"  {sum(len(paths) for _, paths in reasons[_SHOWN:])} more\n" * more
+                + "infer_block_specs reads them off the model, or say it yourself, "
                 "by_path([(pattern, spec)], default=flax_layers())"
             )
         unused = given - tracing.used

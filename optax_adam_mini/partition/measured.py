@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
-from optax_adam_mini.labels import LabelFn, path_of, resolve_block_specs, some
+from optax_adam_mini.labels import (
+    LabelFn,
+    check_has_state,
+    path_of,
+    resolve_block_specs,
+    some,
+    spec_leaves,
+)
 from optax_adam_mini.product import Spec, outer
 
 if TYPE_CHECKING:
@@ -75,6 +82,7 @@ def measure_block_specs(
         raise ValueError(
             f"measure_block_specs: budget must be more than 0 and up to 1, got {budget}"
         )
+    _check_candidates(candidates, params)
     moments = _second_moments(adam_state)
     named = {**(_OF_SHAPES if candidates is None else candidates)}
     named.setdefault("per coordinate", per_element())
@@ -102,6 +110,23 @@ def measure_block_specs(
         sizes = [math.prod(jnp.shape(leaf)) for _, leaf in leaves]
         taken = _within(budget, measured, sizes)
     return jax.tree.unflatten(treedef, list(map(_noted, taken, measured)))
+
+
+def _check_candidates(candidates: Any, params: Any) -> None:
+    """Refuses specs that are not given by name."""
+    is_spec = lambda x: isinstance(x, Spec)
+    structure = lambda tree: jax.tree.structure(tree, is_leaf=is_spec)
+    if candidates is None:
+        return
+    name = type(candidates).__name__
+    given = "" if isinstance(candidates, Mapping) else f"a{'n' * (name[0] in 'AO')} {name}"
+    if not given and structure(candidates) == structure(params) and spec_leaves(candidates):
+        given = "a tree of specs like the parameters"
+    if given:
+        raise TypeError(
+            f"measure_block_specs: candidates must be a dict of specs by name, got {given}: pass "
+            'candidates={"outer": specs}'
+        )
 
 
 _VISIBLE = 0.005  # differences of spreads below it are rounding
@@ -136,11 +161,8 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
     """`nu` of all states of Adam, by the paths of the parameters."""
     is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
     states = [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]
-    if not states:
-        raise ValueError(
-            "measure_block_specs: expected an optimizer state with a ScaleByAdamState in it, got "
-            f"{jax.tree.structure(state)}"
-        )
+    others = {"ScaleByAdamMiniState": "it is Adam-mini's already, which keeps the blocks it has"}
+    check_has_state("measure_block_specs: ", "ScaleByAdamState", others, state)
     if any(int(node.count) == 0 for node in states):
         raise ValueError(
             "measure_block_specs: adam_state has not made a step yet: train with AdamW for a few "

@@ -272,7 +272,7 @@ def test_stacked_attention_is_refused_unless_it_is_named(with_bias):
     )
     params = {"attn": nnx.to_pure_dict(nnx.state(make(nnx.Rngs(0).split(6)), nnx.Param))}
     with pytest.raises(
-        ValueError, match=r"attn/query/kernel \(6, 32, 4, 8\): 4 axes.*pass stacked"
+        ValueError, match=r"attn/key/kernel \(6, 32, 4, 8\), attn.*: 4 axes.*pass stacked"
     ):
         flax_layers()(params)
     specs = flax_layers(stacked={"attn": 0})(params)["attn"]
@@ -313,7 +313,7 @@ def test_unnamed_parameters_are_read_by_rank():
         ({}, {"query": {"kernel": jnp.ones((8, 8))}},
          "query/kernel (8, 8): the number of heads is not in a plain kernel: pass num_heads"),
         ({}, {"a": {"table": jnp.ones((8, 8))}},
-         "a/table (8, 8): its name is none of Flax's own: pass default to flax_layers; "
+         "a/table (8, 8): its name is none of Flax's own: pass default to flax_layers\n"
          "infer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)]"),
         ({}, {"a": {"kernel": jnp.ones((8, 2, 4))}},
          "a/kernel (8, 2, 4): it may be a convolution or a DenseGeneral with several output axes"),
@@ -329,6 +329,23 @@ def test_errors(kwargs, params, text):
     with pytest.raises(ValueError, match=r".") as raised:
         flax_layers(**kwargs)(params)
     assert text in str(raised.value)
+
+
+def test_one_reason_is_said_once():
+    layer = {name: {"kernel": jnp.ones((8, 8))} for name in ("key", "query", "value")}
+    params = {**{f"l{i}": layer for i in range(5)}, "prompt": jnp.ones((3, 8))}
+    with pytest.raises(ValueError, match=r".") as raised:
+        flax_layers()(params)
+    _, heads, prompt, remedy = str(raised.value).split("\n")
+    assert heads.startswith("  l0/key/kernel (8, 8), l0/query/kernel (8, 8), l1/key/kernel (8, 8),")
+    assert "l3/query/kernel (8, 8) and 2 more: the number of heads is not in a plain" in heads
+    assert prompt.startswith("  prompt (3, 8): its name is none of Flax's own")
+    assert remedy.startswith("infer_block_specs reads them off the model")
+    different = {
+        f"p{i}": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones(9 + i)} for i in range(11)
+    }
+    with pytest.raises(ValueError, match=r"p6/kernel .*\n  3 more\ninfer_block_specs"):
+        flax_layers()(different)
 
 
 def test_heads_that_do_not_divide():

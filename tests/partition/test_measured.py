@@ -122,6 +122,10 @@ def test_dtypes_axes_and_partitioned_states():
     ("state", "message"),
     [
         (lambda p: optax.sgd(1.0).init(p), "expected an optimizer state with a ScaleByAdamState"),
+        (
+            lambda p: adam_mini(1.0, block_specs=MATRIX).init(p),
+            "got a tuple of ScaleByAdamMiniState, EmptyState: it is Adam-mini's already",
+        ),
         (lambda p: optax.adamw(1.0).init(p), "has not made a step yet"),
         (lambda p: state_of({"v": ONES})[0], "has no nu for w"),
         (
@@ -136,3 +140,11 @@ def test_errors(state, message):
         measure_block_specs(state(params), params)
     with pytest.raises(ValueError, match=r"w: .*5 blocks do not divide"):
         measure_block_specs(state_of(params)[0], params, {"heads": per_head(5)})
+    for candidates, got in (
+        ([MATRIX], "a list"),
+        ({"w": MATRIX}, "a tree of specs like the parameters"),
+        (MATRIX, "an Outer"),
+        (lambda params: MATRIX, "a function"),
+    ):
+        with pytest.raises(TypeError, match=rf'got {got}: pass candidates={{"outer": specs}}'):
+            measure_block_specs(state_of(params)[0], params, candidates)  # pyright: ignore[reportArgumentType]

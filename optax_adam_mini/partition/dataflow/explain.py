@@ -43,7 +43,7 @@ def explain(
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A few lines of text: the grid, and the rows and columns in it; each place where the
+        A few lines of text: the grid, or what is kept and the paper's grid; each place where the
         parameter meets data, with what, which of its axes are contracted there, and which of
         several uses made the finest cut; each inner product that couples its outputs; and what was
         passed over, as unused or as the backward
@@ -62,16 +62,19 @@ def explain(
     check_kept("explain", v)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
-    check_used("explain: parameter", lambda path: path == parameter, parameter, params)
+    check_used(
+        f"explain: parameter={parameter!r}", lambda path: path == parameter, parameter, params
+    )
     index = paths.index(parameter)
     result = interpret("explain", fn, params, *args, **kwargs)
     shape = leaves[index][1].shape
     grid = " x ".join(map(str, spec_of(shape, result, index).grid(shape)))
-    lines = [f"{parameter} {shape}: {grid or 1} block{'s' if grid not in ('', '1') else ''}"]
-    if not shape:
-        lines[0] += ": a number has one"
+    blocks = f"{grid or 1} block{'s' if grid not in ('', '1') else ''}"
+    blocks += "" if shape else ": a number has one"
+    lines = [f"{parameter} {shape}: {blocks}"]
     if v == "outer":
-        lines.append(f"  kept: {_kept(outer_of(shape, result, index), shape)}")
+        kept = _kept(outer_of(shape, result, index), shape)
+        lines = [f"{parameter} {shape}: kept: {kept}", f"  the paper's cut: {blocks}"]
     lines += _uses(shape, result, index)
     coupled = dict.fromkeys(
         f"{step.name} at {place(step)}, of {_shapes(result.facts, step)}"

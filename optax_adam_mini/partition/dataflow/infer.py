@@ -47,11 +47,13 @@ def infer_block_specs(
         v: what is kept: `"mean"`, the paper's one number for each block; or `"outer"`, a row and a
             column ([`outer`][optax_adam_mini.outer]): one number for each output and, in each part
             of a fused kernel, one for each input. A table has one for each token and each feature;
-            gains and biases are kept per coordinate.
+            gains and biases are kept per coordinate. Without it, it is the paper's number; pass
+            `"outer"` unless you want to reproduce the paper.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree of `BlockSpec` with the structure of `params`.
+        A pytree with the structure of `params`, of [`BlockSpec`][optax_adam_mini.BlockSpec], and
+        with `v="outer"` of [`Outer`][optax_adam_mini.product.Outer].
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
@@ -94,7 +96,7 @@ def infer_block_specs(
         given = override or (unreadable if why else None)
         if given is not None:
             try:
-                given.grid(leaf.shape)
+                given.check(leaf.shape)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             note = "unreadable" if override is None else "override"

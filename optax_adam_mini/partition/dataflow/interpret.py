@@ -60,6 +60,13 @@ def interpret(name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwar
     return _gathered(follow(flatten(closed), len(leaves)))
 
 
+_PARAMETERS_ALONE = """pass the parameters alone, and put the model together inside fn:
+  NNX: graph, params, rest = nnx.split(model, nnx.Param, ...)
+    fn = lambda p, r, *a: loss_fn(nnx.merge(graph, p, r), *a), called with params, rest, *args
+  Equinox: params, static = eqx.partition(model, eqx.is_inexact_array)
+    fn = lambda p, *a: loss_fn(eqx.combine(p, static), *a), called with params, *args"""
+
+
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -80,9 +87,7 @@ def _check(name: str, fn: Any, params: Any) -> None:
         if found is not None:
             raise TypeError(
                 f"{name}: {path_str(keys) or 'params'}: expected an array of numbers or a "
-                f"jax.ShapeDtypeStruct, got {found}: pass the parameters alone, in NNX those of "
-                "nnx.split(model, nnx.Param, ...), in Equinox those of "
-                "eqx.filter(model, eqx.is_inexact_array)"
+                f"jax.ShapeDtypeStruct, got {found}: {_PARAMETERS_ALONE}"
             )
 
 

@@ -19,7 +19,9 @@ def test_both_files_have_a_row_for_each_thing(tmp_path):
     ]
     assert all(row["Adam-mini"] > 0 for row in rows)
     assert all(row["AdamW"] > 0 for row in rows[:-1])
-    assert "| import beyond jax and optax |" in (tmp_path / "overhead.md").read_text()
+    page = (tmp_path / "overhead.md").read_text()
+    assert "| import beyond jax and optax |" in page
+    assert "`python -m benchmarks.speed.overhead --rounds 1`." in page
 
 
 def test_wrong_options_are_one_clear_error(tmp_path):

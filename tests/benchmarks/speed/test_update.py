@@ -28,6 +28,7 @@ def test_both_files_have_a_row_for_each_optimizer(quick):
         assert mini["ms"] > 0
         assert mini["state_bytes"] < 0.51 * adamw["state_bytes"]
     assert markdown.count("| Adam-mini, inferred |") == 2
+    assert "`python -m benchmarks.speed.update`." in markdown
 
 
 def test_trees_that_are_not_measured_again_keep_their_rows(quick):

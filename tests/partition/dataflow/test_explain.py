@@ -94,8 +94,11 @@ class Net(nnx.Module):
 MLP = eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
 WRONG = {
     "a string": ({"w": shape(4, 2), "name": "a"}, "name: .*got 'a' of type str"),
-    "a whole Equinox model": (MLP, "activation: .*eqx.filter"),
-    "a whole NNX model": (nnx.split(Net(nnx.Rngs(0)))[1], "dropout/rngs/key.*nnx.Param"),
+    "a whole Equinox model": (MLP, r"activation: (.|\n)*eqx.combine\(p, static\)"),
+    "a whole NNX model": (
+        nnx.split(Net(nnx.Rngs(0)))[1],
+        r"dropout/rngs/key(.|\n)*nnx.merge\(graph, p, r\)",
+    ),
     "a number of Python": ({"w": 1.0}, "w: expected an array"),
 }
 
@@ -111,6 +114,36 @@ def test_what_is_no_array_is_named(name, function):
 def test_explain_names_what_is_no_array():
     with pytest.raises(TypeError, match=r"explain: name: .*got 'a' of type str"):
         explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w")
+
+
+def test_what_the_refusal_of_a_whole_model_advises():
+    """Both lines of it, as they stand there."""
+    with pytest.raises(TypeError) as error:
+        infer_block_specs(lambda p, x: x, MLP, X)
+    calls = [line.strip() for line in str(error.value).splitlines() if "fn = " in line]
+    for call, is_nnx in zip(calls, (True, False), strict=True):
+        model, x = (Net(nnx.Rngs(0)), jnp.ones((2, 4))) if is_nnx else (MLP, jnp.ones(4))
+        forward = lambda model, x: model.dense(x) if isinstance(model, Net) else model(x)
+        names = {"loss_fn": forward, "nnx": nnx, "eqx": eqx}
+        if is_nnx:
+            names["graph"], params, rest = nnx.split(model, nnx.Param, ...)
+            args = (params, rest, x)
+        else:
+            params, names["static"] = eqx.partition(model, eqx.is_inexact_array)
+            args = (params, x)
+        assert call.endswith(f"called with {'params, rest' if is_nnx else 'params'}, *args")
+        exec(call.rpartition(", called")[0], names)
+        specs = infer_block_specs(names["fn"], *args)
+        assert len(jax.tree.leaves(specs)) == len(jax.tree.leaves(params))
+
+
+def test_a_misspelt_path():
+    fn, params = (lambda p, x: x @ p["a"]["w"]), {"a": {"w": shape(32, 4)}}
+    text = (
+        r"explain: parameter='a.w' matches no parameter; the closest paths are a/w \(a path reads"
+    )
+    with pytest.raises(ValueError, match=text):
+        explain(fn, params, X, parameter="a.w")
 
 
 @pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
