@@ -61,7 +61,7 @@ def block_table(
     table.add_column("parameter", no_wrap=True)  # in a narrow terminal, the others are wrapped
     table.add_column("shape")
     table.add_column("cut")
-    table.add_column("numbers in v", justify="right", no_wrap=True)
+    table.add_column("numbers", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
     mu_dtype = check_mu_dtype(mu_dtype)
     v_before = v_after = adamw = mu_bytes = nu_bytes = 0

@@ -478,6 +478,7 @@ def test_equinox_attention(digits):
     )
 
 
+@pytest.mark.slow
 def test_equinox_takes_the_whole_model_as_params(digits):
     """As `optax.adamw` does: its functions, numbers and integers, which have no gradient."""
 

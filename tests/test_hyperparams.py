@@ -122,6 +122,6 @@ def test_gradients_of_another_shape_name_the_parameter():
     p = {"w": jnp.ones((4, 6))}
     tx = adam_mini(1e-3)
     with pytest.raises(
-        ValueError, match=r"w: got a gradient of shape \(6, 4\), but the parameter's"
+        ValueError, match=r"w: got a gradient of shape \(6, 4\), but the state was made for a "
     ):
         tx.update({"w": jnp.ones((6, 4))}, tx.init(p), p)

@@ -7,8 +7,13 @@ ours, and the test classes they define are collected here.
 import ast
 import pathlib
 import types
+import unittest
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+import pytest
 
 from optax_adam_mini import adam_mini, per_element, per_neuron, per_tensor
 from optax_adam_mini.product import Spec
@@ -27,13 +32,29 @@ def cases(learning_rate: float) -> list[dict]:
     return [
         {"opt_name": "adam_mini", "opt_kwargs": kwargs | ({"block_specs": spec} if spec else {})}
         for spec in SPECS.values()
-    ] + [{"opt_name": "adam_mini", "opt_kwargs": kwargs | {"mu_dtype": "int8"}}]
+    ] + [{"opt_name": "adam_mini_int8", "opt_kwargs": kwargs}]
 
 
 def factory(*args: object) -> object:
     """What Optax's tests look an optimizer up with (the name is the last argument)."""
-    name = args[-1]
-    return adam_mini if name == "adam_mini" else getattr(optax, name)
+    ours = {"adam_mini": adam_mini, "adam_mini_int8": in_8_bits}
+    name = str(args[-1])
+    return ours[name] if name in ours else getattr(optax, name)
+
+
+def in_8_bits(**kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """Adam-mini with the first moment in 8 bits; complex parameters, which it refuses, are passed
+    over."""
+    tx = adam_mini(mu_dtype="int8", **kwargs)
+
+    def init(params: Any) -> Any:
+        if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+            with pytest.raises(TypeError, match="keeps real numbers"):
+                tx.init(params)
+            raise unittest.SkipTest("complex parameters are refused with 8 bits")
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 class _NoVersionChecks(ast.NodeTransformer):

@@ -97,6 +97,7 @@ def test_product_is_the_formula(case, seed):
 
 
 @given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
+@pytest.mark.slow
 def test_one_grid_inside_the_other_is_the_finer_one(case, seed):
     shape, spec, _ = case
     x = jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)

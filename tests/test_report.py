@@ -39,7 +39,7 @@ def test_table(capsys):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
     rows = [row for row in rows if row]
     heads = [cell.strip() for cell in re.split("[┃│]", text.splitlines()[2])[1:-1]]
-    assert heads == ["parameter", "shape", "cut", "numbers in v", "bytes of v"]
+    assert heads == ["parameter", "shape", "cut", "numbers", "bytes of v"]
     assert rows == [
         ["h/*/bias", "3 x (8,)", "8 elements x (1,)", "24", "96"],
         ["h/*/qkv/kernel", "3 x (8, 24)",

@@ -139,7 +139,7 @@ def test_what_is_no_text_is_refused(content, message, tmp_path):
 
 def test_the_optimizers_are_listed():
     shown = " ".join(run_command("gpt2", "--help").stdout.split())
-    assert "{None,adamw,adam_mini}" in shown
+    assert "{None,adamw,adam_mini,adam_mini_int8}" in shown
     refused = run_command("gpt2", "--optimizer=adem")
     assert refused.returncode == 2
     assert "adam_mini" in refused.stderr

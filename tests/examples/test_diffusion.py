@@ -687,6 +687,7 @@ def test_grid():
         *(pytest.param(None, save, marks=pytest.mark.slow) for save in (7,)),
     ],
 )
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(tiny, whole, tmp_path, capsys, optimizer, fails_at):
     run_killed_at_save(fails_at, lambda: main(tiny_config(tmp_path, optimizer=optimizer)))
     folder = only_run(tmp_path)

@@ -196,6 +196,7 @@ def test_the_state_is_over_the_mesh(name, scan):
     assert 0.25 <= on_each / whole < 0.265
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(corpus, tmp_path, capsys):
     """Two steps on 8 devices, two on 1, the rest on another mesh of 8."""
     gpt2_train.main(tiny_config(gpt2_train, corpus, tmp_path / "whole"))

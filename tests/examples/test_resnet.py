@@ -435,6 +435,7 @@ def test_comparison_leaves_everything_in_the_run_folder(tiny, tmp_path, capsys):
         *(pytest.param(None, save, marks=pytest.mark.slow) for save in (1, 4, 5, 7)),
     ],
 )
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(tiny, tmp_path, optimizer, fails_at):
     main(tiny_config(tmp_path / "whole", optimizer=optimizer))
     killed = tiny_config(tmp_path / "killed", optimizer=optimizer)

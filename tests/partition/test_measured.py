@@ -81,6 +81,7 @@ def test_budget():
         measure_block_specs(state, params, budget=0.0)
 
 
+@pytest.mark.slow
 def test_measured_converted_goes_on():
     """In the wrappers of a running job; the loss goes on falling."""
     target = ROW * COLUMN / 10

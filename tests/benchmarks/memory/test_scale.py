@@ -65,6 +65,7 @@ def test_published_numbers_of_parameters():
 @pytest.mark.parametrize(
     ("fsdp", "mesh"), [("outputs", (8, 1)), ("outputs", (4, 2)), ("width", (4, 2))]
 )
+@pytest.mark.slow
 def test_the_update_of_llama2_7b_only_adds_sums_of_blocks(fsdp, mesh):
     found = measure(Case("llama2-7b", *mesh), fsdp)
     adamw, mini = found["AdamW"], found["Adam-mini"]

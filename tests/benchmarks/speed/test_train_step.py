@@ -17,6 +17,7 @@ def test_the_greatest_batch_that_needs_no_more_is_found(limit, expected, monkeyp
     assert batch_in("any", limit, 4) == expected
 
 
+@pytest.mark.slow
 def test_bytes_of_a_step_have_the_state_of_its_optimizer(monkeypatch):
     """What else it needs is the same for both, where activations are most of it."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # with more, what is sharded is masked

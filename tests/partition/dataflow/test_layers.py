@@ -493,6 +493,7 @@ def test_neither_names_nor_wrappers_matter(model, random):
 # Muon
 
 
+@pytest.mark.slow
 def test_muon_on_general_and_scanned_kernels():
     module = Scanned()
     x = jax.random.normal(jax.random.key(0), (8, 16, D))
