@@ -5,6 +5,7 @@ ours, and the test classes they define are collected here.
 """
 
 import ast
+import functools
 import pathlib
 import types
 import unittest
@@ -42,10 +43,11 @@ def factory(*args: object) -> object:
     return ours[name] if name in ours else getattr(optax, name)
 
 
+@functools.wraps(adam_mini)
 def in_8_bits(**kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """Adam-mini with the first moment in 8 bits; complex parameters, which it refuses, are passed
     over."""
-    tx = adam_mini(mu_dtype="int8", **kwargs)
+    tx = adam_mini(**{**kwargs, "mu_dtype": "int8"})
 
     def init(params: Any) -> Any:
         if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):

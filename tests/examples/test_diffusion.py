@@ -52,6 +52,8 @@ from tests.examples.running import (
     run_killed_at_save,
 )
 
+pytestmark = pytest.mark.slow  # the language models' tests have what is common
+
 # One residual block, and those in the middle, around an attention.
 TINY = UNetConfig(width=8, multipliers=(1,), blocks=0, attention_sizes=(), heads=2, groups=4)
 TINY_RUN = {

@@ -34,6 +34,8 @@ from examples.resnet import train as resnet
 from tests.examples.language import TINY_RUN, random_weights, second_moment, shapes, write_corpus
 from tests.examples.running import losses, only_run, run_command, run_killed_at_save
 
+pytestmark = pytest.mark.slow  # the language models' tests have what is common
+
 LLAMA = llama.Config(layers=2, heads=4, kv_heads=2, width=16, mlp_width=24, context=32)
 GPT2 = gpt2.Config(layers=2, heads=2, width=16, context=32)
 MODELS = [

@@ -36,6 +36,8 @@ from tests.examples.running import (
     run_killed_at_save,
 )
 
+pytestmark = pytest.mark.slow  # the language models' tests have what is common
+
 ALL = MeshConfig(mesh="data=2,fsdp=2,tensor=2")
 # As TINY_RUN, on the command line.
 TINY = [
