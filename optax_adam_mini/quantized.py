@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _FACTOR = 8.0  # of the bound
 _ONE = 127 << 23  # the bits of 1.0 in float32
+# Equal to zero, but another constant: zeros are what the gradients of a scan begin as, and XLA's
+# GPU compiler would keep those arrays until the update, to compare with them.
+_ZERO = -0.0
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -65,14 +68,14 @@ def dequantize(spec: Spec, codes: Int8[Array, "*shape"], nu: Any) -> Float[Array
     Examples:
         >>> codes, nu = jnp.array([127, 0, -119, 0], jnp.int8), jnp.array([1.0])
         >>> dequantize(per_tensor(), codes, nu)
-        Array([16.,  0., -8.,  0.], dtype=float32)
+        Array([16., -0., -8., -0.], dtype=float32)
     """
     code = codes.astype(jnp.int32)
     bits = ((jnp.abs(code) - 127) << _bits_cut_off(spec, codes.shape)) + _ONE
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
     bound = _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
     # Nothing is nothing of an infinite bound as well: a block that has overflowed stands still.
-    return jnp.where(code == 0, 0, jnp.where(code < 0, -magnitude, magnitude) * bound)
+    return jnp.where(code == 0, _ZERO, jnp.where(code < 0, -magnitude, magnitude) * bound)
 
 
 def quantize(
@@ -106,7 +109,7 @@ def quantize(
     # The sign is chosen last, in 8 bits: where a conversion is last, XLA's CPU compiler makes the
     # codes again for the update, from a copy of the old ones.
     code = jnp.where(ratio < smallest, up, code).astype(jnp.int8)
-    return jnp.where(m < 0, -code, code)
+    return jnp.where(m < _ZERO, -code, code)
 
 
 def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:

@@ -319,6 +319,13 @@ def _scale_by_adam_mini(
                 )
             if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
                 return jnp.zeros(m.shape, p.dtype), m, v
+            if (m.dtype == jnp.int8) != (mu_dtype == jnp.int8):
+                raise ValueError(
+                    f"{path}: the state's mu is {m.dtype}, but the transformation has "
+                    f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with, or "
+                    "convert it, from_adam_state(to_adam_state(state, params, block_specs), "
+                    f"params, block_specs, mu_dtype={mu_dtype})"
+                )
             update, mu, nu = adam_mini(spec, g, m, v, rounding_seed(count, index))
             dtype = g.dtype if params is None else p.dtype
             return update.astype(dtype), mu, jax.tree.map(lambda nu, v: nu.astype(v.dtype), nu, v)

@@ -21,6 +21,7 @@ from optax_adam_mini import (
     adam_mini,
     block_table,
     by_path,
+    flax_layers,
     from_adam_state,
     fused,
     opt_state_shardings,
@@ -806,3 +807,17 @@ def test_the_table_has_the_bytes_of_the_state():
     assert f"optimizer state: {nbytes:,} bytes" in table.caption
     with pytest.raises(TypeError, match="mu_dtype must be"):
         block_table(params, specs, mu_dtype="int32")
+
+
+def test_a_state_of_another_mu_dtype_is_refused():
+    """It would go on as it was made: in 8 bits, or without."""
+    params = {"kernel": jnp.ones((4, 6)), "rows": jnp.arange(3, dtype=jnp.int8)}
+    grads = {"kernel": params["kernel"], "rows": jnp.zeros(3, jax.dtypes.float0)}
+    for made, used in ((None, jnp.int8), (jnp.int8, None), (jnp.int8, jnp.bfloat16)):
+        state = adam_mini(0.1, mu_dtype=made).init(params)
+        with pytest.raises(ValueError, match=r"kernel: the state's mu is .*from_adam_state"):
+            adam_mini(0.1, mu_dtype=used).update(grads, state, params)
+        # What the message says to do.
+        adam = to_adam_state(state, params, flax_layers())
+        state = from_adam_state(adam, params, flax_layers(), mu_dtype=used)
+        adam_mini(0.1, mu_dtype=used).update(grads, state, params)

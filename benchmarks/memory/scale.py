@@ -212,6 +212,12 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
         "AdamW": optax.adamw(3e-4, weight_decay=0.1),
         "Adam-mini": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["mean"]),
         "outer": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["outer"]),
+        "Adam-mini, 8 bits": adam_mini(
+            3e-4, weight_decay=0.1, block_specs=specs["mean"], mu_dtype=jnp.int8
+        ),
+        "outer, 8 bits": adam_mini(
+            3e-4, weight_decay=0.1, block_specs=specs["outer"], mu_dtype=jnp.int8
+        ),
     }
     return {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
 

@@ -8,7 +8,7 @@ to the parameters, with parameters and state donated) that are in device memory,
 layout makes them; a copy into memory on the chip counts what it reads. Kernels' own temporaries on
 the chip are free. An array is one of the parameters' size: 5 is the least (parameters and first
 moment read and written, the gradient read once). Writes docs/results/traffic.json and traffic.md;
-rows of other chips, trees and dtypes than those that are asked for stay as they are.
+what is there of other chips, trees, dtypes and optimizers than those that are asked for stays.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,8 @@ class Options:
     """Names of trees and layouts; all of them where none is given."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Of parameters and first moment."""
+    optimizers: tuple[str, ...] = ()
+    """By the names of the table; all of them where none is given."""
     output: Path = Path("docs/results")
     """Folder for traffic.json and traffic.md."""
 
@@ -168,7 +170,9 @@ def compiled(tx: Any, params: Any, where: Any) -> Any:
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-def measure(chip: str, tree: Tree, dtype: str) -> dict[str, Any]:
+def measure(
+    chip: str, tree: Tree, dtype: str, optimizers: Iterable[str] = OPTIMIZERS
+) -> dict[str, Any]:
     """Of each optimizer the arrays it moves, and what else is known of the program.
 
     With 8 bits in float32 alone: beside narrower parameters they are another share.
@@ -178,11 +182,11 @@ def measure(chip: str, tree: Tree, dtype: str) -> dict[str, Any]:
     where = devices(CHIPS[chip].one)[0]
     ms = 1e3 * size / CHIPS[chip].bandwidth  # to read one array
     row: dict[str, Any] = {"floor_ms": 5 * ms}
-    for optimizer, make in OPTIMIZERS.items():
+    for optimizer in optimizers:
         if "8 bits" in optimizer and dtype != "float32":
             continue
         start = time.perf_counter()
-        program = compiled(make(tree, dtype), params, where)
+        program = compiled(OPTIMIZERS[optimizer](tree, dtype), params, where)
         seconds = time.perf_counter() - start
         found = traffic(program.as_text())
         # The compiler's count of temporaries has those on a TPU's chip in it.
@@ -206,7 +210,9 @@ def of_each(what: str, form: str) -> Callable[[Any], str]:
 
 def of_adamw(optimizer: str) -> Callable[[Any], str]:
     return lambda row: (
-        f"{row[optimizer]['arrays'] / row['AdamW']['arrays']:.3f}" if optimizer in row else ""
+        f"{row[optimizer]['arrays'] / row['AdamW']['arrays']:.3f}"
+        if {optimizer, "AdamW"} <= row.keys()
+        else ""
     )
 
 
@@ -231,13 +237,14 @@ def main(options: Options) -> None:
     """Prints a row for each chip, tree and dtype."""
     chips = known("chips", options.chips, CHIPS)
     names = known("trees", options.trees, CASES)
+    optimizers = known("optimizers", options.optimizers, OPTIMIZERS)
     facts = versions()
     title = (
         f"Arrays of the parameters' size that a step moves; XLA of JAX {facts['jax']}, libtpu "
         f"{facts['libtpu']}. Compiled, not run: ms are the bytes at the chip's published "
         "bandwidth. Of several numbers in a cell: " + ", ".join(OPTIMIZERS) + "."
     )
-    rows = rows_of_before(options.output / "traffic.json", facts)
+    rows: list[dict[str, Any]] = []
     console = Console(width=250)
     order = lambda row: (list(CASES).index(row["tree"]), list(CHIPS).index(row["chip"]))
     key = lambda row: (row["tree"], row["chip"], row["dtype"])
@@ -246,8 +253,13 @@ def main(options: Options) -> None:
         for chip, dtype in itertools.product(chips, options.dtypes):
             asked = {"tree": name, "chip": chip, "dtype": dtype}
             with console.status(", ".join(asked.values())):
-                found = {**asked, **measure(chip, tree, dtype)}
-            rows = [row for row in rows if key(row) != key(found)] + [found]
+                found = {**asked, **measure(chip, tree, dtype, optimizers)}
+            # Read again for each row: another process may have added some.
+            before = {
+                key(row): row for row in rows_of_before(options.output / "traffic.json", facts)
+            }
+            before[key(found)] = {**before.get(key(found), {}), **found}
+            rows = list(before.values())
             rows.sort(key=order)
             content = {"machine": facts, "rows": rows}
             heading, command = "What the update moves", "python -m benchmarks.speed.traffic"

@@ -25,11 +25,9 @@ from examples.llama import train as llama_train
 from tests.examples.language import TINY_RUN, write_corpus
 from tests.examples.running import (
     REPOSITORY,
-    advanced,
     assert_goes_on,
     command,
     complete_checkpoints,
-    last_steps,
     losses,
     only_run,
     run_command,
@@ -280,10 +278,11 @@ def test_a_run_goes_from_one_process_to_two_and_survives_kills(corpus, tmp_path,
     source, newest = random.Random(0), complete_checkpoints(tmp_path / "moving")
     assert newest == {"adam_mini": 1}
     for kill in range(2):
-        log, before = tmp_path / f"killed_{kill}", last_steps(tmp_path / "moving")
+        log = tmp_path / f"killed_{kill}"
         processes = start_processes(2, 4, arguments, log)
+        # However slow the machine is, a checkpoint is made each time.
         while all(process.poll() is None for process in processes):
-            if advanced(tmp_path / "moving", before):
+            if complete_checkpoints(tmp_path / "moving") != newest:
                 break
             time.sleep(0.01)
         time.sleep(source.uniform(0, 0.3))
@@ -293,8 +292,8 @@ def test_a_run_goes_from_one_process_to_two_and_survives_kills(corpus, tmp_path,
             time.sleep(source.uniform(0, 0.1))
         assert [process.wait() for process in processes] == 2 * [-signal.SIGKILL]
         assert_goes_on(log.with_suffix(".0").read_text(), newest, must=True)
-        newest = complete_checkpoints(tmp_path / "moving")
-        assert newest["adam_mini"] > kill + 1
+        before, newest = newest, complete_checkpoints(tmp_path / "moving")
+        assert newest["adam_mini"] > before["adam_mini"]
 
     log = tmp_path / "resumed"
     first, second = finish(start_processes(2, 4, arguments, log), log)
