@@ -369,7 +369,7 @@ def test_noop_on_a_parameter(model, name):
     assert not wrong, wrong
 
 
-MANY = 80  # equations and no-ops of each model: a few minutes, with the next test
+MANY = 40  # equations and no-ops of each model: a few minutes, with the next test
 
 
 @pytest.mark.slow
