@@ -26,6 +26,7 @@ def test_they_are_found():
     assert len(list(blocks())) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), list(blocks()))
 def test_block_runs_alone(page, code):
     exec(compile(code, page, "exec"), {"__name__": "__main__"})

@@ -355,9 +355,13 @@ MESHES = [
 @pytest.mark.parametrize(
     ("axes", "axis_type"),
     [
-        *((axes, AxisType.Auto) for axes in MESHES),
+        (MESHES[0], AxisType.Auto),
         (MESHES[0], AxisType.Explicit),
-        *(pytest.param(axes, AxisType.Explicit, marks=pytest.mark.slow) for axes in MESHES[1:]),
+        *(
+            pytest.param(axes, axis_type, marks=pytest.mark.slow)
+            for axes in MESHES[1:]
+            for axis_type in (AxisType.Auto, AxisType.Explicit)
+        ),
     ],
     ids=str,
 )
@@ -372,7 +376,8 @@ def test_training_is_the_same_in_shard_map(on_one_device, v):
     assert_same_training(training.train_by_shard_map(mesh, v), on_one_device)
 
 
-@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
 def test_training_is_the_same_in_several_processes(num_processes, on_one_device, v, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -391,6 +396,7 @@ def test_training_is_the_same_in_several_processes(num_processes, on_one_device,
     assert_same_training((found.pop("losses"), found), on_one_device)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_meshes(on_one_device, v, tmp_path):
     """Five steps on each of several meshes, from a checkpoint of the one before."""
     tx, batches = training.make_tx(v), list(training.batches())

@@ -189,6 +189,7 @@ def test_only_matrices_and_embeddings_decay(scan):
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -218,6 +219,7 @@ def test_one_step_of_every_option(options):
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_two_half_batches_are_one_batch():
     windows = np.random.default_rng(0).integers(256, size=(4, 17)).astype(np.int32)
     start, results = None, []
@@ -235,6 +237,7 @@ def test_two_half_batches_are_one_batch():
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys):
     main(tiny_config(corpus, tmp_path))
     folder = only_run(tmp_path)

@@ -309,6 +309,7 @@ def test_one_step_with_every_option():
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys):
     main(tiny_config(corpus, tmp_path))
     folder = only_run(tmp_path)

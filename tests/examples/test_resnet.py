@@ -288,6 +288,7 @@ def digits(count: int = 8) -> Batch:
     return images.load(ImageConfig()).train.take(np.arange(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"dtype": "bfloat16", "conv": "tensor"}, {"model": "resnet50", "width": 2}],
@@ -403,6 +404,7 @@ def test_the_model_sees_normalised_pixels(tiny):
     np.testing.assert_allclose(trained, loss(True).mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_comparison_leaves_everything_in_the_run_folder(tiny, tmp_path, capsys):
     main(tiny_config(tmp_path))
     folder = only_run(tmp_path)
@@ -463,7 +465,7 @@ def test_resume_after_sigkill_at_random_moments(tmp_path):
 @pytest.mark.usefixtures("quick_execution")
 def test_adam_mini_is_as_accurate_as_adamw():
     adamw, adam_mini = (
-        np.mean(accuracies(title, range(2))[0]) for title in ("AdamW", "Adam-mini, channel")
+        np.mean(accuracies(title, range(1))[0]) for title in ("AdamW", "Adam-mini, channel")
     )
     assert adam_mini >= adamw - 0.005
     assert adam_mini >= 0.97

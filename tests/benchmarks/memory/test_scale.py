@@ -48,6 +48,7 @@ def test_cases_are_read(text, expected):
         Case.parse("nano:4x2@cpu")
 
 
+@pytest.mark.slow
 def test_what_is_gathered_is_an_error():
     found = measure(Case("nano", 4, 2), "outputs")
     case, mini = Case("nano", 4, 2), found["outer"]
