@@ -333,7 +333,7 @@ def chosen(count, choices, *names):
 
 # Of a parameter that is taken apart index by index, each index is a layer of its own.
 ON_PARAMETERS = [name for name in NOOPS if name != "iterated over and stacked"]
-EACH = 4  # no-ops of each model, which are others at an equation and on a parameter
+EACH = 2  # no-ops of each model, which are others at an equation and on a parameter
 AT_EQUATIONS = [
     (model, name) for model in TABLE_OF_MODELS for name in chosen(EACH, NOOPS, model, "equation")
 ]
@@ -384,7 +384,7 @@ def test_noop_after_many_equations(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TABLE_OF_MODELS)
 def test_noop_after_all_equations_at_once(model):
-    names = chosen(2, ON_PARAMETERS, model, "everything")
+    names = chosen(EACH, ON_PARAMETERS, model, "everything")
     wrong = [trouble(model, name, lambda place: True, "everything") for name in names]
     wrong = list(filter(None, wrong))
     assert not wrong, "\n".join(wrong)
