@@ -304,7 +304,7 @@ def test_resume_drops_half_a_line_and_later_steps(tmp_path):
 @pytest.mark.slow
 def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
     tiny = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
-    tiny += ["--steps=200", "--warmup-steps=2", "--eval-windows=8", "--eval-every=20"]
+    tiny += ["--steps=60", "--warmup-steps=2", "--eval-windows=8", "--eval-every=20"]
     # So many checkpoints that many a kill falls into one.
     tiny += ["--checkpoint-every=1", "--log-every=1", f"--text={corpus}"]
     whole = run_command("gpt2", *tiny, f"--runs={tmp_path / 'whole'}")

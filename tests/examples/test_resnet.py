@@ -450,7 +450,7 @@ def test_resume_is_bit_for_bit(tiny, tmp_path, optimizer, fails_at):
 
 @pytest.mark.slow
 def test_resume_after_sigkill_at_random_moments(tmp_path):
-    options = ["--width=4", "--batch-size=16", "--steps=30", "--warmup-steps=2", "--eval-every=5"]
+    options = ["--width=4", "--batch-size=16", "--steps=20", "--warmup-steps=2", "--eval-every=5"]
     # So many checkpoints that many a kill falls into one.
     options += ["--checkpoint-every=1", "--log-every=1"]
     whole = run_command("resnet", *options, f"--runs={tmp_path / 'whole'}")

@@ -349,6 +349,7 @@ def test_every_noop_is_tried():
     assert {name for _, name in AT_PARAMETERS} == set(ON_PARAMETERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TABLE_OF_MODELS)
 def test_models_are_evaluated_as_they_are(model):
     assert not trouble(model, "times one", lambda place: False, "nothing")
@@ -369,7 +370,7 @@ def test_noop_on_a_parameter(model, name):
     assert not wrong, wrong
 
 
-MANY = 40  # equations and no-ops of each model: a few minutes, with the next test
+MANY = 20  # equations and no-ops of each model: some minutes, with the next test
 
 
 @pytest.mark.slow
