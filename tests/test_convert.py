@@ -40,7 +40,13 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@each_spec
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(BLOCK_SPECS, id="mean"),
+        pytest.param(OUTER_SPECS, id="outer", marks=pytest.mark.slow),
+    ],
+)
 def test_takes_over_in_8_bits_in_any_wrapper(name, specs):
     adam = WRAPPERS[name](optax.adamw(0.1))
     mini = WRAPPERS[name](adam_mini(0.1, block_specs=specs, mu_dtype=jnp.int8))

@@ -292,6 +292,7 @@ def test_haiku_convolution(digits):
     }
 
 
+@pytest.mark.slow
 def test_haiku_lstm(digits):
     def forward(images):
         lstm = hk.LSTM(32)
@@ -313,6 +314,7 @@ def haiku_attention(images):
     return hk.Linear(10)(hk.Flatten()(x))
 
 
+@pytest.mark.slow
 def test_haiku_attention(digits):
     assert haiku_train(haiku_attention, digits, flax_layers(num_heads=4)) == {
         "layer_norm/offset": (16,),
@@ -423,7 +425,9 @@ class EquinoxConvolution(eqx.Module):
         return self.mlp(self.norm(self.conv(image[None]).reshape(-1)[self.pixels]))
 
 
-@pytest.mark.parametrize("is_param", [eqx.is_inexact_array, eqx.is_array])
+@pytest.mark.parametrize(
+    "is_param", [eqx.is_inexact_array, pytest.param(eqx.is_array, marks=pytest.mark.slow)]
+)
 def test_equinox_convolution(is_param, digits):
     pixels = {"pixels": (144,)} if is_param is eqx.is_array else {}
     model = eqx.filter_jit(EquinoxConvolution)(jax.random.key(0))

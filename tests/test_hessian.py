@@ -96,6 +96,7 @@ def test_nothing_off_the_diagonal_is_nan():
     assert share["w"].chance == pytest.approx(3 * 2 / (6 * 5))
 
 
+@pytest.mark.slow
 def test_inferred_blocks_of_attention_hold_more_than_chance():
     width, heads = 16, 4
     keys = jax.random.split(jax.random.key(0), 6)

@@ -61,7 +61,9 @@ def test_refused_when_built(kwargs, error, text):
     assert text in str(raised.value)
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "param_dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "rate",
     [

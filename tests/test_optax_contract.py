@@ -30,10 +30,19 @@ SPECS: dict[str, Spec | None] = {
 def cases(learning_rate: float) -> list[dict]:
     """Rows of Optax's tables: a name and keyword arguments."""
     kwargs = {"learning_rate": learning_rate}
+    return [{"opt_name": name, "opt_kwargs": kwargs} for name in ("adam_mini", "adam_mini_int8")]
+
+
+def cases_of_each_spec(learning_rate: float) -> list[dict]:
+    """The same of what the default does not have."""
     return [
-        {"opt_name": "adam_mini", "opt_kwargs": kwargs | ({"block_specs": spec} if spec else {})}
+        {
+            "opt_name": "adam_mini",
+            "opt_kwargs": {"learning_rate": learning_rate, "block_specs": spec},
+        }
         for spec in SPECS.values()
-    ] + [{"opt_name": "adam_mini_int8", "opt_kwargs": kwargs}]
+        if spec
+    ]
 
 
 def factory(*args: object) -> object:
@@ -82,7 +91,9 @@ def installed(path: str, test_class: str, tables: dict[str, str], **names: objec
         body.append(node)
     assert replaced == tables.keys(), "Optax has changed the tables of its tests"
     module = types.ModuleType(f"installed_{file.stem}")
-    module.__dict__.update(cases=cases, SPECS=SPECS, adam_mini=adam_mini)
+    module.__dict__.update(
+        cases=cases, cases_of_each_spec=cases_of_each_spec, SPECS=SPECS, adam_mini=adam_mini
+    )
     module_node = ast.fix_missing_locations(ast.Module(body, type_ignores=[]))
     code = compile(module_node, str(file), "exec")
     exec(code, module.__dict__)
@@ -90,18 +101,20 @@ def installed(path: str, test_class: str, tables: dict[str, str], **names: objec
     return getattr(module, test_class)
 
 
-ContribTest = installed(
-    "contrib/_common_test.py",
-    "ContribTest",
-    {"_MAIN_OPTIMIZERS_UNDER_TEST": "cases(1e-2)", "_BASE_OPTIMIZERS": "cases(1.0)"},
-    _get_opt_factory=factory,
-)
-AliasTest = installed(
-    "_src/alias_test.py",
-    "AliasTest",
-    {"_OPTIMIZERS_UNDER_TEST": "cases(1e-1)"},
-    _get_opt=factory,
-)
+def contrib(rows: str) -> type:
+    tables = {"_MAIN_OPTIMIZERS_UNDER_TEST": f"{rows}(1e-2)", "_BASE_OPTIMIZERS": f"{rows}(1.0)"}
+    return installed("contrib/_common_test.py", "ContribTest", tables, _get_opt_factory=factory)
+
+
+def alias(rows: str) -> type:
+    tables = {"_OPTIMIZERS_UNDER_TEST": f"{rows}(1e-1)"}
+    return installed("_src/alias_test.py", "AliasTest", tables, _get_opt=factory)
+
+
+ContribTest = contrib("cases")
+AliasTest = alias("cases")
+ContribTestOfEachSpec = pytest.mark.slow(contrib("cases_of_each_spec"))
+AliasTestOfEachSpec = pytest.mark.slow(alias("cases_of_each_spec"))
 ShardingTest = installed(
     "_src/sharding_test.py",
     "ShardingTest",

@@ -81,7 +81,7 @@ WRAPPERS = {
     ("jit", "specs"),
     [
         pytest.param(True, BLOCK_SPECS, id="jit-mean"),
-        pytest.param(False, BLOCK_SPECS, id="eager-mean"),
+        pytest.param(False, BLOCK_SPECS, id="eager-mean", marks=pytest.mark.slow),
         pytest.param(True, OUTER_SPECS, id="jit-outer", marks=pytest.mark.slow),
         pytest.param(False, OUTER_SPECS, id="eager-outer", marks=pytest.mark.slow),
     ],
@@ -334,7 +334,13 @@ def test_pmap(specs):
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], new), expected, rtol=1e-5)
 
 
-@each_spec
+@pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(BLOCK_SPECS, id="mean"),
+        pytest.param(OUTER_SPECS, id="outer", marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_through_unrolled_updates(specs):
     tx = functools.partial(adam_mini, eps_root=1e-6, block_specs=specs)
 

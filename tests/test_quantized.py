@@ -303,6 +303,7 @@ def check_same(found, expected):
     chex.assert_trees_all_close(params, expected_params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
     """Three steps on eight devices, and three on four."""
     params = sums_of_powers_of_two(99)

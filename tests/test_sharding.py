@@ -279,7 +279,7 @@ QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
         (False, None),
         (True, None),
         pytest.param(False, "int8", marks=pytest.mark.slow),
-        (True, "int8"),
+        pytest.param(True, "int8", marks=pytest.mark.slow),
     ],
 )
 def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
@@ -356,11 +356,11 @@ MESHES = [
     ("axes", "axis_type"),
     [
         (MESHES[0], AxisType.Auto),
-        (MESHES[0], AxisType.Explicit),
         *(
             pytest.param(axes, axis_type, marks=pytest.mark.slow)
-            for axes in MESHES[1:]
+            for axes in MESHES
             for axis_type in (AxisType.Auto, AxisType.Explicit)
+            if (axes, axis_type) != (MESHES[0], AxisType.Auto)
         ),
     ],
     ids=str,
@@ -437,7 +437,9 @@ def test_a_checkpoint_moves_between_meshes(on_one_device, v, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("v", "bound"), [("mean", 0.502), ("outer", 0.503)])
+@pytest.mark.parametrize(
+    ("v", "bound"), [pytest.param("mean", 0.502, marks=pytest.mark.slow), ("outer", 0.503)]
+)
 def test_memory_on_each_device_is_half_of_adamws(v, bound):
     config = Config(model="tinyllama-1b", v=v)
     _, params = abstract_model(config)

@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.quality import intervals
 from benchmarks.quality.studies import settings, shortened, train_seeds
 from benchmarks.quality.together import train_together
-from benchmarks.quality.variants import VARIANTS
+from benchmarks.quality.variants import SCALES, VARIANTS
 from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
 from examples.common.cli import check_counts, exit_status
@@ -51,7 +51,7 @@ CONTENDERS = {
     "outer, 8 bits": Contender("Adam-mini, outer, 8 bits", "adam_mini_int8", "outer"),
     "adafactor": Contender("Adafactor, momentum", "adafactor"),
     "came": Contender("CAME", "came", start=0.1),
-    **{name: Contender(name, name, "outer") for name in VARIANTS},
+    **{name: Contender(name, name, "outer") for name in (*VARIANTS, *SCALES)},
 }
 # Where AdamW's walk begins: the best of the coarse grid.
 STARTS = {"gpt2": 3e-3, "llama": 3e-3, "resnet": 1e-2, "diffusion": 1e-2, "gcn": 3e-2, "gat": 3e-2}

@@ -1,5 +1,6 @@
-"""Other rows and columns than those that `infer_block_specs(v="outer")` gives, to see what each
-choice is worth. To import this module adds Adam-mini with each of them to the examples' optimizers.
+"""Other rows and columns than those that `infer_block_specs(v="outer")` gives, and other things
+done with them, to see what each choice is worth. To import this module adds Adam-mini with each of
+them to the examples' optimizers.
 """
 
 import re
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from examples.common.optimizers import OPTIMIZERS
+from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed
 from optax_adam_mini import (
     by_path,
     fused,
@@ -18,6 +19,7 @@ from optax_adam_mini import (
     per_neuron,
     per_tensor,
     per_token,
+    scale_by_adam_mini,
 )
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.labels import path_str
@@ -70,6 +72,24 @@ VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
 }
 
 
+def _scale(config: OptimizerConfig, specs: Any, **changed: Any) -> optax.GradientTransformation:
+    own = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    return scale_by_adam_mini(**{**own, **changed}, block_specs=specs)
+
+
+# Title: what goes where Adam-mini's scaling would.
+SCALES: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
+    "update clipped at 1": lambda config, specs: optax.chain(
+        _scale(config, specs), optax.clip_by_block_rms(1.0)
+    ),
+    # Adafactor's order.
+    "divided, clipped at 1, then averaged": lambda config, specs: optax.chain(
+        _scale(config, specs, b1=0.0), optax.clip_by_block_rms(1.0), optax.ema(config.b1)
+    ),
+    "b2 of 0.99": lambda config, specs: _scale(config, specs, b2=0.99),
+}
+
+
 def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
     def build(schedule: optax.Schedule, config: Any, block_specs: Any) -> Any:
         if callable(change):
@@ -84,4 +104,16 @@ def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
     return build
 
 
+def _chain(scale: Any) -> Callable[..., optax.GradientTransformation]:
+    def build(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any) -> Any:
+        return optax.chain(
+            scale(config, block_specs),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+    return build
+
+
 OPTIMIZERS.update({title: _optimizer(change) for title, change in VARIANTS.items()})
+OPTIMIZERS.update({title: _chain(scale) for title, scale in SCALES.items()})

@@ -2,17 +2,21 @@
 
 python -m benchmarks.speed.train_step
 
-Times the jitted and donated step of GPT-2 and of ResNet on random data, each optimizer in turn and
-in a process of its own for the high-water mark, at equal batches; and Adam-mini with the greatest
-batch that needs no more memory than AdamW's. Writes docs/results/train_step.json and train_step.md.
+Times the jitted and donated step of GPT-2 and of ResNet on random data, each optimizer in turn with
+AdamW at equal batches, and with the greatest batch that needs no more memory than AdamW's; a
+process of its own for each says how much it held. Writes docs/results/train_step.json and
+train_step.md.
 """
 
 import dataclasses
+import functools
 import multiprocessing
+import os
 import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +35,20 @@ from examples.gpt2 import train as gpt2
 from examples.resnet import train as resnet
 
 BPE = TextConfig(tokenizer="bpe", vocab_size=50257)
-MODELS: dict[str, tuple[Any, Any]] = {
+ON_CPU: dict[str, tuple[Any, Any]] = {
     "GPT-2 nano": (gpt2, gpt2.Config(batch_size=16)),
     "GPT-2 124M": (gpt2, gpt2.Config(model="gpt2", data=BPE, context=128, batch_size=2)),
     "ResNet nano": (resnet, resnet.Config(batch_size=64)),
 }
-TITLES = {"adamw": "AdamW", "adam_mini": "Adam-mini"}
+ON_ACCELERATORS: dict[str, tuple[Any, Any]] = {
+    "GPT-2 124M, bfloat16": (
+        gpt2,
+        gpt2.Config(model="gpt2", data=BPE, dtype="bfloat16", scan=True, batch_size=8),
+    )
+}
+MODELS = ON_CPU | ON_ACCELERATORS
+# Adam-mini as the examples have it, with a row and a column in each block.
+TITLES = {"adamw": "AdamW", "adam_mini": "Adam-mini", "adam_mini_int8": "Adam-mini, 8 bits"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Options:
     """Time whole training steps, AdamW beside Adam-mini."""
 
     models: tuple[str, ...] = ()
-    """Names of models; all of them where none is given."""
+    """Names of models; where none is given, those of a size for the device."""
     rounds: int = 20
     """Steps of each optimizer that the medians are of."""
     quick: bool = False
@@ -61,6 +73,7 @@ def batch_of(config: Any) -> Any:
     return jnp.ones((config.batch_size, config.architecture.context + 1), jnp.int32)
 
 
+@functools.cache
 def compiled_step(name: str, optimizer: str, batch_size: int) -> tuple[Any, Any, Any]:
     """The program, its batch, and the compiled step."""
     module, config = MODELS[name]
@@ -83,23 +96,26 @@ def step_bytes(step: Any) -> int:
 
 
 def peak_after(name: str, optimizer: str, batch_size: int) -> int:
-    """The high-water mark of a process that has compiled the step and made two."""
+    """The most that a process has held which has compiled the step and made two: of its own memory
+    on a CPU, of the device's on an accelerator."""
     program, batch, step = compiled_step(name, optimizer, batch_size)
     training = jax.jit(program.init)()
     for _ in range(2):
         training, loss = step(training, batch)
     jax.block_until_ready(loss)
+    if jax.default_backend() != "cpu":
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     # Not getrusage's, which is the greatest of the processes that this one was started from, too.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1])
 
 
-def batch_in(name: str, limit: int, batch_size: int) -> int:
-    """A batch whose step with Adam-mini needs no more than `limit` bytes, the greatest where memory
-    is linear in the batch; no less than `batch_size`."""
+def batch_in(name: str, optimizer: str, limit: int, batch_size: int) -> int:
+    """A batch whose step needs no more than `limit` bytes, the greatest where memory is linear in
+    the batch; no less than `batch_size`."""
 
     def needs(size: int) -> int:
-        return step_bytes(compiled_step(name, "adam_mini", size)[2])
+        return step_bytes(compiled_step(name, optimizer, size)[2])
 
     # Memory is close to linear in the batch, and every guess is compiled.
     least = needs(batch_size)
@@ -110,45 +126,56 @@ def batch_in(name: str, limit: int, batch_size: int) -> int:
     return larger
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each optimizer and batch, timed in interleaved rounds."""
+class Runner:
+    """A compiled step, with the training that it goes on with."""
+
+    def __init__(self, name: str, optimizer: str, batch_size: int):
+        program, self._batch, self._step = compiled_step(name, optimizer, batch_size)
+        self.bytes = step_bytes(self._step)
+        self._training = jax.jit(program.init)()
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        clock = time.perf_counter()
+        self._training, _ = jax.block_until_ready(self._step(self._training, self._batch))
+        self.seconds.append(time.perf_counter() - clock)
+
+
+def measure(name: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each optimizer and batch. Each takes turns with AdamW, so that no more than two
+    states are in memory at a time."""
     _, config = MODELS[name]
     size = config.batch_size
     limit = step_bytes(compiled_step(name, "adamw", size)[2])
-    cases = [("adamw", size), ("adam_mini", size)]
-    if (larger := batch_in(name, limit, size)) > size:
-        cases.append(("adam_mini", larger))
-    made = {case: compiled_step(name, *case) for case in cases}
-    training = {case: jax.jit(program.init)() for case, (program, _, _) in made.items()}
-    seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    for _ in range(rounds + 1):
-        for case, (_, batch, step) in made.items():
-            clock = time.perf_counter()
-            training[case], _ = jax.block_until_ready(step(training[case], batch))
-            seconds[case].append(time.perf_counter() - clock)
+    cases = [(optimizer, size) for optimizer in TITLES]
+    for optimizer in tuple(TITLES)[1:]:
+        if (larger := batch_in(name, optimizer, limit, size)) > size:
+            cases.append((optimizer, larger))
     is_text = isinstance(config, gpt2.Config)
     spawn = multiprocessing.get_context("spawn")
-    rows = []
-    for (optimizer, batch_size), found in seconds.items():
-        low, median, high = statistics.quantiles(found[1:], n=4)
-        peak = None  # of an accelerator, which this process holds, another would find none
-        if jax.default_backend() == "cpu":
-            with spawn.Pool(1) as pool:
-                peak = pool.apply(peak_after, (name, optimizer, batch_size))
-        rows.append(
-            {
-                "model": name,
-                "optimizer": TITLES[optimizer],
-                "batch": batch_size,
-                "ms": 1e3 * median,
-                "quartiles": [1e3 * low, 1e3 * high],
-                "rate": batch_size * (config.architecture.context if is_text else 1) / median,
-                "unit": "tokens" if is_text else "images",
-                "step_bytes": step_bytes(made[optimizer, batch_size][2]),
-                "peak_bytes": peak,
-            }
-        )
-    return rows
+    adamw = Runner(name, "adamw", size)
+    for optimizer, batch_size in cases:
+        adamw.seconds.clear()
+        run = adamw if optimizer == "adamw" else Runner(name, optimizer, batch_size)
+        for _ in range(rounds + 1):
+            for turn in {id(adamw): adamw, id(run): run}.values():
+                turn()
+        low, median, high = statistics.quantiles(run.seconds[1:], n=4)
+        rate = batch_size * (config.architecture.context if is_text else 1) / median
+        with spawn.Pool(1) as pool:
+            peak = pool.apply(peak_after, (name, optimizer, batch_size))
+        yield {
+            "model": name,
+            "optimizer": TITLES[optimizer],
+            "batch": batch_size,
+            "ms": 1e3 * median,
+            "quartiles": [1e3 * low, 1e3 * high],
+            "rate": rate,
+            "unit": "tokens" if is_text else "images",
+            "of_adamw": batch_size / size * statistics.median(adamw.seconds[1:]) / median,
+            "step_bytes": run.bytes,
+            "peak_bytes": peak,
+        }
 
 
 COLUMNS: Columns = {
@@ -158,8 +185,9 @@ COLUMNS: Columns = {
     "ms": lambda r: f"{r['ms']:.1f}",
     "quartiles": lambda r: "{:.1f} to {:.1f}".format(*r["quartiles"]),
     "rate": lambda r: f"{r['rate']:,.0f} {r['unit']}/s",
-    "step MB": lambda r: f"{r['step_bytes'] / 1e6:,.0f}",
-    "process MB": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}" if r["peak_bytes"] else "",
+    "of AdamW's": lambda r: f"{r['of_adamw']:.3f}",
+    "step MB, compiled": lambda r: f"{r['step_bytes'] / 1e6:,.0f}",
+    "MB, measured": lambda r: f"{r['peak_bytes'] / 1e6:,.0f}",
 }
 
 
@@ -167,10 +195,13 @@ def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
     if rounds < 2:
         raise ConfigError(f"--rounds is {rounds}, but quartiles need at least 2.")
-    nano = tuple(name for name in MODELS if "nano" in name)
-    names = known("models", options.models, MODELS)
-    if options.quick and not options.models:
-        names = nano
+    # The process of a case needs room on the device beside this one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sized = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
+    if options.quick:
+        sized = {name: model for name, model in ON_CPU.items() if "nano" in name}
+    known("models", options.models, MODELS)
+    names = options.models or tuple(sized)
     console = Console(width=140)
     facts = {**machine(), "platform": jax.default_backend(), "rounds": rounds}
     title = (
@@ -180,12 +211,14 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     for name in names:
         with console.status(name):
-            rows += measure(name, rounds)
-        content = {"machine": facts, "rows": rows}
-        command = "python -m benchmarks.speed.train_step"
-        write_rows(
-            options.output, "train_step", "Training steps", command, f"{title}.", COLUMNS, content
-        )
+            for row in measure(name, rounds):
+                rows.append(row)
+                content = {"machine": facts, "rows": rows}
+                command = "python -m benchmarks.speed.train_step"
+                write_rows(
+                    options.output, "train_step", "Training steps", command, f"{title}.", COLUMNS,
+                    content,
+                )  # fmt: skip
     console.print(comparison_table(title, COLUMNS, rows))
 
 

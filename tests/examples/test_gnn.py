@@ -256,6 +256,7 @@ def test_parameter_counts(options, count):
 
 
 @pytest.mark.parametrize("kind", ["gcn", "gat"])
+@pytest.mark.slow
 def test_initial_weights(kind):
     module = GNN(dataclasses.replace(CONFIGS[kind], width=64, num_classes=50))
     x, node = jnp.zeros((1, 500)), jnp.zeros(1, jnp.int32)
@@ -372,9 +373,10 @@ def test_dropout_depends_on_seed_and_step_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(MODELS[0], marks=pytest.mark.slow), MODELS[1]],
+    MODELS,
     ids=lambda options: options["model"],
 )
+@pytest.mark.slow
 def test_comparison_leaves_everything_in_the_run_folder(options, tmp_path, capsys):
     main(tiny_config(tmp_path, **options))
     folder = only_run(tmp_path)

@@ -72,6 +72,7 @@ def test_parameter_counts(name, scan, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 def test_initial_weights():
     config = GPT2Config(vocab_size=512, context=64, layers=2, heads=4, width=128)
     for scan in (False, True):

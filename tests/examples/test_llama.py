@@ -63,6 +63,7 @@ def test_parameter_counts(name, scan, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 def test_initial_weights():
     config = CONFIGS["nano"]
     for scan in (False, True):
@@ -209,6 +210,7 @@ def loss_and_gradient(config: LlamaConfig, params: nnx.State, tokens: np.ndarray
     return logits, gradient
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_neither_logits_nor_gradients():
     tokens = np.random.default_rng(0).integers(256, size=(2, 16))
     _, params = abstract(Llama, TINY)
@@ -232,7 +234,7 @@ def tinyllama(**options) -> Config:
     return Config(model="tinyllama-1b", data=data, **options)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_partition_of_tinyllama(scan):
     state = jax.eval_shape(make_program(tinyllama(scan=scan, v="mean"), "adam_mini").init)
     nu = second_moment(state.opt_state)
@@ -291,6 +293,7 @@ def test_options_of_the_architecture():
     assert Config(model="llama3-8b").architecture.rotary_base == 500_000
 
 
+@pytest.mark.slow
 def test_one_step_with_every_option():
     options = {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2}
     options |= {"kv_heads": 1, "batch_size": 4, "steps": 10, "hyper": OptimizerConfig(1e-2, 1)}

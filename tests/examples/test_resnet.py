@@ -114,6 +114,7 @@ def test_bottleneck_strides_in_its_3x3_convolution():
     assert sizes == {"conv1": 8, "conv2": 4, "conv3": 4}
 
 
+@pytest.mark.slow
 def test_initial_weights():
     config = dataclasses.replace(CONFIGS["resnet18"], width=32, num_classes=10)
     init = jax.jit(lambda: ResNet(config).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False))

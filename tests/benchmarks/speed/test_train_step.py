@@ -14,7 +14,7 @@ def test_the_greatest_batch_that_needs_no_more_is_found(limit, expected, monkeyp
     needs = lambda size: 600 + 100 * size + 55 * (size // 16)
     monkeypatch.setattr(train_step, "compiled_step", lambda name, optimizer, size: (0, 0, size))
     monkeypatch.setattr(train_step, "step_bytes", needs)
-    assert batch_in("any", limit, 4) == expected
+    assert batch_in("any", "adam_mini", limit, 4) == expected
 
 
 @pytest.mark.slow

@@ -813,7 +813,10 @@ def test_blocks_or_a_clear_error(name, given):
     check(name, fn, w, X, shape(ROWS, dtype="int32"))
 
 
-@pytest.mark.parametrize("size", [(), (1,), (0,), (0, 6), (4, 0)])
+@pytest.mark.parametrize(
+    "size",
+    [(), (0,), *(pytest.param(size, marks=pytest.mark.slow) for size in [(1,), (0, 6), (4, 0)])],
+)
 def test_no_number_or_only_one(size):
     """Scalars, and arrays without any element: in each program that takes them."""
     taken, wrong = 0, []
