@@ -72,21 +72,19 @@ VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
 }
 
 
-def _scale(config: OptimizerConfig, specs: Any, **changed: Any) -> optax.GradientTransformation:
-    own = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    return scale_by_adam_mini(**{**own, **changed}, block_specs=specs)
+def _scale(config: OptimizerConfig, specs: Any, b1: float) -> optax.GradientTransformation:
+    return scale_by_adam_mini(b1, config.b2, config.eps, block_specs=specs)
 
 
 # Title: what goes where Adam-mini's scaling would.
 SCALES: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
     "update clipped at 1": lambda config, specs: optax.chain(
-        _scale(config, specs), optax.clip_by_block_rms(1.0)
+        _scale(config, specs, config.b1), optax.clip_by_block_rms(1.0)
     ),
     # Adafactor's order.
     "divided, clipped at 1, then averaged": lambda config, specs: optax.chain(
         _scale(config, specs, b1=0.0), optax.clip_by_block_rms(1.0), optax.ema(config.b1)
     ),
-    "b2 of 0.99": lambda config, specs: _scale(config, specs, b2=0.99),
 }
 
 

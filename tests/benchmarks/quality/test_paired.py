@@ -16,6 +16,7 @@ from examples.common.language import abstract_model, block_specs
 from examples.common.optimizers import OPTIMIZERS, OptimizerConfig
 from examples.gpt2.train import Config as GPT2Config
 from examples.llama.train import Config as LlamaConfig
+from optax_adam_mini import outer, per_neuron
 
 BEST = {"adamw": 3e-3, "adam_mini": 4.5e-3}
 
@@ -128,6 +129,33 @@ def test_variants_fit_the_models_and_are_what_they_say(config):
     assert size["all per coordinate"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert size["embedding per coordinate"] > size["outer"] > size["embedding by token"]
     assert size["gains in one block"] < size["outer"]
+
+
+def test_other_scalings_are_what_they_say():
+    specs = {"kernel": outer(per_neuron(axis=0), per_neuron())}
+    config = OptimizerConfig(weight_decay=0.0)
+    grads = [{"kernel": jax.random.normal(jax.random.key(i), (4, 6)) ** 3} for i in range(3)]
+
+    def updates(name, config=config):
+        tx = OPTIMIZERS[name](lambda _: -1.0, config, specs)
+        state, found = tx.init(grads[0]), []
+        for g in grads:
+            update, state = tx.update(g, state, grads[0])
+            found.append(np.asarray(update["kernel"]))
+        return found
+
+    def clipped(x):
+        return x / max(1.0, float(np.sqrt(np.mean(x**2))))
+
+    own = updates("adam_mini")
+    assert max(float(np.sqrt(np.mean(x**2))) for x in own) > 1  # there is something to clip
+    for found, update in zip(updates("update clipped at 1"), own, strict=True):
+        np.testing.assert_allclose(found, clipped(update), rtol=1e-5)
+    divided = updates("adam_mini", dataclasses.replace(config, b1=0.0))
+    m = np.zeros((4, 6))
+    for t, found in enumerate(updates("divided, clipped at 1, then averaged"), 1):
+        m = 0.9 * m + 0.1 * clipped(divided[t - 1])
+        np.testing.assert_allclose(found, m / (1 - 0.9**t), rtol=1e-5)
 
 
 def test_quick_form(trained, tmp_path, monkeypatch):
