@@ -39,7 +39,13 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("plain", "multi_steps") else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRAPPERS
+    ],
+)
 @pytest.mark.parametrize(
     "specs",
     [

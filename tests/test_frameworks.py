@@ -275,6 +275,7 @@ def haiku_train(forward, digits, block_specs=None):
     return nu_shapes(opt_state)
 
 
+@pytest.mark.slow
 def test_haiku_convolution(digits):
     def forward(images):
         x = hk.Conv2D(8, 3, with_bias=False)(images[..., None])
@@ -462,6 +463,7 @@ class EquinoxAttention(eqx.Module):
         return self.linear((x + self.attention(x, x, x)).reshape(-1))
 
 
+@pytest.mark.slow
 def test_equinox_attention(digits):
     model = eqx.filter_jit(EquinoxAttention)(jax.random.key(0))
     assert equinox_train(model, digits, flax_layers(num_heads=2)) == {

@@ -68,11 +68,11 @@ def test_refused_when_built(kwargs, error, text):
     "rate",
     [
         1e-2,
-        np.float32(1e-2),
-        np.float64(1e-2),
+        pytest.param(np.float32(1e-2), marks=pytest.mark.slow),
+        pytest.param(np.float64(1e-2), marks=pytest.mark.slow),
         jnp.float32(1e-2),
         lambda count: jnp.float32(1e-2) * jnp.cos(count),
-        lambda count: np.float32(1e-2),
+        pytest.param(lambda count: np.float32(1e-2), marks=pytest.mark.slow),
     ],
     ids=["float", "np32", "np64", "jnp32", "schedule", "np schedule"],
 )

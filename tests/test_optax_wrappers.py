@@ -124,7 +124,15 @@ def test_lookahead():
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("partition_two_rates", "multi_steps", "schedule_free")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRAPPERS
+    ],
+)
 @pytest.mark.parametrize(
     "specs",
     [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from optax_adam_mini import adam_mini, per_element, per_tensor, scale_by_adam_mini
 from tests import numpy_adam_mini
@@ -114,6 +115,7 @@ def test_coarse_nu_is_the_weighted_mean_of_fine_nu(case, seed):
 
 
 @given(shapes_and_specs(max_rank=2, min_side=1), DTYPES, SEEDS)
+@pytest.mark.slow
 def test_jit_changes_nothing(case, dtype, seed):
     shape, spec, _ = case
     tx = adam_mini(optax.linear_schedule(0.1, 0.0, 5), block_specs=spec)

@@ -276,10 +276,10 @@ QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
 @pytest.mark.parametrize(
     ("jitted", "mu_dtype"),
     [
-        (False, None),
+        pytest.param(False, None, marks=pytest.mark.slow),
         (True, None),
         pytest.param(False, "int8", marks=pytest.mark.slow),
-        pytest.param(True, "int8", marks=pytest.mark.slow),
+        (True, "int8"),
     ],
 )
 def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
@@ -304,7 +304,10 @@ def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
-@pytest.mark.parametrize("spec", [P("fsdp", "tensor"), P(None, ("tensor", "fsdp"))])
+@pytest.mark.parametrize(
+    "spec",
+    [P("fsdp", "tensor"), pytest.param(P(None, ("tensor", "fsdp")), marks=pytest.mark.slow)],
+)
 def test_sums_before_long_rows_on_a_mesh(kind, spec):
     g = jax.random.normal(jax.random.key(0), (2048, 8192))
     mean = lambda g: per_neuron().block_mean(g, jnp.square)

@@ -39,7 +39,13 @@ def test_sums_of_bfloat16_are_wide():
         chex.assert_trees_all_close(mean, jnp.full_like(mean, float(x[0])), rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16")),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [

@@ -18,6 +18,7 @@ from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Columns, markdown
 
 COMMAND = "python -m benchmarks.quality.paired"
+DEFAULT_OUTPUT = Path("docs/results/paired")
 SUMMARIZED = {
     "outer": "a row and a column",
     "outer, 8 bits": "the same, `mu` in 8 bits",
@@ -83,11 +84,12 @@ def write(output: Path, file: str, name: str) -> str:
         "of AdamW's": lambda row: f"{row['optimizer_bytes'] / adamw['optimizer_bytes']:.1%}",
     }
     machine, steps = content["machine"], content["settings"]["steps"]
+    where = "" if output == DEFAULT_OUTPUT else f" --output {output}"
     page = (
         f"# {workload.title}, {steps} steps\n\n{adamw['parameters']:,} parameters, seeds from 1; "
         f"differences are taken seed by seed.\n\n`{COMMAND} --workloads "
-        f"{name} --steps {steps}`, with Python {machine['python']} and JAX {machine['jax']} on "
-        f"{machine['device']}:\n\n{markdown(columns, rows)}"
+        f"{name} --steps {steps}{where}`, with Python {machine['python']} and JAX "
+        f"{machine['jax']} on {machine['device']}:\n\n{markdown(columns, rows)}"
     )
     curve = rate_curve(workload, content["runs"])
     if len(curve) > 1:

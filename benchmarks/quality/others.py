@@ -33,11 +33,14 @@ SCALES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
 }
 
 
-def _builder(scale: Callable) -> Callable[..., optax.GradientTransformation]:
+def chain_of(
+    scale: Callable[[OptimizerConfig, Any], optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    """An optimizer of the examples with `scale(config, block_specs)` in the place of Adam's."""
+
     def build(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
-        del block_specs
         return optax.chain(
-            scale(config),
+            scale(config, block_specs),
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(schedule),
         )
@@ -45,4 +48,6 @@ def _builder(scale: Callable) -> Callable[..., optax.GradientTransformation]:
     return build
 
 
-OPTIMIZERS.update({name: _builder(scale) for name, scale in SCALES.items()})
+OPTIMIZERS.update(
+    {name: chain_of(lambda config, _, scale=scale: scale(config)) for name, scale in SCALES.items()}
+)

@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.quality import intervals
 from benchmarks.quality.studies import settings, shortened, train_seeds
 from benchmarks.quality.together import train_together
-from benchmarks.quality.variants import SCALES, VARIANTS
+from benchmarks.quality.variants import ORDERS, VARIANTS
 from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
 from examples.common.cli import check_counts, exit_status
@@ -51,7 +51,7 @@ CONTENDERS = {
     "outer, 8 bits": Contender("Adam-mini, outer, 8 bits", "adam_mini_int8", "outer"),
     "adafactor": Contender("Adafactor, momentum", "adafactor"),
     "came": Contender("CAME", "came", start=0.1),
-    **{name: Contender(name, name, "outer") for name in (*VARIANTS, *SCALES)},
+    **{name: Contender(name, name, "outer") for name in (*VARIANTS, *ORDERS)},
 }
 # Where AdamW's walk begins: the best of the coarse grid.
 STARTS = {"gpt2": 3e-3, "llama": 3e-3, "resnet": 1e-2, "diffusion": 1e-2, "gcn": 3e-2, "gat": 3e-2}
@@ -78,7 +78,7 @@ class Options:
     """AdamW's best rate, where it is known: there is no walk."""
     own_rates: bool = False
     """The others at their own best rates too."""
-    output: str = "docs/results/paired"
+    output: str = str(intervals.DEFAULT_OUTPUT)
     """Folder of the results."""
     together: bool | None = None
     """All seeds in one program. Without it, on accelerators."""

@@ -1,6 +1,6 @@
-"""Other rows and columns than those that `infer_block_specs(v="outer")` gives, and other things
-done with them, to see what each choice is worth. To import this module adds Adam-mini with each of
-them to the examples' optimizers.
+"""Other rows and columns than those that `infer_block_specs(v="outer")` gives, and other orders of
+dividing, clipping and averaging, to see what each choice is worth. To import this module adds
+Adam-mini with each of them to the examples' optimizers.
 """
 
 import re
@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import optax
 
-from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed
+from benchmarks.quality.others import chain_of
+from examples.common.optimizers import OPTIMIZERS, OptimizerConfig
 from optax_adam_mini import (
     by_path,
     fused,
@@ -77,7 +78,7 @@ def _scale(config: OptimizerConfig, specs: Any, b1: float) -> optax.GradientTran
 
 
 # Title: what goes where Adam-mini's scaling would.
-SCALES: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
+ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
     "update clipped at 1": lambda config, specs: optax.chain(
         _scale(config, specs, config.b1), optax.clip_by_block_rms(1.0)
     ),
@@ -102,16 +103,5 @@ def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
     return build
 
 
-def _chain(scale: Any) -> Callable[..., optax.GradientTransformation]:
-    def build(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any) -> Any:
-        return optax.chain(
-            scale(config, block_specs),
-            optax.add_decayed_weights(config.weight_decay, decayed),
-            optax.scale_by_learning_rate(schedule),
-        )
-
-    return build
-
-
 OPTIMIZERS.update({title: _optimizer(change) for title, change in VARIANTS.items()})
-OPTIMIZERS.update({title: _chain(scale) for title, scale in SCALES.items()})
+OPTIMIZERS.update({title: chain_of(scale) for title, scale in ORDERS.items()})

@@ -51,8 +51,8 @@ def test_another_examples_run_is_refused_and_not_written_to(run_of_gpt2):
     ("written", "message"),
     [
         ("{", "config.json cannot be read"),
-        ("[1, 2]", "config.json cannot be read"),
-        ('{"steps": 3}', "is no run of this example"),
+        pytest.param("[1, 2]", "config.json cannot be read", marks=pytest.mark.slow),
+        pytest.param('{"steps": 3}', "is no run of this example", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_run_is_one_clear_line(written, message, tmp_path):

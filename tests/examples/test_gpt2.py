@@ -72,7 +72,6 @@ def test_parameter_counts(name, scan, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.slow
 def test_initial_weights():
     config = GPT2Config(vocab_size=512, context=64, layers=2, heads=4, width=128)
     for scan in (False, True):
@@ -264,6 +263,7 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
     assert "the qu" in sample
 
 
+@pytest.mark.slow
 def test_byte_pairs_train_and_report_nats_per_byte(corpus, tmp_path):
     data = TextConfig(text=str(corpus), tokenizer="bpe", vocab_size=300)
     main(tiny_config(corpus, tmp_path, data=data, optimizer="adam_mini"))
@@ -281,9 +281,10 @@ def test_byte_pairs_train_and_report_nats_per_byte(corpus, tmp_path):
     [
         ("adam_mini", 3),
         # In the comparison, saves 1 to 4 are of the first optimizer and 5 to 8 of the second.
-        *(pytest.param(None, save, marks=pytest.mark.slow) for save in (1, 4, 5, 7)),
+        *((None, save) for save in (1, 4, 5, 7)),
     ],
 )
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
     main(tiny_config(corpus, tmp_path / "whole", optimizer=optimizer))
     killed = tiny_config(corpus, tmp_path / "killed", optimizer=optimizer)

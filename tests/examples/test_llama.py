@@ -293,7 +293,6 @@ def test_options_of_the_architecture():
     assert Config(model="llama3-8b").architecture.rotary_base == 500_000
 
 
-@pytest.mark.slow
 def test_one_step_with_every_option():
     options = {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2}
     options |= {"kv_heads": 1, "batch_size": 4, "steps": 10, "hyper": OptimizerConfig(1e-2, 1)}
@@ -369,6 +368,7 @@ def test_refusals(options, message, tmp_path):
     assert not (tmp_path / "runs").exists()  # refused before anything was made
 
 
+@pytest.mark.slow
 def test_command_line():
     refused = run_command("llama", "--kv-heads=3")
     assert refused.returncode == 2

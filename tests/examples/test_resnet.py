@@ -75,8 +75,13 @@ def test_parameter_counts(name, count):
     ("name", "stem", "size", "sizes", "channels"),
     [
         ("resnet18", "imagenet", 224, (56, 28, 14, 7), (64, 128, 256, 512)),
-        ("resnet34", "cifar", 32, (32, 16, 8, 4), (64, 128, 256, 512)),
-        ("resnet50", "imagenet", 224, (56, 28, 14, 7), (256, 512, 1024, 2048)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("resnet34", "cifar", 32, (32, 16, 8, 4), (64, 128, 256, 512)),
+                ("resnet50", "imagenet", 224, (56, 28, 14, 7), (256, 512, 1024, 2048)),
+            ]
+        ),
         ("nano", "cifar", 8, (8, 4, 2, 1), (16, 32, 64, 128)),
         ("nano", "imagenet", 33, (9, 5, 3, 2), (16, 32, 64, 128)),
     ],
@@ -592,6 +597,7 @@ def test_cifar10_files(cifar10):
             assert train.images[4, row, column, channel] == pixel
 
 
+@pytest.mark.slow
 def test_trains_on_cifar10_files(tiny, cifar10, tmp_path):
     options = {"data": ImageConfig(data_dir=str(cifar10)), "optimizer": "adam_mini", "steps": 4}
     main(tiny_config(tmp_path / "runs", **options))

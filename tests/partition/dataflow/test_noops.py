@@ -333,7 +333,7 @@ def chosen(count, choices, *names):
 
 # Of a parameter that is taken apart index by index, each index is a layer of its own.
 ON_PARAMETERS = [name for name in NOOPS if name != "iterated over and stacked"]
-EACH = 2  # no-ops of each model, which are others at an equation and on a parameter
+EACH = 1  # no-ops of each model, which are others at an equation and on a parameter
 AT_EQUATIONS = [
     (model, name) for model in TABLE_OF_MODELS for name in chosen(EACH, NOOPS, model, "equation")
 ]
