@@ -1,3 +1,5 @@
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -52,10 +54,12 @@ BY_HEAD_QKV = [(64, per_tensor()), (64, per_tensor()), (64, per_neuron())] * 12
 )
 def test_grid(shape, spec, grid):
     assert spec.grid(shape) == grid
-    mean = spec.block_mean(jnp.ones(shape))
+    mean = jax.eval_shape(spec.block_mean, jax.ShapeDtypeStruct(shape, jnp.float32))
     chex.assert_shape(mean, grid)
-    chex.assert_trees_all_equal(mean, jnp.ones(grid))
-    chex.assert_trees_all_equal(spec.spread(mean, shape), jnp.ones(shape))
+    if math.prod(shape) < 1e6:  # the numbers of larger ones are in test_sums.py
+        mean = spec.block_mean(jnp.ones(shape))
+        chex.assert_trees_all_equal(mean, jnp.ones(grid))
+        chex.assert_trees_all_equal(spec.spread(mean, shape), jnp.ones(shape))
 
 
 def test_specs_are_hashable_and_comparable():

@@ -69,7 +69,7 @@ def test_roots_and_quotients_are_of_blocks(shape, spec):
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_passes_over_memory(shape, spec, dtype):
     """Over arrays of the parameters' size: the sum over blocks, mu, and the parameters. AdamW's
     has one for nu in place of the sum."""

@@ -259,28 +259,31 @@ INPUTS_AND_HEADS = BlockSpec(((0, None), (1, 6)))
 QKV = fused(-1, [(8, per_head(2)), (8, per_head(2)), (8, per_neuron())])
 
 
+EXPLICIT_SPECS = [
+    per_head(6),
+    per_head(3),
+    per_head(4, axis=0),
+    QKV,
+    per_neuron(),
+    outer(per_neuron(axis=0), per_neuron()),
+    outer(INPUTS_AND_HEADS, per_neuron()),
+    outer(per_neuron(axis=0), QKV),
+]
+
+
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "jitted", "mu_dtype"),
     [
-        per_head(6),
-        per_head(3),
-        per_head(4, axis=0),
-        QKV,
-        per_neuron(),
-        outer(per_neuron(axis=0), per_neuron()),
-        outer(INPUTS_AND_HEADS, per_neuron()),
-        outer(per_neuron(axis=0), QKV),
+        *((spec, True, None) for spec in EXPLICIT_SPECS),
+        *((spec, True, "int8") for spec in EXPLICIT_SPECS[-2:]),
+        *(
+            pytest.param(spec, jitted, mu_dtype, marks=pytest.mark.slow)
+            for jitted, mu_dtype in [(False, None), (False, "int8"), (True, "int8")]
+            for spec in EXPLICIT_SPECS
+            if not (jitted and spec in EXPLICIT_SPECS[-2:])
+        ),
     ],
     ids=str,
-)
-@pytest.mark.parametrize(
-    ("jitted", "mu_dtype"),
-    [
-        pytest.param(False, None, marks=pytest.mark.slow),
-        (True, None),
-        pytest.param(False, "int8", marks=pytest.mark.slow),
-        (True, "int8"),
-    ],
 )
 def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
     x = jax.random.normal(jax.random.key(0), (16, 24))

@@ -186,7 +186,11 @@ def test_segment_softmax():
     np.testing.assert_allclose(gradient[:, 0], [-slope, slope, 0, 0, 0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", MODELS, ids=lambda options: options["model"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(MODELS[0], marks=pytest.mark.slow), MODELS[1]],
+    ids=lambda options: options["model"],
+)
 def test_isolated_nodes_are_no_division_by_zero(options):
     # No edge at all, and two nodes of three without features.
     senders, receivers = graphs.edges(np.zeros((2, 0), int), 3)
@@ -201,7 +205,7 @@ def test_isolated_nodes_are_no_division_by_zero(options):
         assert np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("kind", ["gcn", "gat"])
+@pytest.mark.parametrize("kind", [pytest.param("gcn", marks=pytest.mark.slow), "gat"])
 def test_dropout_is_for_training_alone(kind):
     _, *edges = random_graph()
     x = jnp.ones((9, 5))

@@ -3,7 +3,11 @@ import pytest
 from benchmarks.memory.state import MODELS, memory
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model",
+    [*MODELS[:3], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[3:])],
+    ids=lambda model: model.name,
+)
 def test_adamws_memory_is_the_papers_and_adam_minis_half(model):
     _, adamw, mean, outer, mean_int8, outer_int8 = memory(model.config)
     if model.paper_adamw is not None:

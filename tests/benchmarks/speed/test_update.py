@@ -17,6 +17,7 @@ def quick(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_both_files_have_a_row_for_each_optimizer(quick):
     names = ("AdamW", "Adam-mini, inferred")
     content, markdown = quick(optimizers=names)
