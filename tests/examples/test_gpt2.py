@@ -306,7 +306,7 @@ def test_resume_drops_half_a_line_and_later_steps(tmp_path):
 @pytest.mark.slow
 def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
     tiny = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
-    tiny += ["--steps=60", "--warmup-steps=2", "--eval-windows=8", "--eval-every=20"]
+    tiny += ["--steps=40", "--warmup-steps=2", "--eval-windows=8", "--eval-every=20"]
     # So many checkpoints that many a kill falls into one.
     tiny += ["--checkpoint-every=1", "--log-every=1", f"--text={corpus}"]
     whole = run_command("gpt2", *tiny, f"--runs={tmp_path / 'whole'}")
@@ -314,7 +314,7 @@ def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
 
     root = tmp_path / "killed"
     log = tmp_path / "log.txt"
-    assert run_through_kills("gpt2", tiny, root, 0, log, most=8, within=0.4) == 8
+    assert run_through_kills("gpt2", tiny, root, 0, log, within=0.4) == 4
     for name in ("adamw", "adam_mini"):
         assert losses(only_run(root) / name) == losses(only_run(tmp_path / "whole") / name)
 

@@ -462,7 +462,7 @@ def test_resume_after_sigkill_at_random_moments(tmp_path):
     whole = run_command("resnet", *options, f"--runs={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     root = tmp_path / "killed"
-    assert run_through_kills("resnet", options, root, 0, tmp_path / "log.txt") >= 2
+    assert run_through_kills("resnet", options, root, 0, tmp_path / "log.txt", most=3) >= 2
     for name in ("adamw", "adam_mini"):
         assert losses(only_run(root) / name) == losses(only_run(tmp_path / "whole") / name)
 
