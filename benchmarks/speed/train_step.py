@@ -60,7 +60,7 @@ class Options:
     rounds: int = 20
     """Steps of each optimizer that the medians are of."""
     quick: bool = False
-    """The nano models, three steps: whether it runs, not how fast."""
+    """GPT-2 nano, three steps: whether it runs, not how fast."""
     output: Path = Path("docs/results")
     """Folder for train_step.json and train_step.md."""
 
@@ -207,10 +207,8 @@ def main(options: Options) -> None:
     # The process of a case needs room on the device beside this one.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sized = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
-    if options.quick:
-        sized = {name: model for name, model in ON_CPU.items() if "nano" in name}
     known("models", options.models, MODELS)
-    names = options.models or tuple(sized)
+    names = options.models or (("GPT-2 nano",) if options.quick else tuple(sized))
     console = Console(width=140)
     facts = {**machine(), "platform": jax.default_backend(), "rounds": rounds}
     title = (
