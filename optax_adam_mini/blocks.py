@@ -11,9 +11,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from optax_adam_mini import sums
+from optax_adam_mini.sums import Runs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -21,11 +24,6 @@ if TYPE_CHECKING:
 Cut = Any  # int | None | tuple[tuple[int, BlockSpec], ...]; a recursive alias pyright cannot see
 """How one axis is cut: `n` equal blocks (1: not cut), `None` (a block at each index), or parts
 `((size, spec), ...)` side by side, each cut by its own spec."""
-
-Runs = tuple[tuple[int, int], ...]
-"""The cuts of one axis of a known size, in order: `(number of blocks, indices in each)`."""
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +154,12 @@ class BlockSpec:
         """The cut of `axis`, spelt as in `cuts`."""
         return dict(self.cuts).get(axis, self.rest)
 
+    def factors(
+        self, nu: Inexact[Array, "*grid"], shape: Sequence[int]
+    ) -> list[tuple[Array, tuple[Runs, ...]]]:
+        """As of [`outer`][optax_adam_mini.outer]: small arrays whose product is `v`; here `nu`."""
+        return [(nu, self.runs(shape))]
+
     def block_mean(
         self, x: Inexact[Array, "*shape"], of: Callable[[Array], Array] | None = None
     ) -> Inexact[Array, "*grid"]:
@@ -178,9 +182,7 @@ class BlockSpec:
             >>> per_neuron().block_mean(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
             Array([[2., 4.]], dtype=float32)
         """
-        from optax_adam_mini.sums import block_mean  # built on this module
-
-        return block_mean(x, self.runs(x.shape), of)
+        return sums.block_mean(x, self.runs(x.shape), of)
 
     def spread(
         self,
@@ -211,9 +213,7 @@ class BlockSpec:
                 f"{self} cuts the shape {tuple(shape)} into the grid {self.grid(shape)}, but got "
                 f"an array of shape {nu.shape}"
             )
-        from optax_adam_mini.sums import spread  # built on this module
-
-        return spread(nu if of is None else of(nu), self.runs(shape), shape)
+        return sums.spread(nu if of is None else of(nu), self.runs(shape), shape)
 
     def __str__(self) -> str:
         def word(cut: Cut) -> str:
@@ -400,16 +400,3 @@ def _axis_runs(cut: Cut, size: int, axis: int, shape: tuple[int, ...]) -> Runs:
             f"the nearest numbers that do are {', '.join(map(str, below + above))}"
         )
     return ((blocks, size // blocks),)
-
-
-def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
-    """How often the shortest unit of a sequence stands side by side in it, and that unit.
-
-    Examples:
-        >>> period("qkvqkv")
-        (2, 'qkv')
-    """
-    for length in range(1, len(items) + 1):
-        if len(items) % length == 0 and items[length:] == items[:-length]:
-            return len(items) // length, items[:length]
-    return 1, items

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.labels import BlockSpecs, check_has_state, path_of, resolve_block_specs
-from optax_adam_mini.product import Spec, in_trees, of_parameters
-from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
+from optax_adam_mini.labels import BlockSpecs, has_outer, path_of, resolve_block_specs
+from optax_adam_mini.messages import check_has_state
+from optax_adam_mini.product import OuterMoments, Spec, in_trees, of_parameters
+from optax_adam_mini.quantized import Codes, in_state, of_state, read, write
+from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 
@@ -58,18 +60,17 @@ def from_adam_state(
     """
     dtype = check_mu_dtype(mu_dtype)
 
-    def convert(path: str, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
+    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         if v.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
-        check_param_dtype(path, m.dtype, dtype)
+        check_param_dtype("/".join(path), m.dtype, dtype)
         nu = spec.block_mean(v.astype(widen(v.dtype)))
-        if dtype == jnp.int8:
-            # Of no step: the first that is made from here on has the next number.
-            return quantize(spec, m.astype(widen(m.dtype)), nu, rounding_seed(0, 0)), nu
-        return m if dtype is None else m.astype(dtype), nu
+        # Of no step: the first that is made from here on has the next number.
+        seed = rounding_seed(0, salt_of(path))
+        return write(spec, m.astype(widen(m.dtype)), nu, dtype or m.dtype, seed), nu
 
     return _convert(
-        state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, convert
+        state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, convert, dtype
     )
 
 
@@ -96,10 +97,10 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         (4, 6)
     """
 
-    def convert(path: str, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
+    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
         dtype = jnp.result_type(param)
-        mu = dequantize(spec, m, v).astype(dtype) if m.dtype == jnp.int8 else m
+        mu = read(spec, m, v).astype(dtype) if m.dtype == jnp.int8 else m
         return mu, spec.spread(v, jnp.shape(param)).astype(dtype)
 
     return _convert(
@@ -120,31 +121,45 @@ def _convert(
     old: type,
     new: type,
     convert_leaf: Callable[..., tuple[Any, Any]],
+    new_dtype: Any = None,
 ) -> Any:
-    labels = dict(resolve_block_specs(block_specs, params))
+    specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    by_path = {path_of(keys): (labels["/".join(path_of(keys))], leaf) for keys, leaf in leaves}
+    by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
+    is_outer = has_outer(block_specs, params)
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
             return node
-        mu, treedef = jax.tree_util.tree_flatten_with_path(node.mu)
-        pairs: list[tuple[Any, Any]] = []
-        for (keys, m), v in zip(mu, of_parameters(node.nu), strict=True):
-            path = path_of(keys)
+        is_int8 = isinstance(node.mu, Codes)
+        mu = of_state(node.mu, jnp.int8 if is_int8 else None)
+        paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(mu)]
+        for path in paths:
             if path not in by_path:
                 raise ValueError(
                     f"{'/'.join(path)}: the state has a nu for it, but params have no such"
                 )
-            spec, param = by_path[path]
+        found = [by_path[path] for path in paths]
+        if isinstance(node.nu, OuterMoments) != is_outer and old is ScaleByAdamMiniState:
+            raise ValueError(
+                "the state is not of these block specs: it has "
+                + ("rows and columns (v='outer'), and they have not" if not is_outer else
+                   "one number for each block, and they have rows and columns (v='outer')")
+                + ": pass the specs that it was made with"
+            )  # fmt: skip
+        nu = of_parameters(node.nu, [spec for spec, _ in found])
+        pairs: list[tuple[Any, Any]] = []
+        for path, m, v, (spec, p) in zip(paths, jax.tree.leaves(mu), nu, found, strict=True):
             try:
-                pairs.append(convert_leaf("/".join(path), spec, m, v, param))
+                pairs.append(convert_leaf(path, spec, m, v, p))
             except ValueError as error:
                 raise ValueError(
                     f"{'/'.join(path)}: the state is not of these params: {error}"
                 ) from None
-        mu = jax.tree.unflatten(treedef, [m for m, _ in pairs])
-        return new(count=node.count, mu=mu, nu=in_trees([v for _, v in pairs], node.mu))
+        new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
+        is_new_outer = is_outer and new is ScaleByAdamMiniState
+        nu = in_trees([v for _, v in pairs], mu, is_new_outer)
+        return new(node.count, in_state(new_mu, new_dtype), nu)
 
     check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
     return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

@@ -6,44 +6,47 @@ import math
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 
-def check_hyperparams(**hyperparams: Any) -> None:
+def check_hyperparams(*, are_known: bool = False, **hyperparams: Any) -> dict[str, Any]:
     """Refuses decay rates that are not in [0, 1), and other numbers below 0.
 
+    `optax.inject_hyperparams` makes arrays of the parameters' dtype, in which 0.999 may be 1 and
+    1e-8 may be 0.
+
+    Args:
+        are_known: whether arrays are looked at, for which their values are waited for; a traced one
+            never is.
+        hyperparams: numbers and arrays, by name.
+
+    Returns:
+        The same, numbers as Python's.
+
     Raises:
-        TypeError: if one is no number; a traced array passes.
+        TypeError: if one is no number.
         ValueError: if one is out of range, or an array that is no scalar.
     """
-    for name, value in hyperparams.items():
-        upper = 1.0 if name in ("b1", "b2") else None
-        _check_scalar(name, value, 0.0, upper)
+    decays = ("b1", "b2")
+    return {
+        name: _checked(name, value, 1.0 if name in decays else math.inf, "a number", are_known)
+        for name, value in hyperparams.items()
+    }
 
 
-def check_in_range(**hyperparams: Any) -> None:
-    """Refuses arrays that are out of range, where their values can be known.
-
-    `optax.inject_hyperparams` makes arrays of the parameters' dtype, in which 0.999 may be 1.
+def check_is_bool(**hyperparams: Any) -> None:
+    """Refuses what is not True or False.
 
     Raises:
-        ValueError: if one is; a traced array passes.
+        TypeError: if one is not.
     """
     for name, value in hyperparams.items():
-        if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
-            continue
-        number, upper = float(value), 1.0 if name in ("b1", "b2") else math.inf
-        if not 0 <= number < upper:
-            remedy = (
-                ": 0.999 rounds to 1 in it; pass hyperparam_dtype=jnp.float32 to "
-                "optax.inject_hyperparams"
-                if number == 1 and value.dtype.itemsize < 4
-                else ""
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(
+                f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+                + _STATIC_ARGS * isinstance(value, jax.Array)
             )
-            expected = "in [0, 1)" if upper == 1 else "at least 0"
-            raise ValueError(f"{name} must be {expected}, got {number} in {value.dtype}{remedy}")
 
 
 def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
@@ -71,51 +74,83 @@ def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
         )
 
 
-def check_scalar_or_schedule(name: str, value: Any, minimum: float | None) -> None:
-    """Refuses what is neither a schedule nor a number of at least `minimum`.
+def check_scalar_or_schedule(name: str, value: Any) -> Any:
+    """Refuses what is neither a finite number of at least 0 nor a schedule that returns one.
+
+    Returns:
+        The number, as one of Python's, or the schedule.
 
     Raises:
         TypeError, ValueError: as [`check_hyperparams`][].
     """
     if not callable(value):
-        _check_scalar(name, value, minimum, None, "a number or a schedule")
+        return _checked(name, value, math.inf, "a number or a schedule", False)
+    try:
+        returned = value(jnp.zeros([], jnp.int32))
+    except Exception:  # what it says, it says where it is used
+        return value
+    if returned is None or (not jnp.isscalar(returned) and jnp.shape(returned) != ()):
+        raise ValueError(
+            f"{name}: the schedule returned {returned!r} for step 0, expected a number: a schedule "
+            "is a function count -> number"
+        )
+    return value
 
 
 def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     """The dtype, as JAX has it.
 
     Raises:
-        TypeError: if it is none of floating-point numbers, nor int8.
+        TypeError: if it is none of real floating-point numbers of 16 bits or more, nor int8.
     """
     if mu_dtype is None:
         return None
+    if isinstance(mu_dtype, jax.Array):
+        raise TypeError(f"mu_dtype must be a dtype, got an array, {mu_dtype!r}{_STATIC_ARGS}")
     try:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     except TypeError:
         dtype = None
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.inexact) or dtype == jnp.int8):
-        raise TypeError(f"mu_dtype must be a floating-point dtype or jnp.int8, got {mu_dtype!r}")
+    is_wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+    if not (is_wide or dtype == jnp.int8):
+        raise TypeError(
+            "mu_dtype must be float32, bfloat16, another floating-point dtype of 16 bits or more, "
+            f"or jnp.int8 for 8 bits, got {mu_dtype!r}"
+        )
     return dtype
 
 
-def _check_scalar(
-    name: str, value: Any, minimum: float | None, below: float | None, kind: str = "a number"
-) -> None:
+_STATIC_ARGS = (
+    ": optax.inject_hyperparams takes it for a hyper-parameter; tell it not to, static_args=("
+    '"mu_dtype", "block_specs", "nesterov", "bounded")'
+)
+
+
+def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> Any:
     if isinstance(value, (jax.Array, np.ndarray)):
         if value.shape != ():
             raise ValueError(f"{name} must be {kind}, got an array of shape {value.shape}")
-        if isinstance(value, jax.Array):  # may be traced: init looks at its value
-            return
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
+        if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not is_known):
+            if name == "eps" and value.dtype == jnp.float16:
+                raise ValueError(f"eps is in float16, in which 1e-8 is 0{_WIDER}")
+            return value
+    elif isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
         if callable(value):
             raise TypeError(
                 f"{name} must be {kind}, got the function {value!r}: for a schedule, wrap the "
                 "optimizer in optax.inject_hyperparams"
             )
         raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
-    value = float(value)
-    allowed = (minimum is None or value >= minimum) and (below is None or value < below)
-    if not allowed or value != value:
-        expected = f"in [{minimum:g}, {below:g})" if below is not None else f"at least {minimum:g}"
-        raise ValueError(f"{name} must be {expected}, got {value}")
+    number = float(value)
+    if not 0 <= number < below:
+        expected = "in [0, 1)" if below == 1 else "finite and at least 0"
+        dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
+        is_narrow = bool(dtype) and value.dtype.itemsize < 4
+        remedy = f": 0.999 rounds to 1 in it{_WIDER}" if is_narrow and number == 1 else ""
+        raise ValueError(f"{name} must be {expected}, got {number}{dtype}{remedy}")
+    if name == "eps" and number == 0 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+        raise ValueError(f"eps is 0 in {value.dtype}, in which 1e-8 is 0{_WIDER}")
+    return value if isinstance(value, jax.Array) else number
+
+
+_WIDER = "; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams"

@@ -127,6 +127,17 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     return found
 
 
+def has_outer(block_specs: Any, params: Any) -> bool:
+    """Whether a state for such specs has two trees in `nu`.
+
+    It depends on the specs that are given, not on those that some of the parameters have, so that
+    all parts of a tree have states alike; for the placeholder of `optax.tree.map_params` too.
+    """
+    if is_label_function(block_specs):
+        block_specs = None if is_empty(params) else _called(block_specs, params)
+    return any(isinstance(spec, Outer) for spec in spec_leaves(block_specs).values())
+
+
 def _called(label_fn: LabelFn, params: Any) -> Any:
     """What a label function returns, which are specs where there are parameters."""
     returned = label_fn(params)
@@ -257,70 +268,6 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
     raise ValueError(
         f"{what} matches no parameter; the closest paths are {', '.join(closest)}{form}"
     )
-
-
-def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
-    """The leaves of `tree`, which is to have the structure of `like`, None standing for a leaf too.
-
-    Raises:
-        ValueError: if it has another one; the message says where.
-    """
-    try:
-        leaves = jax.tree.structure(like).flatten_up_to(tree)
-        if not any(isinstance(leaf, (dict, list, tuple)) for leaf in leaves):
-            return leaves
-    except ValueError:
-        pass
-    is_none = lambda x: x is None
-    got, expected = (
-        [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_none)]
-        for t in (tree, like)
-    )
-    if type(tree) is not type(like):
-        said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]
-        if isinstance(tree, tuple) and len(tree) == 2:
-            said += ["of the pair (loss, gradients) of jax.value_and_grad pass the second"]
-    else:
-        missing = [path for path in expected if path not in got]
-        surplus = [path for path in got if path not in expected]
-        said = [f"got nothing for {some(missing)}"] if missing else []
-        said += [f"got {some(surplus)}, which the parameters do not have"] if surplus else []
-    if not said:
-        said = [f"got {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"]
-    raise ValueError(
-        f"update: the {what} must have the structure of the parameters given to init: "
-        + "; ".join(said)
-    )
-
-
-def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: Any) -> None:
-    """Refuses an optimizer's state without what is looked for in it.
-
-    Args:
-        what: who asks, to begin the message with.
-        wanted: the name of the class of states that must be there.
-        others: what to say where there are others instead, by the names of their classes.
-        state: the optimizer's state.
-
-    Raises:
-        ValueError: if there is no `wanted` in it; the message names what there is.
-    """
-    found: list[str] = []
-
-    def visit(node: Any) -> bool:
-        if isinstance(node, tuple) and type(node).__name__.endswith("State"):
-            found.append(type(node).__name__)
-        return False
-
-    jax.tree.leaves(state, is_leaf=visit)
-    if wanted not in found:
-        root = type(state).__name__
-        inner = [name for name in dict.fromkeys(found) if name != root]
-        seen = f"a {root}" + (f" of {some(inner)}" if inner else "")
-        hint = "".join(f": {said}" for name, said in others.items() if name in found)
-        raise ValueError(
-            f"{what}expected an optimizer state with a {wanted} in it, got {seen}{hint}"
-        )
 
 
 def has_masked(params: Any) -> bool:

@@ -18,22 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.blocks import BlockSpec, Runs, stacked_along
+from optax_adam_mini.blocks import BlockSpec, stacked_along
 from optax_adam_mini.boxes import with_kept_names
+from optax_adam_mini.sums import Runs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
 
 
 class OuterMoments(NamedTuple):
-    """What is kept for the two grids of [`outer`][optax_adam_mini.outer].
-
-    Of a parameter these are two arrays, and in an optimizer's state two trees of arrays.
+    """`nu` of a state where some parameter is cut by an [`outer`][optax_adam_mini.outer].
 
     Attributes:
-        a: one number for each block of the first grid, of the parameter's rank. In a state, a tree
-            like the parameters; those of which one number is kept for each block are in it too.
-        b: one for each block of the second. In a state, `None` for those.
+        a: a tree like the parameters: one number for each block of the first grid, or of the only
+            one.
+        b: a tree like the parameters: one number for each block of the second grid. Where there is
+            none, an array of one number, which nothing reads.
     """
 
     a: Any
@@ -84,7 +84,7 @@ class Outer:
         pairs = zip(self.a.runs(shape), self.b.runs(shape), strict=True)
         return tuple(_common(a, b) for a, b in pairs)
 
-    def grid(self, shape: Sequence[int]) -> OuterMoments:
+    def grid(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the two arrays in `nu`.
 
         Args:
@@ -95,9 +95,9 @@ class Outer:
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).grid((4096, 11008))
-            OuterMoments(a=(4096, 1), b=(1, 11008))
+            ((4096, 1), (1, 11008))
         """
-        return OuterMoments(self.a.grid(shape), self.b.grid(shape))
+        return self.a.grid(shape), self.b.grid(shape)
 
     def check(self, shape: Sequence[int]) -> None:
         """Refuses a shape that the grids do not fit, or on which one of them says nothing.
@@ -114,7 +114,8 @@ class Outer:
         """
         (a, b), both = self.grid(shape), _grid(self.runs(shape))
         longer = [any(size > 1 for _, size in runs) for runs in self.runs(shape)]
-        if sum(longer) < 2 or both not in (a, b):  # blocks with less than two axes are vectors
+        is_vector = (sum(longer) < 2 and a != b) or sum(size > 1 for size in shape) < 2
+        if is_vector or both not in (a, b):  # blocks with less than two axes are vectors
             return
         inner, other = ("b", "a") if both == a else ("a", "b")
         raise ValueError(
@@ -141,7 +142,7 @@ class Outer:
 
     def block_mean(
         self, x: Inexact[Array, "*shape"], of: Callable[[Array], Array] | None = None
-    ) -> OuterMoments:
+    ) -> tuple[Array, Array]:
         """The means of `x`, or of a function of each number, over the blocks of both grids.
 
         Args:
@@ -156,12 +157,12 @@ class Outer:
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).block_mean(jnp.array([[1.0, 3.0]]))
-            OuterMoments(a=Array([[2.]], dtype=float32), b=Array([[1., 3.]], dtype=float32))
+            (Array([[2.]], dtype=float32), Array([[1., 3.]], dtype=float32))
         """
         a, b = self.a.runs(x.shape), self.b.runs(x.shape)
 
-        def means(x: Array, again: Array) -> OuterMoments:
-            return OuterMoments(sums.block_mean(x, a, of), sums.block_mean(again, b, of))
+        def means(x: Array, again: Array) -> tuple[Array, Array]:
+            return sums.block_mean(x, a, of), sums.block_mean(again, b, of)
 
         # On a TPU one reading makes both sums. XLA's CPU compiler makes one result a loop, and
         # would keep what both sum, an array of x's size: a barrier holds the readings apart there.
@@ -173,7 +174,7 @@ class Outer:
 
     def spread(
         self,
-        nu: OuterMoments,
+        nu: tuple[Array, Array],
         shape: Sequence[int],
         of: Callable[[Array], Array] | None = None,
     ) -> Inexact[Array, "*shape"]:
@@ -197,28 +198,38 @@ class Outer:
             Array([[1., 2.],
                    [3., 6.]], dtype=float32)
         """
-        if jax.tree.map(jnp.shape, nu) != self.grid(shape):
+        if tuple(map(jnp.shape, nu)) != self.grid(shape):
             raise ValueError(
-                f"{self} cuts the shape {tuple(shape)} into the grids {tuple(self.grid(shape))}, "
-                f"but got {jax.tree.map(jnp.shape, nu)}"
+                f"{self} cuts the shape {tuple(shape)} into the grids {self.grid(shape)}, "
+                f"but got {tuple(map(jnp.shape, nu))}"
             )
-        a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
-        v_ab = _coarser_mean(nu.a, a, both)
-        # A block that has overflowed stands still, as one of one number does: its rows are infinite
-        # and no ratio is 0. A block of zeros has no ratio; it is zero by its rows. (Sums and
-        # quotients, since under explicit sharding a choice needs arrays that are sharded alike.)
-        is_over = (v_ab == jnp.inf).astype(v_ab.dtype)
-        over = lambda fine: sums.spread(is_over, _counts(fine, both), _grid(fine))
-        v_a, v_b = (nu.a + over(a)) / (1 - over(a)), nu.b + over(b)
-        v_ab = jnp.where((v_ab == 0) | (is_over > 0), 1, v_ab)
-        # The ratio first, which is from 0 to the number of columns: a product of two small numbers
-        # would underflow. Scaled by a power of two, since XLA divides by multiplying with the
-        # inverse, and that of a number near float32's largest is 0.
-        scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
-        in_b = lambda x: sums.spread(x, _counts(b, both), nu.b.shape)
-        ratio = v_b * in_b(scale) / in_b(v_ab * scale)
+        (v_a, a), (ratio, b) = self.factors(nu, shape)
         v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
         return v if of is None else of(v)
+
+    def factors(
+        self, nu: tuple[Array, Array], shape: Sequence[int]
+    ) -> list[tuple[Array, tuple[Runs, ...]]]:
+        """Small arrays whose product at every coordinate is `v`, and the runs that each is cut by.
+
+        They are `v_a`, and the ratio `v_b / v_ab`, which is from 0 to the number of columns: a
+        product of two small numbers would underflow.
+
+        Args:
+            nu: two arrays of the shapes in `self.grid(shape)`.
+            shape: the parameter's shape.
+        """
+        a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
+        in_b = lambda x: sums.spread(x, _counts(b, both), nu[1].shape)
+        tiny = float(jnp.finfo(nu[0].dtype).tiny)
+        # A row that has overflowed, or is no number, takes no part in the mean: what is lost is
+        # that row and that column. None is 0, so that infinite times another is infinite, and its
+        # step is 0. Scaled by a power of two, since XLA divides by multiplying with the inverse,
+        # and that of a number near float32's largest is 0.
+        v_ab = jnp.maximum(_mean_of_finite(nu[0], a, both), tiny)
+        scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
+        ratio = nu[1] * in_b(scale) / in_b(v_ab * scale)
+        return [(jnp.maximum(nu[0], tiny), a), (jnp.maximum(ratio, tiny), b)]
 
     def __str__(self) -> str:
         return f"outer({self.a}, {self.b})"
@@ -269,7 +280,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     Examples:
         >>> kernel = outer(per_neuron(axis=0), per_neuron())
         >>> kernel.grid((4096, 11008))
-        OuterMoments(a=(4096, 1), b=(1, 11008))
+        ((4096, 1), (1, 11008))
         >>> outer(per_head(12, stacked=0), per_neuron()).grid((768, 768))
         OuterMoments(a=(768, 12), b=(1, 768))
         >>> params = {"kernel": jnp.ones((4, 6))}
@@ -284,6 +295,10 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
 @functools.cache
 def _common(a: Runs, b: Runs) -> Runs:
     """The cuts of one axis that are in both."""
+    if a == b or _is_whole(a) or _is_each(b):
+        return a
+    if _is_whole(b) or _is_each(a):
+        return b
     ends = np.intersect1d(_ends(a), _ends(b))
     return _as_runs(np.diff(ends, prepend=0))
 
@@ -291,8 +306,21 @@ def _common(a: Runs, b: Runs) -> Runs:
 @functools.cache
 def _along(fine: Runs, coarse: Runs) -> Runs:
     """The same cuts as `coarse`, counted in blocks of `fine`."""
+    blocks = sum(n for n, _ in fine)
+    if _is_each(fine):
+        return coarse
+    if fine == coarse or _is_whole(coarse):
+        return ((1, blocks),) if _is_whole(coarse) else ((blocks, 1),)
     last = np.searchsorted(_ends(fine), _ends(coarse))
     return _as_runs(np.diff(last + 1, prepend=0))
+
+
+def _is_whole(runs: Runs) -> bool:
+    return len(runs) == 1 and runs[0][0] == 1
+
+
+def _is_each(runs: Runs) -> bool:
+    return all(size == 1 for _, size in runs)
 
 
 def _counts(fine: Sequence[Runs], coarse: Sequence[Runs]) -> tuple[Runs, ...]:
@@ -311,49 +339,53 @@ def _as_runs(sizes: np.ndarray) -> Runs:
     return tuple((len(list(run)), size) for size, run in itertools.groupby(sizes.tolist()))
 
 
-def _coarser_mean(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
-    """The mean over the blocks of a coarser grid, from the means over a finer one's."""
+def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
+    """The mean over the blocks of a coarser grid, from the finite means over a finer one's."""
     sizes, counts = sums.block_sizes(fine), _counts(fine, coarse)
-    if isinstance(sizes, float):
-        return sums.block_mean(nu, counts)
-    return sums.block_mean(nu * sizes, counts) / sums.block_mean(jnp.asarray(sizes), counts)
+    total = lambda x: sums.block_mean(jnp.where(jnp.isfinite(nu), x, 0), counts)
+    weights = jnp.broadcast_to(jnp.asarray(sizes, nu.dtype), nu.shape)
+    return total(nu * sizes) / jnp.maximum(total(weights), jnp.finfo(nu.dtype).tiny)
 
 
-def of_parameters(nu: Any) -> list[Any]:
+def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
     """What the `nu` of a state holds of each parameter: one array, or two.
 
     Args:
         nu: a tree like the parameters, or two of them.
+        specs: of the parameters.
     """
     if not isinstance(nu, OuterMoments):
         return jax.tree.leaves(nu)
-    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda x: x is None)
-    pairs = zip(leaves(nu.a), leaves(nu.b), strict=True)
-    return [x if y is None else OuterMoments(x, y) for x, y in pairs if x is not None]
+    pairs = zip(jax.tree.leaves(nu.a), jax.tree.leaves(nu.b), specs, strict=True)
+    return [(a, b) if isinstance(spec, Outer) else a for a, b, spec in pairs]
 
 
-def in_trees(moments: Sequence[Any], params: Any) -> Any:
-    """The `nu` of a state.
+def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
+    """The `nu` of a state: what it holds of each parameter, in the parameters' boxes.
 
     Each of an `outer`'s arrays is in a tree of its own, since what holds an optimizer's state may
     take one array for each parameter: a variable of NNX does.
+
+    Args:
+        moments: of each parameter one array, or two.
+        params: the parameters.
+        is_outer: whether there are two trees, though no parameter here may need them.
     """
-    treedef = jax.tree.structure(params)
-    is_pair = lambda x: isinstance(x, OuterMoments)
-    in_tree = lambda leaves: with_kept_names(jax.tree.unflatten(treedef, leaves), params)
-    if not any(map(is_pair, moments)):
-        return in_tree(moments)
-    return OuterMoments(
-        a=in_tree([x.a if is_pair(x) else x for x in moments]),
-        b=in_tree([x.b if is_pair(x) else None for x in moments]),
+    in_tree = lambda leaves: with_kept_names(
+        jax.tree.unflatten(jax.tree.structure(params), leaves), params
     )
+    if not is_outer:
+        return in_tree(moments)
+    one = lambda x: jnp.zeros_like(x, shape=(1,) * x.ndim)
+    pairs = [x if isinstance(x, tuple) else (x, one(x)) for x in moments]
+    return OuterMoments(in_tree([a for a, _ in pairs]), in_tree([b for _, b in pairs]))
 
 
 def like_state(nu: Any, moments: Sequence[Any]) -> Any:
     """New moments in the trees, and boxes, of a state's `nu`."""
-    is_pair = lambda x: isinstance(x, OuterMoments)
     if not isinstance(nu, OuterMoments):
         return jax.tree.unflatten(jax.tree.structure(nu), moments)
-    a = [x.a if is_pair(x) else x for x in moments]
-    b = [x.b for x in moments if is_pair(x)]
-    return OuterMoments(*(jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip(nu, (a, b))))
+    old = jax.tree.leaves(nu.b)
+    pairs = [x if isinstance(x, tuple) else (x, b) for x, b in zip(moments, old, strict=True)]
+    in_tree = lambda tree, leaves: jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return OuterMoments(in_tree(nu.a, [a for a, _ in pairs]), in_tree(nu.b, [b for _, b in pairs]))

@@ -1,134 +1,245 @@
-"""The first moment in 8 bits: a small float for each coordinate, relative to a bound from `nu`.
+"""The first moment in 8 bits: reading and writing it. Nothing else knows of int8.
 
-`m` and `v` are averages of the same gradients, and so, by the inequality of Cauchy and Schwarz,
+`m` and `v` are averages of the same gradients, and so `m` is of the size of `sqrt(v)`: from a
+quarter of it, where the gradient is noise, to a few times it. A code stands for a number relative
+to that root, which `nu` gives at each coordinate, and no scale is kept. Of the 127 magnitudes most
+are where moments are:
 
-    |m|  <=  (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)) * sqrt(n v)  <=  8 sqrt(n v)
+    relative to the root / 1.25   2**-6  2**-5  2**-4  ...  2**1  2**2  ...  2**6  ...  2**17
+    codes in each binade              4      8     16          8      4         1
 
-for every coordinate of a block of `n` with the second moment `v`; the factor is 1.2 for the decays
-0.9 and 0.95, and 7.3 for 0.9 and 0.999. The bound is there already, and no scale is kept. Codes are
-floats: the 127 magnitudes have three bits of fraction in each of 16 binades below the bound (two,
-in twice as many, in large blocks), so that a bound far above the values costs no digits.
+Below 2**-5 they are evenly spaced, down to 0. The last code is beyond the largest moment: by the
+inequality of Cauchy and Schwarz
+
+    |m|  <=  (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)) * sqrt(n v)
+
+for every coordinate of a block of `n` with the second moment `v`. Decay rates with a factor of more
+than 32 are refused ([`check_decays`][]), or brought to the nearest that have one
+([`allowed_b2`][]): the bound then holds after every step, whatever the rates were before. The
+largest code is 2**17 roots, which is 32 sqrt(n v) in blocks of up to 2**24; in larger ones the root
+is scaled by sqrt(n) / 2**12.
 
 Codes are rounded up or down at random, in proportion, so that the mean of many is the moment: what
 is too small for one step survives in the mean. The random numbers are a hash of the step, the
-parameter and the coordinate: the same on any mesh and after any restart.
+parameter's path and the coordinate: the same on any mesh and after any restart.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.product import Outer, Spec
-from optax_adam_mini.rounding import random_bits, rounding_seed
+from optax_adam_mini.labels import path_str
+from optax_adam_mini.product import Spec
+from optax_adam_mini.rounding import random_bits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int8, UInt32
 
-_FACTOR = 8.0  # of the bound
-_ONE = 127 << 23  # the bits of 1.0 in float32
+
+class Codes(NamedTuple):
+    """`mu` of a state in 8 bits: a node that a state in floats does not have.
+
+    A checkpoint of one kind is no checkpoint of the other, whatever casts whoever restores it.
+
+    Attributes:
+        codes: a tree like the parameters, int8.
+    """
+
+    codes: Any
+
+
+_FACTOR = 32.0  # of the bound
+_SCALE = 1.25  # of the root
+_CUT = 23  # bits of a float32's fraction: a binade is 2**23 floats, evenly spaced
+_SMALL, _LARGE = -6, 17
+_DENSER = ((3, -6, 6), (4, -5, 2), (8, -4, 1))  # so many codes more in binades from, to: 4, 8, 16
+_OFFSET = 2.0**_SMALL  # added before a number is read as bits, so that small ones are evenly spaced
 # Equal to zero, but another constant: zeros are what the gradients of a scan begin as, and XLA's
 # GPU compiler would keep those arrays until the update, to compare with them.
 _ZERO = -0.0
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def check_decays(b1: Any, b2: Any) -> None:
-    """Refuses decay rates with which a moment can exceed its bound, where they can be known.
-
-    Raises:
-        ValueError: if they are such; traced arrays pass.
-    """
-    if any(isinstance(decay, jax.core.Tracer) for decay in (b1, b2)):
-        return
-    b1, b2 = float(b1), float(b2)
-    # Cauchy and Schwarz: the sum of ((1 - b1) b1**i)**2 / ((1 - b2) b2**i) over the steps before.
-    squared = (1 - b1) ** 2 / ((1 - b2) * (1 - b1**2 / b2)) if b1**2 < b2 else np.inf
-    if squared > _FACTOR**2:
-        largest = np.floor(1e4 * (1 - (1 - b1) / (1 + b1) / _FACTOR**2)) / 1e4  # b1**2 / b2 ~ b1**2
-        raise ValueError(
-            f"mu_dtype=int8 keeps no more than {_FACTOR:g} times the root of the second moment, "
-            f"and with b1={b1:g} and b2={b2:g} the first may be {np.sqrt(squared):.3g} times it: "
-            f"take b2 between {b1**2:g} and {largest:g}, or leave mu_dtype out"
-        )
+def _bits(exponent: int) -> int:
+    """Those of 2.0**exponent in float32."""
+    return (127 + exponent) << _CUT
 
 
-def dequantize(spec: Spec, codes: Int8[Array, "*shape"], nu: Any) -> Float[Array, "*shape"]:
-    """The moment that codes stand for, in float32 or wider.
+def _code_at(binade: int) -> int:
+    """The code of the first number of a binade."""
+    codes = [1 + sum(more for more, first, last in _DENSER if first <= b < last)
+             for b in range(_SMALL, binade)]  # fmt: skip
+    return sum(codes)
+
+
+def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
+    """The first moment, in float32 or wider, of what a state keeps.
 
     Args:
         spec: how the parameter is cut.
-        codes: one for each coordinate.
-        nu: the second moment that they were made with.
+        kept: one array of a state's `mu`: codes, or numbers of any inexact dtype.
+        nu: the second moment that it was kept with.
 
     Examples:
-        >>> codes, nu = jnp.array([127, 0, -119, 0], jnp.int8), jnp.array([1.0])
-        >>> dequantize(per_tensor(), codes, nu)
-        Array([16., -0., -8., -0.], dtype=float32)
+        >>> codes, nu = jnp.array([92, 0, -12], jnp.int8), jnp.array([1.0])
+        >>> read(per_tensor(), codes, nu)
+        Array([ 2.4804688 ,  0.        , -0.05859375], dtype=float32)
     """
-    code = codes.astype(jnp.int32)
-    bits = ((jnp.abs(code) - 127) << _bits_cut_off(spec, codes.shape)) + _ONE
-    magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    bound = _at_every_coordinate(spec, nu, codes.shape, lambda bound: bound, jnp.minimum)
-    # Nothing is nothing of an infinite bound as well: a block that has overflowed stands still.
-    return jnp.where(code == 0, _ZERO, jnp.where(code < 0, -magnitude, magnitude) * bound)
+    if kept.dtype != jnp.int8:
+        return kept.astype(sums.widen(kept.dtype))
+    code = jnp.abs(kept.astype(jnp.int32))
+    bits, density = _bits(_SMALL) + (code << _CUT), 1
+    for more, first, last in _DENSER:  # the inverse of what `write` does
+        denser = jnp.clip(code, _code_at(first), _code_at(last)) - _code_at(first)
+        bits -= denser * ((1 << _CUT) // density - (1 << _CUT) // (density + more))
+        density += more
+    magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32) - _OFFSET
+    # Nothing is nothing of an infinite root as well: a block that has overflowed stands still.
+    finite = lambda root: jnp.where(jnp.isfinite(root), root, 0)
+    signed = jnp.where(kept < 0, -magnitude, magnitude)
+    return _times_roots(signed, spec, nu, finite)
 
 
-def quantize(
-    spec: Spec, m: Float[Array, "*shape"], nu: Any, seed: UInt32[Array, ""]
-) -> Int8[Array, "*shape"]:
-    """The codes of a moment; over many seeds, the mean of what they stand for is `m`.
+def write(
+    spec: Spec, m: Float[Array, "*shape"], nu: Any, dtype: np.dtype, seed: UInt32[Array, ""]
+) -> Array:
+    """What a state keeps of the first moment; over many seeds, the mean of codes is `m`.
 
     Args:
         spec: how the parameter is cut.
         m: the moment.
         nu: the second moment after the same gradients.
+        dtype: of what is kept, int8 for codes.
         seed: of the rounding.
 
+    Raises:
+        TypeError: if codes are differentiated: their derivative is 0 almost everywhere.
+
     Examples:
-        >>> m, nu = jnp.array([16.0, 0.0, -8.0, 0.0]), jnp.array([1.0])
-        >>> quantize(per_tensor(), m, nu, rounding_seed(1, 0))
-        Array([ 127,    0, -119,    0], dtype=int8)
+        >>> m, nu = jnp.array([2.4804688, 0.0, -0.05859375]), jnp.array([1.0])
+        >>> write(per_tensor(), m, nu, jnp.dtype("int8"), rounding_seed(1, 0))
+        Array([ 92,   0, -12], dtype=int8)
     """
+    if dtype != jnp.int8:
+        return m.astype(dtype)
+    return _codes(spec, m, nu, seed)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     # Of what is too small to have an inverse nothing is kept.
-    inverse = lambda bound: jnp.where(bound > _TINY, 1 / bound, 0)
-    ratio = jnp.abs(m) * _at_every_coordinate(spec, nu, m.shape, inverse, jnp.maximum)
-    ratio = ratio.astype(jnp.float32)
-    cut_off = _bits_cut_off(spec, m.shape)
-    random = random_bits(cut_off, m.shape, seed)
-    # Codes are in the order of their numbers, and between two of them numbers are evenly spaced as
-    # bits: a random number is added to those that are cut off, and rounds up in proportion.
-    bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
-    code = jnp.minimum(((bits + random - _ONE) >> cut_off) + 127, 127)
-    smallest = np.int32(_ONE - (126 << cut_off)).view(np.float32)  # what code 1 stands for
-    up = (random < ratio * (2.0**cut_off / smallest)).astype(jnp.int32)
+    inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0)
+    number = _times_roots(jnp.abs(m), spec, nu, inverse).astype(jnp.float32) + _OFFSET
+    bits = jax.lax.bitcast_convert_type(number, jnp.int32)
+    # Codes are even steps of the bits, and so of the numbers, in each binade. A random number is
+    # added to the fraction that is cut off, and rounds up in proportion.
+    code = jnp.minimum(bits, _bits(_LARGE)) - _bits(_SMALL)
+    for more, first, last in _DENSER:
+        code += more * (jnp.clip(bits, _bits(first), _bits(last)) - _bits(first))
+    code = ((code + random_bits(_CUT, m.shape, seed)) >> _CUT).astype(jnp.int8)
     # The sign is chosen last, in 8 bits: where a conversion is last, XLA's CPU compiler makes the
     # codes again for the update, from a copy of the old ones.
-    code = jnp.where(ratio < smallest, up, code).astype(jnp.int8)
     return jnp.where(m < _ZERO, -code, code)
 
 
-def _at_every_coordinate(spec: Spec, nu: Any, shape: Any, of: Any, choose: Any) -> Array:
-    """A function of the bound of the block that a coordinate is in.
+@_codes.defjvp
+def _no_derivative(spec: Spec, primals: Any, tangents: Any) -> Any:
+    del spec, primals, tangents
+    raise TypeError(
+        "mu_dtype=int8 keeps codes, which have no derivative: take gradients through the update "
+        "with mu_dtype=None"
+    )
 
-    Of a row's and a column's, one is chosen.
+
+def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
+    """`x` times a function of the root that codes are relative to, at every coordinate."""
+    (v, runs), *ratios = spec.factors(nu, x.shape)
+    # No root is so small that the bound, 32 sqrt(n v), is beyond the last code.
+    floor = np.sqrt(sums.block_sizes(runs)) * _FACTOR / 2.0**_LARGE
+    if not ratios:
+        scale = np.maximum(_SCALE, floor).astype(v.dtype)
+        return x * sums.spread(of(jnp.sqrt(v) * scale), runs, x.shape)
+    x = x * sums.spread(of(jnp.sqrt(v)), runs, x.shape)
+    for ratio, runs in ratios:
+        root = jnp.maximum(_SCALE * jnp.sqrt(ratio), np.max(floor, initial=0).astype(v.dtype))
+        x = x * sums.spread(of(root), runs, x.shape)
+    return x
+
+
+def in_state(mu: Any, mu_dtype: Any) -> Any:
+    """The `mu` of a state, of a tree like the parameters."""
+    return Codes(mu) if mu_dtype == jnp.int8 else mu
+
+
+def of_state(mu: Any, mu_dtype: Any) -> Any:
+    """The tree like the parameters in the `mu` of a state.
+
+    Raises:
+        ValueError: if the state is of the other kind, or was cast: codes are no moments.
     """
-    if isinstance(spec, Outer):
-        return choose(
-            _at_every_coordinate(spec.a, nu.a, shape, of, choose),
-            _at_every_coordinate(spec.b, nu.b, shape, of, choose),
+    is_int8 = lambda x: jnp.result_type(x) == jnp.int8
+    if isinstance(mu, Codes) != (mu_dtype == jnp.int8):
+        raise ValueError(
+            f"the state's mu is {'int8' if isinstance(mu, Codes) else 'not int8'}, but the "
+            f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was made "
+            f"with, or convert it, {_CONVERT.format(mu_dtype)}"
         )
-    root = _FACTOR * np.sqrt(sums.block_sizes(spec.runs(shape))).astype(nu.dtype)
-    return spec.spread(nu, shape, lambda nu: of(root * jnp.sqrt(nu)))
+    tree = mu.codes if isinstance(mu, Codes) else mu
+    for keys, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(mu, Codes) and jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            raise ValueError(
+                f"{path_str(keys)}: the state's mu has codes that were cast to {x.dtype}: restore "
+                "it as it was saved, with a template that has int8 there"
+            )
+    if not isinstance(mu, Codes) and any(map(is_int8, jax.tree.leaves(tree))):
+        raise ValueError(
+            "the state's mu is int8, without the node that this version keeps codes in: if it is "
+            "of version 0.2, convert it with that version, to_adam_state(state, params, "
+            "block_specs), and with this one, from_adam_state(..., mu_dtype=jnp.int8)"
+        )
+    return tree
 
 
-def _bits_cut_off(spec: Spec, shape: Any) -> int:
-    """How many bits of a float32's fraction a code does not have."""
-    if isinstance(spec, Outer):
-        return min(_bits_cut_off(spec.a, shape), _bits_cut_off(spec.b, shape))
-    return 20 if np.max(sums.block_sizes(spec.runs(shape)), initial=0) <= 2**16 else 21
+_CONVERT = (
+    "from_adam_state(to_adam_state(state, params, block_specs), params, block_specs, mu_dtype={})"
+)
+
+
+def allowed_b2(b1: Any) -> tuple[Any, Any]:
+    """The least and the greatest `b2` with which a moment stays within its bound.
+
+    The solutions of (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2.
+
+    Args:
+        b1: a number, or an array.
+
+    Examples:
+        >>> [round(b2, 5) for b2 in allowed_b2(0.9)]
+        [0.81004, 0.99995]
+    """
+    middle = (1 + b1**2 - ((1 - b1) / _FACTOR) ** 2) / 2
+    half = (middle**2 - b1**2) ** 0.5
+    return middle - half, middle + half
+
+
+def check_decays(b1: Any, b2: Any) -> None:
+    """Refuses decay rates, which are numbers, with which a moment may exceed its bound.
+
+    Raises:
+        ValueError: if they are such.
+    """
+    least, greatest = allowed_b2(float(b1))
+    if not least <= float(b2) <= greatest:
+        raise ValueError(
+            f"mu_dtype=int8 keeps no more than {_FACTOR:g} times the root of the second moment, "
+            f"and with b1={float(b1):g} and b2={float(b2):g} the first may be more: take b2 "
+            f"between {math.ceil(least * 1e5) / 1e5:g} and {math.floor(greatest * 1e5) / 1e5:g}, "
+            "or leave mu_dtype out"
+        )

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import BlockSpec, period
+from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
 from optax_adam_mini.product import Outer, Spec
-from optax_adam_mini.sums import widen
+from optax_adam_mini.sums import period, widen
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

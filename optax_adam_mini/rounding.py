@@ -94,7 +94,10 @@ def stochastic_rounding(
             if u is None or not _is_bfloat16(p):
                 return u
             old = p.astype(jnp.float32)
-            new = round_to_bfloat16((old + u).astype(jnp.float32), rounding_seed(count, salt_of((path_of(keys), "params"))))
+            new = round_to_bfloat16(
+                (old + u).astype(jnp.float32),
+                rounding_seed(count, salt_of((path_of(keys), "params"))),
+            )
             # Infinity stays, and zero keeps its sign: -0.0 changes nothing that it is added to.
             return jnp.where(new == old, -0.0, new - old)
 
@@ -109,9 +112,7 @@ def stochastic_rounding(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def round_to_bfloat16(
-    x: Float[Array, "*shape"], seed: UInt32[Array, ""]
-) -> Float[Array, "*shape"]:
+def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Float[Array, "*shape"]:
     """A neighbour of `x` in bfloat16, in float32; over many seeds their mean is `x`.
 
     Args:

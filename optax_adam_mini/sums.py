@@ -10,16 +10,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.blocks import Runs, period
+from optax_adam_mini import sums_on_cpu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact, Real
+
+T = TypeVar("T")
+
+Runs = tuple[tuple[int, int], ...]
+"""The cuts of one axis of a known size, in order: `(number of blocks, indices in each)`."""
 
 
 def block_mean(
@@ -39,10 +44,14 @@ def block_mean(
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
         Array([2., 5.], dtype=float32)
     """
+    value = lambda x: (of or (lambda x: x))(x.astype(widen(x.dtype)))
     if (axis := _axis_in_parts(axes)) is not None:
-        return _part_means(x, axes, axis, of)
-    sizes = block_sizes(axes)
-    total = _sum_whole_axes(x, of or (lambda x: x), axes)
+        bounds = _bounds(axes[axis])
+        plain = lambda x: _part_means(x, axis, bounds, value)
+        return _by_platform(x, plain, sums_on_cpu.part_means(x, axis, bounds, value))
+    sizes, whole = block_sizes(axes), [a for a, runs in enumerate(axes) if _is_whole(runs)]
+    plain = lambda x: jnp.sum(value(x), axis=tuple(whole), keepdims=True)
+    total = _by_platform(x, plain, sums_on_cpu.whole_axes_sum(x, whole, value))
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             total = _sum_runs(total, axis, runs)
@@ -103,42 +112,27 @@ def _axis_in_parts(axes: Sequence[Runs]) -> int | None:
     return grouped[0] if sum(n for n, _ in axes[grouped[0]]) <= _FEW else None
 
 
+def _by_platform(x: Array, plain: Callable[[Array], Array], on_cpu: Any) -> Array:
+    return plain(x) if on_cpu is None else jax.lax.platform_dependent(x, cpu=on_cpu, default=plain)
+
+
 def _part_means(
     x: Inexact[Array, "*shape"],
-    axes: Sequence[Runs],
     axis: int,
-    of: Callable[[Array], Array] | None,
+    bounds: Sequence[tuple[int, int]],
+    value: Callable[[Array], Array],
 ) -> Inexact[Array, "*grid"]:
     """The mean of each part of one axis.
 
     An axis that is sharded cannot be split without moving it between devices. What is masked stays
-    where it is, and several sums of one array are made in one reading; but not on a CPU, which
-    reads it anew for each: there, the axis is split into equal pieces of parts.
+    where it is, and several sums of one array are made in one reading.
     """
-    value = of or (lambda x: x)
-    bounds = _bounds(axes[axis])
-
-    def split(x: Array) -> Array:
-        piece = math.gcd(*(size for _, size in axes[axis]))
-        pieces = x.shape[axis] // piece
-        x = x.reshape(*x.shape[:axis], pieces, piece, *x.shape[axis + 1 :])
-        of_pieces = [*axes[:axis], ((pieces, 1),), ((1, piece),), *axes[axis + 1 :]]
-        means = jnp.squeeze(block_mean(x, of_pieces, of), axis + 1)
-        in_pieces = [((1, 1),) if a != axis else tuple((n, size // piece) for n, size in runs)
-                     for a, runs in enumerate(axes)]  # fmt: skip
-        return _sum_runs(means, axis, in_pieces[axis]) / block_sizes(in_pieces)
-
-    def masked(x: Array) -> Array:
-        index = _index_along(axis, x.shape)
-        parts: list[Array] = []
-        for start, stop in bounds:
-            kept = jnp.where((start <= index) & (index < stop), value(x.astype(widen(x.dtype))), 0)
-            parts.append(jnp.sum(kept, axis, keepdims=True) / (stop - start))
-        return jnp.concatenate(parts, axis)
-
-    if jax.device_count() > 1:
-        return masked(x)
-    return jax.lax.platform_dependent(x, cpu=split, default=masked)
+    index = _index_along(axis, x.shape)
+    parts: list[Array] = []
+    for start, stop in bounds:
+        kept = jnp.where((start <= index) & (index < stop), value(x), 0)
+        parts.append(jnp.sum(kept, axis, keepdims=True) / (stop - start))
+    return jnp.concatenate(parts, axis)
 
 
 def _spread_parts(
@@ -165,56 +159,6 @@ def _index_along(axis: int, shape: Sequence[int]) -> Array:
     """The indices of one axis, of size 1 along the others."""
     along = [size if a == axis else 1 for a, size in enumerate(shape)]
     return jax.lax.broadcasted_iota(np.int32, along, axis)
-
-
-def _sum_whole_axes(
-    x: Inexact[Array, "*shape"], of: Callable[[Array], Array], axes: Sequence[Runs]
-) -> Inexact[Array, "*grouped"]:
-    """Sums `of(x)` over every axis that is not cut.
-
-    One reduction, which two traits of XLA's CPU backend make slow (2 cores, reading at 30 GB/s):
-
-    - Over an axis before long rows it sums at a fraction of the memory's bandwidth: 28 GB/s for
-      rows of 3072, 4.6 for 11008, 0.7 for 50257; in two stages, as a dot or unrolled it is no
-      faster, or keeps a copy. Long rows are added in a loop, eight at a time: 22 to 33 GB/s.
-    - What is read twice, by this sum and by what follows, it widens once for both, into memory:
-      the update in bfloat16 takes 1.1 times AdamW's time with such a copy, and 0.4 to 0.5 without.
-      Barriers keep this sum's reading apart.
-    """
-    whole = tuple(a for a, runs in enumerate(axes) if _is_whole(runs))
-
-    def plain(x: Array) -> Array:
-        return jnp.sum(of(x.astype(widen(x.dtype))), axis=whole, keepdims=True)
-
-    def apart(x: Array) -> Array:
-        return plain(jax.lax.optimization_barrier(x))
-
-    def looped(x: Array) -> Array:
-        # Over the inner of the two axes that the axis becomes: GSPMD may have sharded the outer.
-        rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
-
-        def at(i: Any) -> Array:
-            here, i = jax.lax.optimization_barrier((rows, i))  # or it is widened before the loop
-            row = jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False)
-            return of(row.astype(widen(row.dtype)))
-
-        add = lambda i, total: total + at(i)
-        total = jax.lax.fori_loop(0, steps, add, jnp.zeros_like(at(0)), unroll=8)
-        return jnp.sum(total, axis=whole, keepdims=True)
-
-    axis = max(whole, default=-1)
-    few = 512 // x.dtype.itemsize  # that many times smaller than x the running sums are below 1%
-    if (
-        axis >= 0
-        and math.prod(x.shape[axis + 1 :]) >= 4096
-        and not jax.typeof(x).sharding.spec[axis]
-    ):
-        steps = next((n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0), 0)
-        if steps and x.shape[axis] // steps % jax.device_count() == 0:
-            return jax.lax.platform_dependent(x, cpu=looped, default=plain)
-    if widen(x.dtype) != x.dtype:
-        return jax.lax.platform_dependent(x, cpu=apart, default=plain)
-    return plain(x)
 
 
 def _not_sharded_along(x: Array, axis: int) -> Array:
@@ -269,3 +213,16 @@ def block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
         along = np.repeat([s for _, s in runs], [n for n, _ in runs]).astype(np.float32)
         sizes = sizes * along.reshape([-1 if a == axis else 1 for a in range(len(axes))])
     return sizes
+
+
+def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
+    """How often the shortest unit of a sequence stands side by side in it, and that unit.
+
+    Examples:
+        >>> period("qkvqkv")
+        (2, 'qkv')
+    """
+    for length in range(1, len(items) + 1):
+        if len(items) % length == 0 and items[length:] == items[:-length]:
+            return len(items) // length, items[:length]
+    return 1, items

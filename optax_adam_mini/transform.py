@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from optax_adam_mini.compiled import compiled
 from optax_adam_mini.hyperparams import (
     check_hyperparams,
-    check_in_range,
+    check_is_bool,
     check_mu_dtype,
     check_param_dtype,
     check_scalar_or_schedule,
@@ -21,14 +21,22 @@ from optax_adam_mini.hyperparams import (
 from optax_adam_mini.labels import (
     BlockSpecs,
     check_called,
+    has_outer,
     is_label_function,
-    leaves_as,
     resolve_block_specs,
     spec_leaves,
 )
+from optax_adam_mini.messages import (
+    check_gradient,
+    check_grids,
+    check_is_state,
+    check_mask,
+    leaves_as,
+)
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Spec, in_trees, like_state, of_parameters
-from optax_adam_mini.quantized import check_decays, dequantize, quantize, rounding_seed
+from optax_adam_mini.quantized import allowed_b2, check_decays, in_state, of_state, read, write
+from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 
 # Annotations are objects here, not strings: Optax's tests look learning_rate's up.
@@ -62,6 +70,7 @@ def scale_by_adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment for each block.
@@ -76,6 +85,8 @@ def scale_by_adam_mini(
             are taken through the update.
         mu_dtype: dtype of `mu`, as in [`adam_mini`][].
         nesterov: whether to use Nesterov momentum (Dozat 2016).
+        bounded: whether each coordinate is held to the longest step that Adam could make; `False`
+            is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
         block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
             function that returns one; None for [`flax_layers`][]`()`.
 
@@ -94,16 +105,11 @@ def scale_by_adam_mini(
         >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
         ['0.463', '0.926', '1.389'] (1,)
     """
-    check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    return compiled(
-        _scale_by_adam_mini,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        mu_dtype=check_mu_dtype(mu_dtype),
-        nesterov=nesterov,
-        block_specs=_check_block_specs(block_specs),
+    return _in_dtypes(
+        _wide_adam_mini(
+            **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
+            block_specs=_check_block_specs(block_specs),
+        )
     )
 
 
@@ -118,6 +124,7 @@ def adam_mini(
     mask: "PyTree[bool] | Callable[[Any], Any] | None" = None,
     *,
     nesterov: bool = False,
+    bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
@@ -130,8 +137,9 @@ def adam_mini(
 
     with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. Where the spec is an
     [`outer`][optax_adam_mini.outer], `v` of a block is the product of a row and a column.
-    Hyper-parameters carry over from AdamW unchanged. An eager `update` runs as one compiled
-    program; inside `jax.jit` it is traced like any other code.
+    Hyper-parameters carry over from AdamW unchanged. Where many coordinates share one `v`, a
+    coordinate that is louder than its block could move further than Adam ever does. It is held to
+    Adam's longest step, unless `bounded=False`.
 
     Args:
         learning_rate: a number or a schedule `count -> number`.
@@ -146,6 +154,8 @@ def adam_mini(
         mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
             a function of the parameters that returns one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
+        bounded: whether each coordinate is held to the longest step that Adam could make; `False`
+            is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
         block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
             function that returns one; None for [`flax_layers`][]`()`.
 
@@ -175,51 +185,53 @@ def adam_mini(
         More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov and Hutter,
         [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101).
     """
-    check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    check_scalar_or_schedule("learning_rate", learning_rate, minimum=None)
-    check_scalar_or_schedule("weight_decay", weight_decay, minimum=0.0)
-    if mask is not None and not callable(mask):
-        mask = jax.tree.map(bool, mask)
-    return compiled(
-        _adam_mini,
-        learning_rate=learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        mu_dtype=check_mu_dtype(mu_dtype),
-        weight_decay=weight_decay,
-        mask=mask,
-        nesterov=nesterov,
-        block_specs=_check_block_specs(block_specs),
+    learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
+    weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
+    return _in_dtypes(
+        optax.chain(
+            _wide_adam_mini(
+                **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
+                block_specs=_check_block_specs(block_specs),
+            ),
+            _add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )
 
 
-def _adam_mini(
-    *, learning_rate: Any, weight_decay: Any, mask: Any, **adam: Any
-) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        _scale_by_adam_mini(**adam),
-        _add_decayed_weights(weight_decay, mask),
-        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
-    )
+def _checked(
+    b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: Any, bounded: Any
+) -> dict[str, Any]:
+    decays = check_hyperparams(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    mu_dtype = check_mu_dtype(mu_dtype)
+    if mu_dtype == jnp.int8 and not any(isinstance(decays[b], jax.Array) for b in ("b1", "b2")):
+        check_decays(decays["b1"], decays["b2"])
+    check_is_bool(nesterov=nesterov, bounded=bounded)
+    return {**decays, "mu_dtype": mu_dtype, "nesterov": nesterov, "bounded": bounded}
 
 
-def _keep_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Updates in the dtypes that they come in, which a rate in float32 would widen."""
+def _in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Everything is computed in float32 and cast once, last: to the parameters' dtypes."""
 
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del extra_args
         new, state = tx.update(updates, state, params)
-        return jax.tree.map(lambda u, new: new.astype(u.dtype), updates, new), state
+        like = updates if params is None else params
+        cast = lambda u, p: None if u is None else u.astype(p.dtype)
+        return jax.tree.map(cast, new, like, is_leaf=lambda u: u is None), state
 
-    return optax.GradientTransformation(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+    if not isinstance(weight_decay, jax.Array) and not callable(weight_decay) and weight_decay == 0:
         return optax.identity()  # so that params may be left out of update
 
     decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def init_fn(params: Any) -> Any:
+        check_mask(mask, params)
+        return decay.init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
@@ -229,127 +241,179 @@ def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransfor
             )
         decayed, state = decay.update(updates, state, params)
         # Integers do not decay, and what has no gradient does not move.
-        keep = lambda p, u, d: d.astype(u.dtype) if u is not None and _is_inexact(p) else u
-        kept = jax.tree.map(keep, params, updates, decayed)
-        return kept, state
-
-    return optax.GradientTransformation(decay.init, update_fn)
-
-
-_CONVERT = "convert it, from_adam_state(state, params, block_specs)"
-_OTHER_SPECS = (
-    "the state was made with other block specs: pass those, or convert it, "
-    "from_adam_state(to_adam_state(state, params, its_specs), params, block_specs)"
-)
-_LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OTHER_SPECS}"
-
-
-def _scale_by_adam_mini(
-    *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
-) -> optax.GradientTransformation:
-    def init_fn(params: Any) -> ScaleByAdamMiniState:
-        leaves = jax.tree.leaves(params)
-        labels = resolve_block_specs(block_specs, params)
-        check_in_range(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-        if mu_dtype == jnp.int8:
-            check_decays(b1, b2)
-        for (path, _), leaf in zip(labels, leaves, strict=True):
-            check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
-        # Zeros of what update will make, so that shape, dtype and sharding are the same.
-        blocks = [
-            jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf)
-            for (_, spec), leaf in zip(labels, leaves, strict=True)
-        ]
-        return ScaleByAdamMiniState(
-            count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(  # with a dtype given, so that none is weak
-                lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
-            ),
-            nu=in_trees(
-                [
-                    jax.tree.map(lambda v, leaf=leaf: _zeros_beside(v, leaf), block)
-                    for block, leaf in zip(blocks, leaves, strict=True)
-                ],
-                params,
-            ),
-        )
-
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
-        count = jnp.asarray(optax.safe_increment(state.count))
-        c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
-
-        # Parameters that are alike are traced once, which halves the time of tracing GPT-2.
-        @functools.partial(jax.jit, static_argnums=0)
-        def adam_mini(spec: Spec, g: "Array", m: "Array", v: Any, seed: Any) -> tuple[Any, ...]:
-            mean = spec.block_mean(g, _abs_sq)
-            nu = jax.tree.map(lambda v, mean: b2 * v + (1 - b2) * mean, v, mean)
-            nu_hat = jax.tree.map(lambda nu: nu / c2, nu)
-            g = g.astype(widen(g.dtype))
-            # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
-            if m.dtype == jnp.int8:
-                kept = quantize(spec, b1 * dequantize(spec, m, v) + (1 - b1) * g, nu, seed)
-                mu = dequantize(spec, kept, nu)
-            else:
-                kept = (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype)
-                mu = kept.astype(g.dtype)
-            # What is the same for a whole block is computed once for the block, and then spread.
-            step = lambda v: 1 / (jnp.sqrt(v + eps_root) + eps)
-            if nesterov:
-                c1_next = _bias_correction(b1, count + 1)
-                mean = b1 * mu / c1_next + (1 - b1) * g / c1
-                update = mean * spec.spread(nu_hat, g.shape, step)
-            else:
-                update = mu * spec.spread(nu_hat, g.shape, lambda v: step(v) / c1)
-            return update, kept, nu
-
-        def update_leaf(index: int, path: str, spec: Spec, g: Any, m: Any, v: Any, p: Any) -> Any:
-            if (shapes := jax.tree.map(jnp.shape, v)) != spec.grid(m.shape):
-                raise ValueError(
-                    f"{path}: the state's nu has shape {shapes}, but {spec} cuts the shape "
-                    f"{m.shape} into the grid {spec.grid(m.shape)}: "
-                    + (_LIKE_ADAMS if is_like_adams else _OTHER_SPECS)
-                )
-            if g is None:
-                return None, m, v
-            if jnp.shape(g) != m.shape:
-                raise ValueError(
-                    f"{path}: got a gradient of shape {jnp.shape(g)}, but the state was made for a "
-                    f"parameter of shape {m.shape}: call update with gradients of the parameters "
-                    "given to init"
-                )
-            if not (_is_inexact(g) and _is_inexact(p)):  # integers are left alone
-                return jnp.zeros(m.shape, p.dtype), m, v
-            if (m.dtype == jnp.int8) != (mu_dtype == jnp.int8):
-                raise ValueError(
-                    f"{path}: the state's mu is {m.dtype}, but the transformation has "
-                    f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with, or "
-                    "convert it, from_adam_state(to_adam_state(state, params, block_specs), "
-                    f"params, block_specs, mu_dtype={mu_dtype})"
-                )
-            update, mu, nu = adam_mini(spec, g, m, v, rounding_seed(count, index))
-            dtype = g.dtype if params is None else p.dtype
-            return update.astype(dtype), mu, jax.tree.map(lambda nu, v: nu.astype(v.dtype), nu, v)
-
-        if isinstance(state, optax.ScaleByAdamState):
-            raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
-        # mu, not updates, has the parameters' structure: gradients may be None.
-        mu, treedef = jax.tree.flatten(state.mu)
-        nu, grads = of_parameters(state.nu), leaves_as(state.mu, "gradients", updates)
-        like = grads if params is None else leaves_as(state.mu, "params", params)
-        labels = resolve_block_specs(block_specs, state.mu)
-        is_like_adams = jax.tree.map(jnp.shape, nu) == [m.shape for m in mu]
-        new = [
-            update_leaf(index, *label, *leaves)
-            for index, (label, *leaves) in enumerate(zip(labels, grads, mu, nu, like, strict=True))
-        ]
-        updates, mu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(2))
-        nu = like_state(state.nu, [leaf[2] for leaf in new])
-        return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
+        keep = lambda u, p, d: d if u is not None and _is_inexact(p) else u
+        return jax.tree.map(keep, updates, params, decayed, is_leaf=lambda u: u is None), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _zeros_beside(block: jax.ShapeDtypeStruct, param: Any) -> "Array":
+def _wide_adam_mini(
+    *,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    mu_dtype: Any,
+    nesterov: bool,
+    bounded: bool,
+    block_specs: Any,
+) -> optax.GradientTransformation:
+    """`scale_by_adam_mini` with updates in float32 or wider, whatever the parameters are."""
+
+    def init_fn(params: Any) -> ScaleByAdamMiniState:
+        leaves = jax.tree.leaves(params)
+        check_hyperparams(are_known=True, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+        if mu_dtype == jnp.int8 and not any(isinstance(b, jax.core.Tracer) for b in (b1, b2)):
+            check_decays(b1, b2)
+        labels, is_outer = resolve_block_specs(block_specs, params), has_outer(block_specs, params)
+        for (path, _), leaf in zip(labels, leaves, strict=True):
+            check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
+        # Zeros of what update will make, so that shape, dtype and sharding are the same.
+        nu = [
+            jax.tree.map(
+                functools.partial(_zeros_beside, leaf),
+                jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf),
+            )
+            for (_, spec), leaf in zip(labels, leaves, strict=True)
+        ]
+        mu = jax.tree.map(  # with a dtype given, so that none is weak
+            lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
+        )
+        return ScaleByAdamMiniState(
+            jnp.zeros([], jnp.int32), in_state(mu, mu_dtype), in_trees(nu, params, is_outer)
+        )
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
+        check_is_state(state, updates)
+        mu_tree = of_state(state.mu, mu_dtype)
+        mu, treedef = jax.tree.flatten(mu_tree)
+        grads = leaves_as(mu_tree, "gradients", updates)
+        like = grads if params is None else leaves_as(mu_tree, "params", params)
+        # A label function sees the parameters: mu has another dtype, and gradients may be None.
+        dtypes = [m.dtype if p is None else p.dtype for m, p in zip(mu, like, strict=True)]
+        shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
+        labels = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
+        nu = of_parameters(state.nu, [spec for _, spec in labels])
+        check_grids(labels, shapes, nu)
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        step = _step(count, b1, b2, eps, eps_root, nesterov, bounded, mu_dtype == jnp.int8)
+        new: list[tuple[Any, Any, Any]] = []
+        for (path, spec), shape, g, m, v in zip(labels, shapes, grads, mu, nu, strict=True):
+            check_gradient(path, shape, g)
+            if g is None:
+                new.append((None, m, v))
+            elif not (_is_inexact(g) and _is_inexact(shape)):  # integers are left alone
+                new.append((jnp.zeros(shape.shape, shape.dtype), m, v))
+            else:
+                kept = m.dtype if params is None else shape.dtype
+                new.append(
+                    _update_parameter(
+                        spec, np.dtype(mu_dtype or kept), nesterov, bounded, g, m, v, step,
+                        count, salt_of(path),
+                    )
+                )  # fmt: skip
+        in_tree = lambda i: jax.tree.unflatten(treedef, [leaf[i] for leaf in new])
+        nu = like_state(state.nu, [leaf[2] for leaf in new])
+        return in_tree(0), ScaleByAdamMiniState(count, in_state(in_tree(1), mu_dtype), nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class _Step(NamedTuple):
+    """The numbers of one step, the same for all parameters."""
+
+    b1: Any
+    b1_rest: Any  # 1 - b1, to all digits
+    b2: Any
+    b2_rest: Any
+    c2: Any  # 1 - b2**t
+    eps: Any
+    eps_root: Any
+    mu_weight: Any  # m_hat = mu_weight * mu, and with Nesterov's momentum + g_weight * g
+    g_weight: Any
+    longest: Any  # the longest step of Adam
+
+
+# A program for each kind of parameter, whatever the numbers are: an eager update is no slower than
+# Adam's, and inside jax.jit parameters that are alike are traced once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _update_parameter(
+    spec: Spec, dtype: np.dtype, nesterov: bool, bounded: bool,
+    g: "Array", m: "Array", v: Any, t: _Step, count: "Array", salt: Any,
+) -> tuple["Array", "Array", Any]:  # fmt: skip
+    """Algorithm 1 for one parameter: its update, and what is kept as `m` and as `v`."""
+    squares = spec.block_mean(g, _abs_sq)
+    nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(v.dtype), v, squares)
+    g = g.astype(widen(g.dtype))
+    mu = t.b1 * read(spec, m, v) + t.b1_rest * g
+    # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
+    kept = write(spec, mu, nu, dtype, rounding_seed(count, salt))
+    m_hat = t.mu_weight * read(spec, kept, nu)
+    if nesterov:
+        m_hat += t.g_weight * g
+    # 1 / (sqrt(v_hat) + eps) is computed once for each block, and then spread.
+    v_hat = jax.tree.map(lambda nu: nu / t.c2, nu)
+    inverse = lambda v: 1 / (jnp.sqrt(v + t.eps_root) + t.eps)
+    update = m_hat * spec.spread(v_hat, g.shape, inverse)
+    return _held(update, t.longest) if bounded else update, kept, nu
+
+
+def _held(update: "Array", longest: Any) -> "Array":
+    """No coordinate further than `longest`."""
+    if jnp.issubdtype(update.dtype, jnp.complexfloating):
+        return update * jnp.minimum(1, longest / jnp.abs(update))
+    return jnp.clip(update, -longest, longest)
+
+
+def _step(
+    count: "Array", b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, bounded: bool,
+    is_int8: bool,
+) -> _Step:  # fmt: skip
+    if is_int8 and not all(isinstance(b, (int, float)) for b in (b1, b2)):
+        b2 = jnp.clip(b2, *allowed_b2(jnp.asarray(b1, jnp.float32)))
+    c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
+    mu_weight, g_weight = 1 / c1, 0.0
+    if nesterov:
+        c1_next = _bias_correction(b1, jnp.asarray(optax.safe_increment(count)))
+        mu_weight, g_weight = b1 / c1_next, (1 - b1) / c1
+    longest = _longest(count, b1, b2, c2, mu_weight, g_weight) if bounded else jnp.inf
+    return _Step(b1, 1 - b1, b2, 1 - b2, c2, eps, eps_root, mu_weight, g_weight, longest)
+
+
+def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: Any) -> "Array":
+    """The longest step that Adam can make, by the inequality of Cauchy and Schwarz.
+
+    With `m = sum a_i g_i` and `v = sum b_i g_i**2`, where `a_i = (1 - b1) b1**i` and `b_i = (1 -
+    b2) b2**i`, is `m**2 <= sum(a_i**2 / b_i) v`; and with Nesterov's momentum `a_0` is more.
+    """
+    log_r = 2 * _log(b1) - jnp.maximum(
+        _log(b2), -1e30
+    )  # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2)
+    t = count.astype(jnp.float32)
+    is_one = jnp.abs(log_r) < 1e-6
+    ratio = jnp.expm1(t * jnp.where(is_one, -1.0, log_r)) / jnp.expm1(
+        jnp.where(is_one, -1.0, log_r)
+    )
+    total = jnp.where(is_one, t, ratio) * (1 - b1) ** 2
+    total = mu_weight**2 * total + g_weight * (2 * mu_weight * (1 - b1) + g_weight)
+    longest = jnp.sqrt(c2 * total / (1 - b2))
+    # A little more, so that rounding shortens no step of Adam's; without a bound, none is held.
+    return jnp.where(jnp.isfinite(longest), longest * (1 + 1e-5), jnp.inf)
+
+
+def _bias_correction(decay: Any, count: "Array") -> "Array":
+    """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
+    return -jnp.expm1(count * _log(decay))
+
+
+def _log(decay: Any) -> Any:
+    if isinstance(decay, (int, float)):
+        return math.log(decay) if decay > 0 else -math.inf
+    return jnp.log(decay)
+
+
+def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> "Array":
     """Zeros like `block`; where its sharding is explicit, on the devices that a parameter is on."""
     mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
     if not (isinstance(block.sharding, NamedSharding) and isinstance(mesh, Mesh)):
@@ -359,15 +423,6 @@ def _zeros_beside(block: jax.ShapeDtypeStruct, param: Any) -> "Array":
 
 def _is_inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _bias_correction(decay: Any, count: "Array") -> "Array":
-    """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
-    if isinstance(decay, jax.Array):
-        log = jnp.log(decay)
-    else:
-        log = math.log(decay) if decay > 0 else -math.inf
-    return -jnp.expm1(count * log)
 
 
 def _abs_sq(x: "Array") -> "Array":

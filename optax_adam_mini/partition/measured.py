@@ -15,12 +15,12 @@ import optax
 from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
 from optax_adam_mini.labels import (
     LabelFn,
-    check_has_state,
     path_of,
     resolve_block_specs,
     some,
     spec_leaves,
 )
+from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import Spec, outer
 
 if TYPE_CHECKING:

@@ -1,0 +1,156 @@
+"""What `update` and `init` say of a state, a gradient or a mask that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.labels import path_str, some
+from optax_adam_mini.product import Spec
+
+_CONVERT = "convert it, from_adam_state(state, params, block_specs)"
+_OTHER_SPECS = (
+    "the state was made with other block specs: pass those, or convert it, "
+    "from_adam_state(to_adam_state(state, params, its_specs), params, block_specs)"
+)
+_LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OTHER_SPECS}"
+
+
+def check_is_state(state: Any, updates: Any) -> None:
+    """Refuses the state of Adam, and arguments in another order.
+
+    Raises:
+        ValueError: if it is such.
+    """
+    if isinstance(state, optax.ScaleByAdamState):
+        raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
+    if not all(hasattr(state, name) for name in ("count", "mu", "nu")):
+        is_swapped = hasattr(updates, "count")
+        raise ValueError(
+            f"update: expected the state that init made, got a {type(state).__name__}"
+            + ": call tx.update(grads, state, params), in this order" * is_swapped
+        )
+
+
+def check_grids(
+    labels: Sequence[tuple[str, Spec]], shapes: Sequence[Any], nu: Sequence[Any]
+) -> None:
+    """Refuses second moments of other shapes than the grids that specs cut.
+
+    Raises:
+        ValueError: if one is; the message names the parameter.
+    """
+    found = [jax.tree.map(jnp.shape, v) for v in nu]
+    is_like_adams = found == [shape.shape for shape in shapes]
+    for (path, spec), shape, grid in zip(labels, shapes, found, strict=True):
+        if grid != (expected := spec.grid(shape.shape)):
+            raise ValueError(
+                f"{path or 'params'}: the state's nu has shape {grid}, but {spec} cuts the shape "
+                f"{shape.shape} into the grid {expected}: "
+                + (_LIKE_ADAMS if is_like_adams else _OTHER_SPECS)
+            )
+
+
+def check_gradient(path: str, shape: Any, gradient: Any) -> None:
+    """Refuses a gradient of another shape than its parameter.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if gradient is not None and jnp.shape(gradient) != shape.shape:
+        raise ValueError(
+            f"{path or 'params'}: got a gradient of shape {jnp.shape(gradient)}, but the state was "
+            f"made for a parameter of shape {shape.shape}: call update with gradients of the "
+            "parameters given to init"
+        )
+
+
+def check_mask(mask: Any, params: Any) -> None:
+    """Refuses a mask that is no pytree of booleans, or of another structure than the parameters.
+
+    Raises:
+        TypeError, ValueError: if it is such.
+    """
+    if mask is None or callable(mask):
+        return
+    for keys, value in jax.tree_util.tree_leaves_with_path(mask):
+        if not (isinstance(value, bool) or getattr(value, "dtype", None) == bool):
+            raise TypeError(
+                f"mask{'' if not keys else ': ' + path_str(keys)}: expected True or False, got "
+                f"{value!r}: give a pytree of booleans like the parameters, or a function that "
+                "returns one"
+            )
+    try:
+        jax.tree.map(lambda _, p: None, mask, params)
+    except ValueError as error:
+        raise ValueError(
+            f"mask must have the structure of the parameters, or be a prefix of it: {error}"
+        ) from None
+
+
+def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
+    """The leaves of `tree`, which is to have the structure of `like`, None standing for a leaf too.
+
+    Raises:
+        ValueError: if it has another one; the message says where.
+    """
+    try:
+        leaves = jax.tree.structure(like).flatten_up_to(tree)
+        if not any(isinstance(leaf, (dict, list, tuple)) for leaf in leaves):
+            return leaves
+    except ValueError:
+        pass
+    is_none = lambda x: x is None
+    got, expected = (
+        [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_none)]
+        for t in (tree, like)
+    )
+    if type(tree) is not type(like):
+        said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]
+        if isinstance(tree, tuple) and len(tree) == 2:
+            said += ["of the pair (loss, gradients) of jax.value_and_grad pass the second"]
+    else:
+        missing = [path for path in expected if path not in got]
+        surplus = [path for path in got if path not in expected]
+        said = [f"got nothing for {some(missing)}"] if missing else []
+        said += [f"got {some(surplus)}, which the parameters do not have"] if surplus else []
+    if not said:
+        said = [f"got {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"]
+    raise ValueError(
+        f"update: the {what} must have the structure of the parameters given to init: "
+        + "; ".join(said)
+    )
+
+
+def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: Any) -> None:
+    """Refuses an optimizer's state without what is looked for in it.
+
+    Args:
+        what: who asks, to begin the message with.
+        wanted: the name of the class of states that must be there.
+        others: what to say where there are others instead, by the names of their classes.
+        state: the optimizer's state.
+
+    Raises:
+        ValueError: if there is no `wanted` in it; the message names what there is.
+    """
+    found: list[str] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, tuple) and type(node).__name__.endswith("State"):
+            found.append(type(node).__name__)
+        return False
+
+    jax.tree.leaves(state, is_leaf=visit)
+    if wanted not in found:
+        root = type(state).__name__
+        inner = [name for name in dict.fromkeys(found) if name != root]
+        seen = f"a {root}" + (f" of {some(inner)}" if inner else "")
+        hint = "".join(f": {said}" for name, said in others.items() if name in found)
+        raise ValueError(
+            f"{what}expected an optimizer state with a {wanted} in it, got {seen}{hint}"
+        )
