@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,13 +53,16 @@ def by_path(
     compiled = compiled_rules("by_path", rules)
     check_default("by_path", default)
 
-    def label_fn(params: Any) -> Any:
-        check_is_params("by_path", params)
-        paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-        for rule, _ in compiled:
-            check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
-        specs = [next((s for rule, s in compiled if rule.search(path)), None) for path in paths]
+    return functools.partial(_label, compiled, default)
 
-        return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf))
 
-    return label_fn
+def _label(
+    rules: list[tuple[re.Pattern[str], Spec]], default: Spec | LabelFn | None, params: Any
+) -> Any:
+    """The specs of `params`; a function of the module, so that it can go to another process."""
+    check_is_params("by_path", params)
+    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule, _ in rules:
+        check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
+    specs = [next((s for rule, s in rules if rule.search(path)), None) for path in paths]
+    return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf))

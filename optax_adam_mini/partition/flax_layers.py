@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -126,10 +126,21 @@ def flax_layers(
     }  # fmt: skip
     usual = inspect.signature(flax_layers).parameters
     given = {name for name, option in options.items() if option != usual[name].default}
-    tracing = threading.local()  # the options that the parameters being labelled have needed
+    return functools.partial(_label, options, given, stacks, default)
+
+
+def _label(
+    options: dict[str, Any],
+    given: set[str],
+    stacks: dict[str, tuple[int, ...]],
+    default: Spec | None,
+    params: Any,
+) -> Any:
+    """The specs of `params`; a function of the module, so that it can go to another process."""
+    used: set[str] = set()  # the options that the parameters have needed
 
     def use(name: str) -> Any:
-        tracing.used.add(name)
+        used.add(name)
         return options[name]
 
     def heads(module: str, axis: int) -> BlockSpec | str:
@@ -239,59 +250,55 @@ def flax_layers(
             return per_neuron()
         return default or "its name is none of Flax's own: pass default to flax_layers"
 
-    def label_fn(params: Any) -> Any:
-        check_is_params("flax_layers", params)
-        check_only_params("flax_layers", params)
-        tracing.used = set[str]()
-        for module in stacks:
-            check_used(
-                f"flax_layers: stacked={{{module!r}: ...}}",
-                lambda path, module=module: module in path.split("/"),
-                module,
-                params,
+    check_is_params("flax_layers", params)
+    check_only_params("flax_layers", params)
+    for module in stacks:
+        check_used(
+            f"flax_layers: stacked={{{module!r}: ...}}",
+            lambda path, module=module: module in path.split("/"),
+            module,
+            params,
+        )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
+    attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
+    specs: list[Spec] = []
+    unread: dict[str, list[str]] = {}
+    for path, shape in shapes.items():
+        names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
+        axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
+        bias_shape = shapes.get((*path[:-1], "b" if names[-1] == "w" else "bias"))
+        try:
+            spec = label(
+                names,
+                path in attributes,
+                _without(axes, shape),
+                None if bias_shape is None else _without(axes, bias_shape),
             )
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
-        attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
-        specs: list[Spec] = []
-        unread: dict[str, list[str]] = {}
-        for path, shape in shapes.items():
-            names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
-            axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
-            bias_shape = shapes.get((*path[:-1], "b" if names[-1] == "w" else "bias"))
-            try:
-                spec = label(
-                    names,
-                    path in attributes,
-                    _without(axes, shape),
-                    None if bias_shape is None else _without(axes, bias_shape),
-                )
-                spec = spec if isinstance(spec, str) else _stack(spec, axes, len(shape))
-            except ValueError as error:
-                spec = str(error)
-            if isinstance(spec, str):
-                unread.setdefault(spec, []).append(f"{'/'.join(path)} {shape}")
-            else:
-                specs.append(spec)
-        if unread:
-            reasons, more = list(unread.items()), len(unread) > _SHOWN
-            raise ValueError(
-                "flax_layers cannot tell the blocks of\n"
-                + "".join(f"  {some(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
-                + f"  {sum(len(paths) for _, paths in reasons[_SHOWN:])} more\n" * more
-                + "infer_block_specs reads them off the model, or say it yourself, "
-                "by_path([(pattern, spec)], default=flax_layers())"
-            )
-        unused = given - tracing.used
-        if unused and specs and not has_masked(params):
-            said = ", ".join(f"{name}={options[name]!r}" for name in sorted(unused))
-            raise ValueError(
-                f"flax_layers: no parameter needs {said}: leave it out, or have infer_block_specs "
-                "read the blocks off the model"
-            )
-        return jax.tree.unflatten(treedef, specs)
-
-    return label_fn
+            spec = spec if isinstance(spec, str) else _stack(spec, axes, len(shape))
+        except ValueError as error:
+            spec = str(error)
+        if isinstance(spec, str):
+            unread.setdefault(spec, []).append(f"{'/'.join(path)} {shape}")
+        else:
+            specs.append(spec)
+    if unread:
+        reasons, more = list(unread.items()), len(unread) > _SHOWN
+        raise ValueError(
+            "flax_layers cannot tell the blocks of\n"
+            + "".join(f"  {some(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
+            + f"  {sum(len(paths) for _, paths in reasons[_SHOWN:])} more\n" * more
+            + "infer_block_specs reads them off the model, or say it yourself, "
+            "by_path([(pattern, spec)], default=flax_layers())"
+        )
+    unused = given - used
+    if unused and specs and not has_masked(params):
+        said = ", ".join(f"{name}={options[name]!r}" for name in sorted(unused))
+        raise ValueError(
+            f"flax_layers: no parameter needs {said}: leave it out, or have infer_block_specs "
+            "read the blocks off the model"
+        )
+    return jax.tree.unflatten(treedef, specs)
 
 
 def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

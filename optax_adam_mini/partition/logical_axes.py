@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,38 +69,43 @@ def by_logical_axes(
     table = _checked(rules, stacked)
     check_default("by_logical_axes", default)
 
-    def label_fn(params: Any) -> Any:
-        check_is_params("by_logical_axes", params)
-        named = logical_axes(params)
-        specs: list[Spec | None] = []
-        unused = set(table)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-            names = named.get(path_of(keys), ())
-            if names and len(names) != jnp.ndim(leaf):
-                raise ValueError(
-                    f"{path_str(keys)} {jnp.shape(leaf)}: has {jnp.ndim(leaf)} axes, but its "
-                    f"metadata names {names}: give every axis a name, or None"
-                )
-            own = tuple(name for name in names if name not in stacked)
-            cut = table.get(own) if names else None
-            if cut is None:
-                specs.append(None)
-                continue
-            unused.discard(own)
-            specs.append(
-                per_neuron([i for i, name in enumerate(names) if name in (*stacked, *cut)])
-            )
-        if unused and not has_masked(params):
-            have = some(sorted({str(names) for names in named.values()}))
+    return functools.partial(_label, table, stacked, default)
+
+
+def _label(
+    table: dict[Names, tuple[str, ...]],
+    stacked: tuple[str, ...],
+    default: Spec | LabelFn | None,
+    params: Any,
+) -> Any:
+    """The specs of `params`; a function of the module, so that it can go to another process."""
+    check_is_params("by_logical_axes", params)
+    named = logical_axes(params)
+    specs: list[Spec | None] = []
+    unused = set(table)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = named.get(path_of(keys), ())
+        if names and len(names) != jnp.ndim(leaf):
             raise ValueError(
-                f"by_logical_axes: no parameter has the axes {some(sorted(map(str, unused)))}; the "
-                f"parameters have {have or 'none'}"
+                f"{path_str(keys)} {jnp.shape(leaf)}: has {jnp.ndim(leaf)} axes, but its "
+                f"metadata names {names}: give every axis a name, or None"
             )
+        own = tuple(name for name in names if name not in stacked)
+        cut = table.get(own) if names else None
+        if cut is None:
+            specs.append(None)
+            continue
+        unused.discard(own)
+        specs.append(per_neuron([i for i, name in enumerate(names) if name in (*stacked, *cut)]))
+    if unused and not has_masked(params):
+        have = some(sorted({str(names) for names in named.values()}))
+        raise ValueError(
+            f"by_logical_axes: no parameter has the axes {some(sorted(map(str, unused)))}; the "
+            f"parameters have {have or 'none'}"
+        )
 
-        seen = lambda keys, _: named.get(path_of(keys), ())
-        return completed("by_logical_axes", params, specs, default, seen)
-
-    return label_fn
+    seen = lambda keys, _: named.get(path_of(keys), ())
+    return completed("by_logical_axes", params, specs, default, seen)
 
 
 def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...]]:
