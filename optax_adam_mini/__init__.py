@@ -22,6 +22,7 @@ from optax_adam_mini.partition.logical_axes import by_logical_axes
 from optax_adam_mini.partition.measured import measure_block_specs
 from optax_adam_mini.product import outer
 from optax_adam_mini.report import block_table
+from optax_adam_mini.rounding import StochasticRoundingState, stochastic_rounding
 from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini
 
@@ -31,6 +32,7 @@ __all__ = [
     "BlockSpec",
     "BlockSpecs",
     "ScaleByAdamMiniState",
+    "StochasticRoundingState",
     "adam_mini",
     "block_table",
     "by_logical_axes",
@@ -50,5 +52,6 @@ __all__ = [
     "per_tensor",
     "per_token",
     "scale_by_adam_mini",
+    "stochastic_rounding",
     "to_adam_state",
 ]

@@ -130,7 +130,7 @@ def _convert(
             return node
         mu, treedef = jax.tree_util.tree_flatten_with_path(node.mu)
         pairs: list[tuple[Any, Any]] = []
-        for (keys, m), v in zip(mu, of_parameters(node.nu, treedef), strict=True):
+        for (keys, m), v in zip(mu, of_parameters(node.nu), strict=True):
             path = path_of(keys)
             if path not in by_path:
                 raise ValueError(
@@ -144,7 +144,7 @@ def _convert(
                     f"{'/'.join(path)}: the state is not of these params: {error}"
                 ) from None
         mu = jax.tree.unflatten(treedef, [m for m, _ in pairs])
-        return new(count=node.count, mu=mu, nu=in_trees([v for _, v in pairs], treedef))
+        return new(count=node.count, mu=mu, nu=in_trees([v for _, v in pairs], node.mu))
 
     check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
     return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

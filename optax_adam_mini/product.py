@@ -19,6 +19,7 @@ import numpy as np
 
 from optax_adam_mini import sums
 from optax_adam_mini.blocks import BlockSpec, Runs, stacked_along
+from optax_adam_mini.boxes import with_kept_names
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -318,29 +319,41 @@ def _coarser_mean(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Ar
     return sums.block_mean(nu * sizes, counts) / sums.block_mean(jnp.asarray(sizes), counts)
 
 
-def of_parameters(nu: Any, treedef: Any) -> list[Any]:
+def of_parameters(nu: Any) -> list[Any]:
     """What the `nu` of a state holds of each parameter: one array, or two.
 
     Args:
         nu: a tree like the parameters, or two of them.
-        treedef: the structure of the parameters.
     """
     if not isinstance(nu, OuterMoments):
-        return treedef.flatten_up_to(nu)
-    a, b = map(treedef.flatten_up_to, nu)
-    return [x if y is None else OuterMoments(x, y) for x, y in zip(a, b, strict=True)]
+        return jax.tree.leaves(nu)
+    leaves = lambda tree: jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    pairs = zip(leaves(nu.a), leaves(nu.b), strict=True)
+    return [x if y is None else OuterMoments(x, y) for x, y in pairs if x is not None]
 
 
-def in_trees(moments: Sequence[Any], treedef: Any) -> Any:
+def in_trees(moments: Sequence[Any], params: Any) -> Any:
     """The `nu` of a state.
 
     Each of an `outer`'s arrays is in a tree of its own, since what holds an optimizer's state may
     take one array for each parameter: a variable of NNX does.
     """
+    treedef = jax.tree.structure(params)
     is_pair = lambda x: isinstance(x, OuterMoments)
+    in_tree = lambda leaves: with_kept_names(jax.tree.unflatten(treedef, leaves), params)
     if not any(map(is_pair, moments)):
-        return jax.tree.unflatten(treedef, moments)
+        return in_tree(moments)
     return OuterMoments(
-        a=jax.tree.unflatten(treedef, [x.a if is_pair(x) else x for x in moments]),
-        b=jax.tree.unflatten(treedef, [x.b if is_pair(x) else None for x in moments]),
+        a=in_tree([x.a if is_pair(x) else x for x in moments]),
+        b=in_tree([x.b if is_pair(x) else None for x in moments]),
     )
+
+
+def like_state(nu: Any, moments: Sequence[Any]) -> Any:
+    """New moments in the trees, and boxes, of a state's `nu`."""
+    is_pair = lambda x: isinstance(x, OuterMoments)
+    if not isinstance(nu, OuterMoments):
+        return jax.tree.unflatten(jax.tree.structure(nu), moments)
+    a = [x.a if is_pair(x) else x for x in moments]
+    b = [x.b for x in moments if is_pair(x)]
+    return OuterMoments(*(jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip(nu, (a, b))))

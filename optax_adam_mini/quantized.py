@@ -25,9 +25,10 @@ import numpy as np
 
 from optax_adam_mini import sums
 from optax_adam_mini.product import Outer, Spec
+from optax_adam_mini.rounding import random_bits, rounding_seed
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int8, Int32, UInt32
+    from jaxtyping import Array, Float, Int8, UInt32
 
 _FACTOR = 8.0  # of the bound
 _ONE = 127 << 23  # the bits of 1.0 in float32
@@ -99,7 +100,7 @@ def quantize(
     ratio = jnp.abs(m) * _at_every_coordinate(spec, nu, m.shape, inverse, jnp.maximum)
     ratio = ratio.astype(jnp.float32)
     cut_off = _bits_cut_off(spec, m.shape)
-    random = _random_bits(cut_off, m.shape, seed)
+    random = random_bits(cut_off, m.shape, seed)
     # Codes are in the order of their numbers, and between two of them numbers are evenly spaced as
     # bits: a random number is added to those that are cut off, and rounds up in proportion.
     bits = jax.lax.bitcast_convert_type(ratio, jnp.int32)
@@ -110,11 +111,6 @@ def quantize(
     # codes again for the update, from a copy of the old ones.
     code = jnp.where(ratio < smallest, up, code).astype(jnp.int8)
     return jnp.where(m < _ZERO, -code, code)
-
-
-def rounding_seed(count: Any, index: int) -> UInt32[Array, ""]:
-    """The seed of a step and of a parameter."""
-    return _mixed(jnp.asarray(count, jnp.uint32) * np.uint32(0x9E3779B9) + np.uint32(index))
 
 
 def _at_every_coordinate(spec: Spec, nu: Any, shape: Any, of: Any, choose: Any) -> Array:
@@ -136,19 +132,3 @@ def _bits_cut_off(spec: Spec, shape: Any) -> int:
     if isinstance(spec, Outer):
         return min(_bits_cut_off(spec.a, shape), _bits_cut_off(spec.b, shape))
     return 20 if np.max(sums.block_sizes(spec.runs(shape)), initial=0) <= 2**16 else 21
-
-
-def _random_bits(count: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
-    """For each coordinate a number of `count` bits."""
-    place = np.uint32(0)
-    for axis, size in enumerate(shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    # Added, not multiplied: times a power of two the seed would lose as many bits as places have.
-    return (_mixed(place + seed) >> (32 - count)).astype(jnp.int32)
-
-
-def _mixed(x: Any) -> Any:
-    """Every bit of the result depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

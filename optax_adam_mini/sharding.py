@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from optax_adam_mini.boxes import kept_names
 from optax_adam_mini.labels import path_of, some
 
 if TYPE_CHECKING:
@@ -28,13 +27,14 @@ def opt_state_shardings(
 ) -> PyTree[NamedSharding]:
     """The shardings of the whole state of an optimizer, from those of the parameters.
 
-    What is like a parameter (`mu`, gradients that are accumulated) is sharded like it. `nu` is,
-    axis by axis: an axis on which it has as many entries as the mesh axes divide keeps these, and
-    is replicated otherwise. Everything else (counts, hyper-parameters) is replicated. To shard the
-    state more finely than the parameters (ZeRO-1), give finer shardings.
+    An array that belongs to a parameter is sharded like it along each axis that it has in the
+    parameter's size, and along no other: `mu` and accumulated gradients like the parameter, `nu`
+    along the axes that are cut at each index. Everything else (counts, hyper-parameters) is
+    replicated. To shard the state more finely than the parameters (ZeRO-1), give finer shardings.
 
-    Where shardings are explicit (`jax.make_mesh` makes such meshes), `tx.init` gives them by itself
-    and this is not needed.
+    This is not needed where shardings are explicit (`jax.make_mesh` makes such meshes), since
+    `tx.init` gives them by itself, nor where Flax's metadata names the parameters' axes: the state
+    has the same metadata, and Flax places it (docs/sharding.md).
 
     Args:
         tx: any transformation, wrapped and chained as it may be.
@@ -73,18 +73,25 @@ def opt_state_shardings(
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
-    def of_leaf(keys: Any, leaf: Any) -> Any:
-        path = path_of(keys)  # ends with the parameter's, where the leaf is like a parameter
-        for start in range(len(path) + 1):
-            shape = shapes.get(path[start:])
-            if shape is not None and _is_part(leaf.shape, shape):
-                return _along(shardings[path[start:]], leaf.shape)
-        return replicated
+    def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
+        shape, sharding = shapes[path_of(keys)], shardings[path_of(keys)]
+        if len(leaf.shape) != len(shape):
+            return replicated
+        return sharding.update(spec=PartitionSpec(*kept_names(sharding.spec, leaf.shape, shape)))
+
+    def is_like_params(node: Any) -> bool:
+        leaves = jax.tree_util.tree_leaves_with_path(node)
+        return type(node) is type(bare) and all(path_of(keys) in shapes for keys, _ in leaves)
+
+    def of_node(node: Any) -> Any:
+        if is_like_params(node):
+            return jax.tree_util.tree_map_with_path(of_leaf, node)
+        return jax.tree.map(lambda _: replicated, node)
 
     # Shardings that are in the parameters' own types say nothing here.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(tx.init, bare)
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return jax.tree.map(of_node, state, is_leaf=is_like_params)
 
 
 def _resolve(
@@ -141,18 +148,3 @@ def _checked(
     except ValueError as error:
         raise ValueError(f"{path} {shape}: {sharding.spec} does not fit: {error}") from error
     return sharding
-
-
-def _is_part(part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether an array may be a parameter's grid of blocks, or like the parameter itself."""
-    return len(part) == len(whole) and all(n <= size for n, size in zip(part, whole, strict=True))
-
-
-def _along(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a parameter for an array with as many axes and no more indices."""
-    kept = []
-    for size, names in itertools.zip_longest(shape, sharding.spec):
-        over = (names,) if isinstance(names, str) else names if isinstance(names, tuple) else ()
-        kept.append(names if size % math.prod(sharding.mesh.shape[name] for name in over) == 0
-                    and over else None)  # fmt: skip
-    return sharding.update(spec=PartitionSpec(*kept))

@@ -27,7 +27,7 @@ from optax_adam_mini.labels import (
     spec_leaves,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
-from optax_adam_mini.product import Spec, in_trees, of_parameters
+from optax_adam_mini.product import Spec, in_trees, like_state, of_parameters
 from optax_adam_mini.quantized import check_decays, dequantize, quantize, rounding_seed
 from optax_adam_mini.sums import widen
 
@@ -248,7 +248,7 @@ def _scale_by_adam_mini(
     *, b1: Any, b2: Any, eps: Any, eps_root: Any, mu_dtype: Any, nesterov: bool, block_specs: Any
 ) -> optax.GradientTransformation:
     def init_fn(params: Any) -> ScaleByAdamMiniState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         labels = resolve_block_specs(block_specs, params)
         check_in_range(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
         if mu_dtype == jnp.int8:
@@ -270,7 +270,7 @@ def _scale_by_adam_mini(
                     jax.tree.map(lambda v, leaf=leaf: _zeros_beside(v, leaf), block)
                     for block, leaf in zip(blocks, leaves, strict=True)
                 ],
-                treedef,
+                params,
             ),
         )
 
@@ -334,7 +334,7 @@ def _scale_by_adam_mini(
             raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
         # mu, not updates, has the parameters' structure: gradients may be None.
         mu, treedef = jax.tree.flatten(state.mu)
-        nu, grads = of_parameters(state.nu, treedef), leaves_as(state.mu, "gradients", updates)
+        nu, grads = of_parameters(state.nu), leaves_as(state.mu, "gradients", updates)
         like = grads if params is None else leaves_as(state.mu, "params", params)
         labels = resolve_block_specs(block_specs, state.mu)
         is_like_adams = jax.tree.map(jnp.shape, nu) == [m.shape for m in mu]
@@ -343,7 +343,7 @@ def _scale_by_adam_mini(
             for index, (label, *leaves) in enumerate(zip(labels, grads, mu, nu, like, strict=True))
         ]
         updates, mu = (jax.tree.unflatten(treedef, [leaf[i] for leaf in new]) for i in range(2))
-        nu = in_trees([leaf[2] for leaf in new], treedef)
+        nu = like_state(state.nu, [leaf[2] for leaf in new])
         return updates, ScaleByAdamMiniState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_fn, update_fn)

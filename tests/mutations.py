@@ -12,7 +12,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ["tests/test_transform.py", "tests/test_sums.py", "tests/test_golden.py",
          "tests/test_optax_wrappers.py", "tests/test_convert.py", "tests/test_product.py",
-         "tests/test_quantized.py"]  # fmt: skip
+         "tests/test_quantized.py", "tests/test_rounding.py"]  # fmt: skip
 
 # (file, what stands there, the fault)
 FAULTS = {
@@ -84,8 +84,21 @@ FAULTS = {
     ),
     "codes are cut off": ("quantized.py", "(bits + random - _ONE)", "(bits - _ONE)"),
     "the smallest code is rounded to zero": ("quantized.py", "(ratio < smallest, up, code)", "(ratio < smallest, 0, code)"),
-    "the same random numbers at every step": ("quantized.py", "_mixed(place + seed)", "_mixed(place)"),
-    "the same random numbers in every parameter": ("quantized.py", " + np.uint32(index))", ")"),
+    "the same random numbers at every step": ("rounding.py", "mixed(place + seed)", "mixed(place)"),
+    "bits of the step left out": ("rounding.py", "mixed(mixed(jnp.asarray(count, jnp.uint32)) +", "mixed("),
+    "the same random numbers in every parameter": ("rounding.py", " + jnp.asarray(salt, jnp.uint32))", ")"),
+    "the numbers of the moment of a parameter": ("rounding.py", '(path_of(keys), "params")', "path_of(keys)"),
+    "parameters rounded toward zero": ("rounding.py", "bits + random_bits(16, x.shape, seed).astype(jnp.uint32)", "bits"),
+    "half of the random bits": ("rounding.py", "random_bits(16,", "random_bits(15,"),
+    "float32 parameters rounded": (
+        "rounding.py",
+        "if u is None or not _is_bfloat16(p):",
+        "if u is None or not jnp.issubdtype(p.dtype, jnp.floating):",
+    ),
+    "a difference in bfloat16": ("rounding.py", "-0.0, new - old)", "-0.0, (new - old).astype(jnp.bfloat16))"),
+    "gradients not widened": ("rounding.py", "            _widened(updates), state", "            updates, state"),
+    "state of parameters in bfloat16": ("rounding.py", "inner.init(_widened(params))", "inner.init(params)"),
+    "beyond the largest number to infinity": ("rounding.py", "rounded, nearest)", "rounded, x)"),
     "the old bound for the new moment": (
         "transform.py",
         "(1 - b1) * g, nu, seed)",

@@ -35,7 +35,9 @@ LAYERS = [
     ["blocks", "compiled", "hyperparams"],
     ["sums"],
     ["product"],
-    ["labels", "quantized"],
+    ["labels"],
+    ["rounding"],
+    ["quantized"],
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
      "dataflow", "report", "sharding", "hessian"],
     ["transform"],
@@ -85,9 +87,10 @@ def test_imports_point_one_way():
 def test_public_interface():
     """Name by name."""
     assert sorted(optax_adam_mini.__all__) == [
-        "BlockSpec", "BlockSpecs", "ScaleByAdamMiniState", "adam_mini", "block_table", "by_logical_axes",
+        "BlockSpec", "BlockSpecs", "ScaleByAdamMiniState", "StochasticRoundingState", "adam_mini", "block_table", "by_logical_axes",
         "by_path", "explain", "flax_layers", "from_adam_state", "fused", "infer_block_specs",
         "infer_muon_dimension_numbers", "measure_block_specs", "opt_state_shardings", "outer",
         "per_element", "per_head",
-        "per_neuron", "per_tensor", "per_token", "scale_by_adam_mini", "to_adam_state",
+        "per_neuron", "per_tensor", "per_token", "scale_by_adam_mini", "stochastic_rounding",
+        "to_adam_state",
     ]  # fmt: skip

@@ -40,7 +40,7 @@ PARAM_SPECS = {
 }
 BLOCKS = by_path([("query/kernel", per_head(6)), ("bias", per_neuron(0))], default=per_neuron(-1))
 NU_SPECS = {
-    "query": {"kernel": P(None, "tensor")},
+    "query": {"kernel": P(None, None)},  # six heads, an axis that the parameter does not have
     "mlp": {"kernel": P(None, "tensor"), "bias": P(("tensor", "fsdp"))},
     "norm": P(None),
 }
@@ -70,12 +70,33 @@ def test_mu_is_like_the_parameter_and_nu_axis_by_axis():
     assert found[0].count.spec == P()
 
 
-def test_an_axis_that_the_mesh_does_not_divide_is_replicated():
-    for heads, spec in ((2, P(None, "tensor")), (3, P(None, None)), (8, P(None, "tensor"))):
-        tx = adam_mini(1e-3, block_specs=per_head(heads))
+def test_an_axis_of_another_size_than_the_parameters_is_replicated():
+    for spec, expected in (
+        (per_head(8), P(None, None)),
+        (per_head(24), P(None, "tensor")),
+        (per_neuron(), P(None, "tensor")),
+        (per_neuron(0), P("fsdp", None)),
+    ):
+        tx = adam_mini(1e-3, block_specs=spec)
         found = opt_state_shardings(tx, jnp.ones((16, 24)), P("fsdp", "tensor"), mesh=MESH)
-        assert same(found[0].nu, spec)
+        assert same(found[0].nu, expected)
         assert same(found[0].mu, P("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "mu", "nu", "0", "trace", "acc_grads"])
+def test_a_module_may_be_called_like_a_part_of_the_state(name):
+    params = {name: {"kernel": jnp.ones((8, 4))}, "kernel": jnp.ones((8, 4))}
+    specs = {name: {"kernel": P()}, "kernel": P("fsdp", None)}
+    kernel = outer(per_neuron(axis=0), per_neuron())
+    for tx in (adam_mini(1e-3, block_specs=kernel), optax.adamw(1e-3), optax.sgd(1.0, 0.9)):
+        state = opt_state_shardings(optax.MultiSteps(tx, 2), params, specs, mesh=MESH)
+        trees = [state.acc_grads, *(tree for part in state.inner_opt_state for tree in part)]
+        kernels = [tree for tree in trees if isinstance(tree, dict)]
+        kernels += [tree.a for tree in trees if hasattr(tree, "a")]
+        assert len(kernels) >= 2
+        for tree in kernels:
+            assert same(tree["kernel"], P("fsdp", None))
+            assert same(tree[name]["kernel"], P(None, None))
 
 
 def test_a_row_and_a_column_are_sharded_axis_by_axis():
@@ -91,9 +112,9 @@ def test_a_row_and_a_column_are_sharded_axis_by_axis():
     found = opt_state_shardings(tx, params, specs, mesh=MESH)
     assert jax.tree.structure(found) == jax.tree.structure(tx.init(params))
     nu = found[1][0].nu
-    assert same(nu.a["kernel"], P("fsdp", "tensor"))  # six heads over two devices
+    assert same(nu.a["kernel"], P("fsdp", None))  # six heads
     assert same(nu.b["kernel"], P(None, "tensor"))
-    assert same(nu.a["a"][0], P("tensor", None))  # and over four
+    assert same(nu.a["a"][0], P("tensor", None))
     assert same(nu.b["a"][0], P(None, "fsdp"))
     assert same(nu.a["b"], P(None))
     jax.jit(tx.init, out_shardings=found)(params)

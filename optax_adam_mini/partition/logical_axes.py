@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_adam_mini.blocks import per_neuron
+from optax_adam_mini.boxes import axis_names
 from optax_adam_mini.labels import (
     LabelFn,
     check_default,
@@ -129,20 +130,7 @@ def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...
 
 def logical_axes(params: Any) -> dict[tuple[str, ...], Names]:
     """The names of the axes of the parameters that have any, by path."""
-    found: dict[tuple[str, ...], Names] = {}
-    is_box = lambda x: _names(x) is not None
-    for keys, box in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
-        names = _names(box)
-        if names is not None:
-            found[path_of(keys)] = names
-    return found
-
-
-def _names(box: Any) -> Names | None:
-    """Of a box of Linen, `names`; of a variable of NNX, metadata, once called `sharding_names`."""
-    names = getattr(box, "names", None)
-    metadata = getattr(box, "get_metadata", None)
-    if names is None and callable(metadata):
-        given: Any = metadata()
-        names = given.get("out_sharding", given.get("sharding_names"))
-    return tuple(names) if isinstance(names, tuple | list) else None
+    is_box = lambda x: axis_names(x) is not None
+    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    named = {path_of(keys): axis_names(box) for keys, box in boxes}
+    return {path: names for path, names in named.items() if names is not None}

@@ -1,0 +1,90 @@
+"""The boxes in which Flax keeps parameters, and the names that they give to axes.
+
+Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree, and what they know of an array is
+part of the tree's structure. An optimizer's state is in the same boxes, so that Flax places it on a
+mesh as it places the parameters. The package imports no Flax: boxes are told by what they have.
+
+One rule says how an array of the state is placed, here and in
+[`opt_state_shardings`][optax_adam_mini.opt_state_shardings]: **along an axis that it has in the
+parameter's size it has the parameter's name (or mesh axes), and along any other it has none.**
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+_OF_VARIABLES = ("out_sharding", "optimizer_sharding", "sharding_names")
+
+
+def kept_names(names: Sequence[Any], part: Sequence[int], whole: Sequence[int]) -> tuple[Any, ...]:
+    """The rule: what an array of the state keeps of its parameter's names.
+
+    Args:
+        names: of the parameter's axes, or of the first of them.
+        part: the array's shape, of the parameter's rank.
+        whole: the parameter's shape.
+
+    Examples:
+        >>> kept_names(("fsdp", "tensor"), (1, 24), (16, 24))
+        (None, 'tensor')
+    """
+    axes = itertools.zip_longest(names, part, whole)
+    return tuple(name if size == full else None for name, size, full in axes)
+
+
+def axis_names(box: Any) -> tuple[Any, ...] | None:
+    """The names of a parameter's axes that its box has; None of what is no box, or has none.
+
+    Of a box of Linen these are `names`; of a variable of NNX it is metadata.
+    """
+    names = getattr(box, "names", None) if hasattr(box, "unbox") else None
+    if names is None:
+        metadata = _metadata(box)
+        names = next((names for key in _OF_VARIABLES if (names := metadata.get(key))), None)
+    if isinstance(names, NamedSharding):
+        names = names.spec
+    return tuple(names) if isinstance(names, (tuple, list, PartitionSpec)) else None
+
+
+def with_kept_names(parts: Any, params: Any) -> Any:
+    """Arrays of the state in boxes whose names are those that the rule keeps.
+
+    Args:
+        parts: a tree like `params`, with their boxes, of arrays of their ranks.
+        params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
+    """
+
+    def renamed(box: Any, param: Any) -> Any:
+        if not _is_box(box) or not (inside := jax.tree.leaves(box)):
+            return box
+        shapes = jnp.shape(inside[0]), jnp.shape(jax.tree.leaves(param)[0])
+        if hasattr(box, "unbox"):
+            return box.replace(names=kept_names(box.names, *shapes))
+        box = jax.tree.map(lambda x: x, box)  # a variable of its own
+        for key in _OF_VARIABLES:
+            if names := _metadata(box).get(key):
+                if isinstance(names, NamedSharding):
+                    spec = PartitionSpec(*kept_names(names.spec, *shapes))
+                    box.set_metadata(key, names.update(spec=spec))
+                else:
+                    kept = kept_names(names, *shapes)
+                    is_spec = isinstance(names, PartitionSpec)
+                    box.set_metadata(key, PartitionSpec(*kept) if is_spec else kept)
+        return box
+
+    return jax.tree.map(renamed, parts, params, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+    return axis_names(x) is not None
+
+
+def _metadata(box: Any) -> dict[str, Any]:
+    get = getattr(box, "get_metadata", None)
+    return get() if callable(get) else {}

@@ -1,0 +1,191 @@
+"""Parameters in bfloat16 without a copy in float32: rounded up or down at random, in proportion.
+
+Rounded to nearest, a step of less than half a unit in the last place is lost, however often it is
+made. Rounded at random it is kept in the mean, and the mean of many steps is what training needs.
+
+The random numbers are a hash of the step, the parameter's path and the coordinate: no key is
+kept, and they are the same on any mesh, in any process and after any restart.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adam_mini.labels import path_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Int32, PyTree, UInt32
+
+
+class StochasticRoundingState(NamedTuple):
+    """State of [`stochastic_rounding`][].
+
+    Attributes:
+        count: number of updates made, shape `()`, int32: the random numbers depend on it.
+        inner_state: of the transformation inside, for parameters in float32.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner_state: PyTree
+
+
+def stochastic_rounding(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains bfloat16 parameters as if in float32, and rounds them at random after each step.
+
+    `inner` sees gradients and parameters in float32, weight decay included, and keeps its state for
+    such. The new parameter, `p + u` in float32, becomes one of its two neighbours in bfloat16, each
+    with the probability that makes `p + u` the mean. Returned is its difference from the old one,
+    in float32: `optax.apply_updates` adds it to exactly the new parameter (in bfloat16 a difference
+    would be rounded itself).
+
+    It goes outermost: what comes after it would be rounded to nearest again. Parameters in float32
+    or wider, and integers, are updated as without it. `init` makes float32 stand-ins of the
+    parameters, which take memory unless it is called under `jax.jit`; `update` under `jax.jit`
+    makes none.
+
+    Args:
+        inner: any transformation, chained and wrapped as it may be; its `update` gives what is to
+            be added to the parameters.
+
+    Returns:
+        The transformation; its state is a
+        [`StochasticRoundingState`][optax_adam_mini.rounding.StochasticRoundingState].
+
+    Raises:
+        TypeError: in `init`, if a parameter is in float16 or narrower.
+        ValueError: in `init`, if no parameter is in bfloat16; in `update`, if `params` are left
+            out.
+
+    Examples:
+        >>> params = {"kernel": jnp.ones((4, 6), jnp.bfloat16)}
+        >>> tx = stochastic_rounding(adam_mini(1e-3, mu_dtype=jnp.int8))
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> optax.apply_updates(params, updates)["kernel"].dtype
+        dtype(bfloat16)
+
+    References:
+        Zamirai et al., [Revisiting BFloat16 Training](https://arxiv.org/abs/2010.06192).
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> StochasticRoundingState:
+        _check_params(params)
+        return StochasticRoundingState(jnp.zeros([], jnp.int32), inner.init(_widened(params)))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        if params is None:
+            raise ValueError(
+                "stochastic_rounding rounds the parameters, and update got none: call "
+                "tx.update(grads, state, params)"
+            )
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def round_leaf(keys: Any, u: Any, p: Any) -> Any:
+            if u is None or not _is_bfloat16(p):
+                return u
+            old = p.astype(jnp.float32)
+            new = round_to_bfloat16((old + u).astype(jnp.float32), rounding_seed(count, salt_of((path_of(keys), "params"))))
+            # Infinity stays, and zero keeps its sign: -0.0 changes nothing that it is added to.
+            return jnp.where(new == old, -0.0, new - old)
+
+        updates, inner_state = inner.update(
+            _widened(updates), state.inner_state, _widened(params), **extra_args
+        )
+        rounded = jax.tree_util.tree_map_with_path(
+            round_leaf, updates, params, is_leaf=lambda u: u is None
+        )
+        return rounded, StochasticRoundingState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def round_to_bfloat16(
+    x: Float[Array, "*shape"], seed: UInt32[Array, ""]
+) -> Float[Array, "*shape"]:
+    """A neighbour of `x` in bfloat16, in float32; over many seeds their mean is `x`.
+
+    Args:
+        x: in float32.
+        seed: of the rounding.
+
+    Examples:
+        >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
+        dtype('float32')
+    """
+    # Between two neighbours float32's numbers are evenly spaced as bits: a random number is added
+    # to the 16 that are cut off, and carries in proportion.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + random_bits(16, x.shape, seed).astype(jnp.uint32)) & np.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    # Beyond the largest number, to nearest. No conversion there and back: XLA leaves such out.
+    nearest = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
+
+
+def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
+    """The seed of a step, and of what is rounded in it."""
+    return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
+
+
+def salt_of(what: Hashable) -> np.uint32:
+    """A number for a path, or for another thing of names, the same in every process.
+
+    Examples:
+        >>> int(salt_of(("layer", "kernel")))
+        841920579
+    """
+    return np.uint32(zlib.crc32(repr(what).encode()))  # the quotes of repr keep names apart
+
+
+def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
+    """For each coordinate a number of `bits` bits, at most 31."""
+    place = np.uint32(0)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
+    # Added, not multiplied: times a power of two the seed would lose as many bits as places have.
+    return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
+
+
+def mixed(x: Any) -> Any:
+    """Every bit of the result depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _is_bfloat16(x: Any) -> bool:
+    return getattr(x, "dtype", None) == jnp.bfloat16
+
+
+def _widened(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_bfloat16(x) else x, tree)
+
+
+def _check_params(params: Any) -> None:
+    dtypes = {path_of(keys): getattr(p, "dtype", None)
+              for keys, p in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    for path, dtype in dtypes.items():
+        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"{'/'.join(path)}: expected bfloat16, or float32 and wider, which are left alone; "
+                f"got {dtype}, whose few bits of exponent lose small parameters and gradients "
+                "before they can be rounded: keep the parameters in bfloat16"
+            )
+    if dtypes and jnp.bfloat16 not in dtypes.values():
+        path, dtype = next(iter(dtypes.items()))
+        raise ValueError(
+            f"stochastic_rounding: expected parameters in bfloat16, and found none ({'/'.join(path)} "
+            f"is {dtype}): leave it out, or cast them, "
+            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)"
+        )
