@@ -42,7 +42,7 @@ def test_every_layer_has_rows_and_columns_of_its_own(code, specs):
     grids = lambda name, shape: next(
         tuple(spec.grid(shape)) for path, spec in found.items() if f"layers/{name}/kernel" in path
     )
-    assert grids("query", (32, 3, 4, 8)) == ((32, 3, 4, 1), (1, 3, 4, 8))
+    assert grids("query", (32, 3, 4, 8)) == ((32, 3, 1, 1), (1, 3, 4, 8))
     assert grids("wo", (64, 3, 32)) == ((64, 3, 1), (1, 3, 32))
 
 
