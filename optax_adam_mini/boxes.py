@@ -1,8 +1,8 @@
 """The boxes in which Flax keeps parameters, and the names that they give to axes.
 
-Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree, and what they know of an array is
-part of the tree's structure. An optimizer's state is in the same boxes, so that Flax places it on a
-mesh as it places the parameters. The package imports no Flax: boxes are told by what they have.
+Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree, and what they know of an array
+is part of the tree's structure. An optimizer's state is in the same boxes, so that Flax places it
+on a mesh as it places the parameters. The package imports no Flax: boxes are told by what they have.
 
 One rule says how an array of the state is placed, here and in
 [`opt_state_shardings`][optax_adam_mini.opt_state_shardings]: **along an axis that it has in the

@@ -114,8 +114,8 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     is_wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
     if not (is_wide or dtype == jnp.int8):
         raise TypeError(
-            "mu_dtype must be float32, bfloat16, another floating-point dtype of 16 bits or more, "
-            f"or jnp.int8 for 8 bits, got {mu_dtype!r}"
+            f"mu_dtype must be a floating-point dtype or jnp.int8, got {mu_dtype!r}"
+            + ": jnp.int8 is what keeps 8 bits" * (dtype is not None and dtype.itemsize == 1)
         )
     return dtype
 
@@ -143,7 +143,7 @@ def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> 
         raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
     number = float(value)
     if not 0 <= number < below:
-        expected = "in [0, 1)" if below == 1 else "finite and at least 0"
+        expected = "in [0, 1)" if below == 1 else "at least 0" + ", and finite" * (number > 0)
         dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
         is_narrow = bool(dtype) and value.dtype.itemsize < 4
         remedy = f": 0.999 rounds to 1 in it{_WIDER}" if is_narrow and number == 1 else ""

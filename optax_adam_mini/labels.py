@@ -148,7 +148,8 @@ def _called(label_fn: LabelFn, params: Any) -> Any:
         )
     if is_label_function(returned):
         function = jax.tree.leaves(returned)[0]
-        name = getattr(function, "__name__", type(function).__name__)
+        named = getattr(function, "func", function)  # of a partial
+        name = getattr(named, "__name__", type(named).__name__)
         raise TypeError(
             f"block_specs: the label function returned the function {name}, expected a BlockSpec "
             "or a pytree of them: call it, as in lambda params: per_neuron() or "

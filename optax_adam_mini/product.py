@@ -198,10 +198,10 @@ class Outer:
             Array([[1., 2.],
                    [3., 6.]], dtype=float32)
         """
-        if tuple(map(jnp.shape, nu)) != self.grid(shape):
+        if (shapes := jax.tree.map(jnp.shape, nu)) != self.grid(shape):
             raise ValueError(
                 f"{self} cuts the shape {tuple(shape)} into the grids {self.grid(shape)}, "
-                f"but got {tuple(map(jnp.shape, nu))}"
+                f"but got {shapes}"
             )
         (v_a, a), (ratio, b) = self.factors(nu, shape)
         v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
@@ -342,9 +342,9 @@ def _as_runs(sizes: np.ndarray) -> Runs:
 def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
     """The mean over the blocks of a coarser grid, from the finite means over a finer one's."""
     sizes, counts = sums.block_sizes(fine), _counts(fine, coarse)
+    weights = jnp.ones_like(nu) * (1 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1))
     total = lambda x: sums.block_mean(jnp.where(jnp.isfinite(nu), x, 0), counts)
-    weights = jnp.broadcast_to(jnp.asarray(sizes, nu.dtype), nu.shape)
-    return total(nu * sizes) / jnp.maximum(total(weights), jnp.finfo(nu.dtype).tiny)
+    return total(nu * weights) / jnp.maximum(total(weights), jnp.finfo(nu.dtype).tiny)
 
 
 def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:

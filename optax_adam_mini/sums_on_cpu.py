@@ -77,16 +77,23 @@ def part_means(
         value: an elementwise function, which widens to float32 first.
     """
 
-    def sliced(x: Array) -> Array:
-        means: list[Array] = []
-        for start, stop in bounds:
-            part = jax.lax.slice_in_dim(x, start, stop, axis=axis)
-            total = whole_axes_sum(part, [axis], value)
-            plain = jnp.sum(value(part), axis, keepdims=True) if total is None else total(part)
-            means.append(plain / (stop - start))
+    def split(x: Array) -> Array:
+        # Into equal pieces of parts; a slice for each part would be squared together, in memory.
+        pieces = x.reshape(*x.shape[:axis], -1, piece, *x.shape[axis + 1 :])
+        total = whole_axes_sum(pieces, [axis + 1], value)
+        plain = lambda x: jnp.sum(value(x), axis + 1, keepdims=True)
+        sums = jnp.squeeze((total or plain)(pieces), axis + 1)
+        means = [
+            jax.lax.slice_in_dim(sums, start // piece, stop // piece, axis=axis).sum(
+                axis, keepdims=True
+            )
+            / (stop - start)
+            for start, stop in bounds
+        ]
         return jnp.concatenate(means, axis)
 
-    return None if _is_sharded(x, axis) else sliced
+    piece = math.gcd(*(stop - start for start, stop in bounds))
+    return None if _is_sharded(x, axis) else split
 
 
 def _is_sharded(x: Array, axis: int) -> bool:

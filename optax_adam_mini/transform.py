@@ -103,7 +103,7 @@ def scale_by_adam_mini(
         >>> state = tx.init(params)
         >>> updates, state = tx.update({"scale": jnp.array([1.0, 2.0, 3.0])}, state)
         >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
-        ['0.463', '0.926', '1.389'] (1,)
+        ['0.463', '0.926', '1.000'] (1,)
     """
     return _in_dtypes(
         _wide_adam_mini(

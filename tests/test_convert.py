@@ -62,7 +62,7 @@ def test_takes_over_in_8_bits_in_any_wrapper(name, specs):
     back = to_adam_state(converted, p, specs)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
     mu, found = ([m for _, m in optax.tree.get_all_with_path(s, "mu")] for s in (state, back))
-    chex.assert_trees_all_close(found, mu, rtol=1 / 8, atol=1e-4)
+    chex.assert_trees_all_close(found, mu, rtol=1 / 4, atol=1e-2)
     train(mini, p, converted, range(4, 6))
 
 

@@ -69,7 +69,7 @@ def test_resolve_block_specs():
         (
             lambda params: flax_layers(),
             TypeError,
-            "the label function returned the function label_fn",
+            "the label function returned the function _label",
         ),
         (lambda params: None, TypeError, "the label function returned None, expected a BlockSpec"),
         (

@@ -104,7 +104,7 @@ def test_any_grid_is_the_papers_formulas(case, dtype, betas, weight_decay, seed)
     rng = np.random.default_rng(seed)
     p = jnp.asarray(rng.normal(size=shape), dtype)
     grads = jnp.asarray(rng.normal(size=(4, *shape)), dtype)
-    tx = adam_mini(1e-2, *betas, weight_decay=weight_decay, block_specs=spec)
+    tx = adam_mini(1e-2, *betas, weight_decay=weight_decay, bounded=False, block_specs=spec)
     trajectory, state = run(tx, p, steps=4, grads=lambda t: grads[t])
     expected, v = numpy_adam_mini.run(p, grads, edges, 1e-2, *betas, 1e-8, weight_decay)
     np.testing.assert_allclose(state[0].nu, v, rtol=1e-5)
@@ -117,7 +117,9 @@ def test_any_grid_is_the_papers_formulas(case, dtype, betas, weight_decay, seed)
 
 def test_second_step_by_hand():
     # b1 = 1/2, b2 = 1/2, two gradients (2, 4) and (6, 2): mean squares 10 and 20.
-    tx = adam_mini(1.0, b1=0.5, b2=0.5, eps=0.0, weight_decay=0.0, block_specs=per_tensor())
+    tx = adam_mini(
+        1.0, b1=0.5, b2=0.5, eps=0.0, weight_decay=0.0, bounded=False, block_specs=per_tensor()
+    )
     grads = [jnp.array([2.0, 4.0]), jnp.array([6.0, 2.0])]
     _, state = run(tx, jnp.zeros(2), steps=2, grads=lambda t: grads[t])
     updates, _ = tx.update(grads[1], tx.init(jnp.zeros(2)))

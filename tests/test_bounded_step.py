@@ -1,0 +1,105 @@
+"""No coordinate moves further in a step than Adam could move it, whatever the gradients are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adam_mini import fused, outer, per_element, per_head, per_neuron, per_tensor
+from optax_adam_mini import scale_by_adam_mini
+
+MATRIX = outer(per_neuron(axis=0), per_neuron())
+SHAPE = (32, 64)
+SPECS = {
+    "outer": MATRIX,
+    "outer, heads": outer(per_head(4, stacked=0), per_neuron()),
+    "neurons": per_neuron(),
+    "one block": per_tensor(),
+    "fused": fused(-1, [(32, per_head(2)), (32, per_neuron())]),
+}
+
+
+def longest(b1, b2, t, nesterov=False):
+    """Adam's longest step: the largest |m_hat| / sqrt(v_hat) of `t` gradients, in closed form."""
+    i = np.arange(t)
+    a, b = (1 - b1) * b1**i, (1 - b2) * b2**i
+    if nesterov:
+        weights = b1 * a / (1 - b1 ** (t + 1))
+        weights[0] += (1 - b1) / (1 - b1**t)
+    else:
+        weights = a / (1 - b1**t)
+    return np.sqrt((weights**2 / b).sum() * (1 - b2**t))
+
+
+def noise(t):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), t), SHAPE)
+
+
+def in_blocks(t):
+    """Two tasks, whose losses weigh 1 and 0.01, each with rows and columns of its own."""
+    first = jnp.arange(SHAPE[0])[:, None] < 16
+    own = first == (jnp.arange(SHAPE[1])[None] < 32)
+    return noise(t) * own * jnp.where(first, 1.0, 0.01)
+
+
+GRADIENTS = {
+    "spike": lambda t: noise(t).at[3, 5].set(1e5) if t == 20 else noise(t),
+    "glitch": lambda t: noise(t).at[:, 5].mul(10.0 ** (4 + t % 3)) if t == 20 else noise(t),
+    "blocks": in_blocks,
+    "louder": lambda t: noise(t) * (1e4 if t > 20 else 1.0),
+    "quieter": lambda t: noise(t) * (1e-4 if t > 20 else 1.0),
+}
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("gradients", GRADIENTS.values(), ids=GRADIENTS)
+def test_no_step_is_longer_than_adams(gradients, nesterov, mu_dtype):
+    b1, b2 = 0.9, 0.95
+    txs = {
+        (name, bounded): scale_by_adam_mini(
+            b1, b2, mu_dtype=mu_dtype, nesterov=nesterov, bounded=bounded, block_specs=spec
+        )
+        for name, spec in SPECS.items()
+        for bounded in (True, False)
+    }
+    states = {key: tx.init(jnp.zeros(SHAPE)) for key, tx in txs.items()}
+    update = jax.jit(lambda g, states: {key: txs[key].update(g, s) for key, s in states.items()})
+    held = {name: False for name in SPECS}
+    for t in range(1, 40):
+        new = update(gradients(t), states)
+        states = {key: state for key, (_, state) in new.items()}
+        for name in SPECS:
+            free, found = new[name, False][0], new[name, True][0]
+            bound = longest(b1, b2, t, nesterov)
+            assert jnp.abs(found).max() <= bound * 1.0001, (name, t)
+            # Nothing else is changed.
+            np.testing.assert_allclose(found, jnp.clip(free, -bound, bound), rtol=1e-4, atol=1e-6)
+            held[name] |= bool(jnp.abs(free).max() > 1.01 * bound)
+    assert all(held.values())  # without the bound, a step was longer
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.9, 0.81), (0.95, 0.8), (0.0, 0.0)])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_that_adam_makes_is_not_shortened(betas, nesterov):
+    """The longest that there is, too: gradients for which the inequality is an equality."""
+    b1, b2 = betas
+    adam = optax.scale_by_adam(b1, b2, nesterov=nesterov, eps=1e-30)
+    mini = scale_by_adam_mini(b1, b2, eps=1e-30, nesterov=nesterov, block_specs=per_element())
+    states = adam.init(jnp.zeros(4)), mini.init(jnp.zeros(4))
+    for t in range(1, 30):
+        growing = (max(b2, 0.1) / max(b1, 0.1)) ** t
+        g = jnp.array([1.0, -growing, 1e-3 * t, (-1.0) ** t])
+        expected, first = adam.update(g, states[0])
+        found, second = mini.update(g, states[1])
+        states = first, second
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_complex_updates_keep_their_direction():
+    g = jnp.array([3 + 4j, 0.01j, 0.0])
+    tx, free = (scale_by_adam_mini(bounded=b, block_specs=per_tensor()) for b in (True, False))
+    (found, _), (expected, _) = (t.update(g, t.init(g)) for t in (tx, free))
+    np.testing.assert_allclose(found[0], (3 + 4j) / 5, rtol=1e-4)
+    np.testing.assert_allclose(found[1:], expected[1:])
