@@ -31,6 +31,13 @@ STOPPING = {
     "stop_gradient", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "is_finite",
     "argmax", "argmin", "not", "and", "or", "xor",
 }  # fmt: skip
+# After which each index of an axis acts by itself.
+TAKES = {"scan_slice", "dynamic_slice", "gather"}
+# Which make one number of many, that all go into alike.
+SUMS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
+    "pmax", "pmin",
+}  # fmt: skip
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 
 
@@ -65,6 +72,8 @@ class Program:
     arrays: list[int] = dataclasses.field(default_factory=list)
     """Arrays that the function closes over."""
     outputs: list[int] = dataclasses.field(default_factory=list)
+    losses: list[int] = dataclasses.field(default_factory=list)
+    """The outputs that are differentiated."""
     zeros: set[int] = dataclasses.field(default_factory=set)
     """Values that are zero."""
     reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -88,10 +97,10 @@ class Program:
         seen, todo, found = {place}, [place], set[str]()
         while todo:
             place = todo.pop()
-            if place in self.outputs:
+            if place in self.losses:
                 found.add("output")
             for step in self.consumers.get(place, ()):
-                if step.is_backward:
+                if step.is_backward or id(step) in self.stopped:
                     continue
                 sums_nothing = step.name == "reduce_sum" and all(
                     self.shapes[step.inputs[0]][axis] == 1 for axis in step.params["axes"]
@@ -123,8 +132,8 @@ def drop_unused(program: Program) -> None:
     The forward pass behind a derivative is kept whole: it says what a parameter is that only the
     derivative goes through.
     """
-    needed = _reached(program, program.steps)
-    strictly = _reached(program, program.steps, with_implied=False)
+    needed = _reached(program.steps, program.outputs)
+    strictly = _reached(program.steps, program.outputs, with_implied=False)
     program.implied = {id(s) for s in program.steps if strictly.isdisjoint(s.outputs)}
     used = [step.has_effect or not needed.isdisjoint(step.outputs) for step in program.steps]
     program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
@@ -132,15 +141,17 @@ def drop_unused(program: Program) -> None:
 
 
 def without_gradient(program: Program) -> set[int]:
-    """The steps whose results reach outputs only where no gradient comes back from there."""
+    """The steps whose results reach the loss only where no gradient comes back from there."""
     steps = [step for step in program.steps if step.name not in STOPPING]
-    reached = _reached(program, steps)
+    reached = _reached(steps, program.losses)
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
-def _reached(program: Program, steps: Sequence[Step], with_implied: bool = True) -> set[int]:
+def _reached(
+    steps: Sequence[Step], outputs: Sequence[int], with_implied: bool = True
+) -> set[int]:
     """The values that outputs depend on through these steps."""
-    reached, before = set(program.outputs), -1
+    reached, before = set(outputs), -1
     while before != (before := len(reached)):
         has_derivative = any(
             step.is_differentiated and not reached.isdisjoint(step.outputs) for step in steps

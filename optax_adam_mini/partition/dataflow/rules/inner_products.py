@@ -85,10 +85,13 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         )
     if _meet(a, b):
         # The same outputs on both sides: the norm of a vector, positions that are matched with
-        # themselves, or the derivative of a mixture.
+        # themselves, the derivative of a mixture. A factor of both is none if each has its own.
         if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
             return False
-        if a.uses(a.contracted) != b.uses(b.contracted) or not (a.free or b.free):
+        left, right = a.uses(a.contracted), b.uses(b.contracted)
+        if left == right and not (a.free or b.free):
+            return False
+        if left < right or right < left:
             return False
     kept = [(side, side.featured(side.free)) for side in (a, b)]
     shared = a.uses(a.free) & b.uses(b.free)
