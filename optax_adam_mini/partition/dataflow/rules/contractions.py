@@ -174,8 +174,9 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
             found.keeps = set()
             found.kind = Kind.DATA
             found.spent.add(operand)
-            own = (axis for axis in (*side.free, *side.batch) if side.value.is_own(axis))
-            found.cuts += [(operand, axis) for axis in own]
+            # Outputs of a layer, where the product went through a function, and rows of its input.
+            axes = [*side.free, *side.batch, *(side.contracted if side.value.made == 2 else ())]
+            found.cuts += [(operand, axis) for axis in axes if side.value.is_own(axis)]
             _use_kernel(found, 1 - operand, other, places[1 - operand], operand)
             return None
     found.made = 1

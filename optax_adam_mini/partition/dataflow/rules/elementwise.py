@@ -175,7 +175,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
         scales = any(value.moves(axis) for axis in own)  # as a gain that data were scaled by
         frequencies = [
             axis
-            for axis in own
+            for axis in range(len(value.shape))
             if value.whole(axis).is_spectrum and any(o.whole(axis).is_spectrum for o in aligned)
         ]
         if is_product:  # each member of an ensemble has a gain of its own

@@ -53,7 +53,10 @@ def _of_matrices(facts: Facts, step: Step) -> Relation:
     for operand, value in enumerate(ins):
         linked = {a for link in found.links if link.operand == operand for a in link.axes}
         own = [a for a, n in enumerate(value.shape) if n > 1 and value.is_own(a)]
-        if any(axis not in linked for axis in own):
+        mixed = [axis for axis in own if axis not in linked]
+        if facts.acts(value):  # activations that a parameter scales, each as it does
+            found.cuts += [(operand, axis) for axis in mixed]
+        elif mixed:
             found.unread.add(operand)
         if value.is_weight:
             found.kind = Kind.DATA
