@@ -36,7 +36,14 @@ from optax_adam_mini.partition.dataflow.axes import (
     blank,
     whole,
 )
-from optax_adam_mini.partition.dataflow.program import Program, Step
+from optax_adam_mini.partition.dataflow.program import (
+    COMPLEX,
+    LAYOUT,
+    LINEAR,
+    PLACING,
+    Program,
+    Step,
+)
 
 Axes = tuple[int, ...]
 
@@ -256,6 +263,8 @@ class Facts:
     """What loops carry and branches end with, as far as it was given."""
     summed: dict[tuple[int, int], Step] = dataclasses.field(default_factory=dict)
     """Products that are summed, each a step of its own, by their ids and those of the sums."""
+    data: set[int] = dataclasses.field(default_factory=set)
+    """The values that depend on more than parameters."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:
@@ -280,8 +289,29 @@ class Facts:
         return set[int]().union(*(self.uses[number].params for number in numbers))
 
     def goes_through_functions(self, place: int) -> bool:
-        """Whether a function that is not linear is applied to a value, element by element."""
-        return bool(self.program.goes_into(place) & FUNCTIONS)
+        """Whether a function that is not linear is applied to a value, element by element.
+
+        To the value itself: what it is added to is followed no further, where that is data.
+        """
+        return bool(self.program.goes_into(place, self.data) & FUNCTIONS)
+
+    def put_together(self, place: int) -> set[int]:
+        """The steps that put what is made of a value beside something else, before it meets it."""
+        seen, todo, found = {place}, [place], set[int]()
+        while todo:
+            place = todo.pop()
+            for step in self.program.consumers.get(place, ()):
+                others = [i for i in step.inputs if i != place]
+                meets = step.name in ("mul", "div") and any(
+                    self.values[other].has_features for other in others
+                )
+                if step.is_backward or meets or step.name not in LINEAR | LAYOUT | COMPLEX:
+                    continue
+                if step.name in PLACING and others:
+                    found.add(id(step))
+                todo += set(step.outputs) - seen
+                seen.update(step.outputs)
+        return found
 
     def makers(self, values: Iterable[Value]) -> set[int]:
         """The parameters that values are, or come from the outputs of."""

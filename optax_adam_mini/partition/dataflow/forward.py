@@ -24,7 +24,7 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
-from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
+from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step, depending
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 
 # Primitives whose results' new axes are copies.
@@ -34,6 +34,7 @@ _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 def follow(program: Program, n_params: int) -> Facts:
     """What is made of which of the first `n_params` inputs."""
     facts = Facts(program, n_params, [Value(shape) for shape in program.shapes])
+    facts.data = depending(program, program.inputs[n_params:])
     for index, place in enumerate(program.inputs):
         value = facts.values[place]
         if index < n_params:

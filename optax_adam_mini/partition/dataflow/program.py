@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ LAYOUT = {
     "concatenate", "stack", "split", "scan_slice", "scan_stack", "dynamic_slice",
     "dynamic_update_slice", "scatter",
 }  # fmt: skip
+# Which put arrays beside one another.
+PLACING = {"concatenate", "stack", "dynamic_update_slice", "scatter", "complex"}
+COMPLEX = {"complex", "real", "imag", "conj"}
 
 # Through which no gradient goes.
 STOPPING = {
@@ -38,6 +41,7 @@ SUMS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
     "pmax", "pmin",
 }  # fmt: skip
+_ADDING = {"add", "add_any", "sub"}
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 
 
@@ -92,8 +96,11 @@ class Program:
     consumers: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The steps that take in a value."""
 
-    def goes_into(self, place: int) -> set[str]:
-        """The primitives that a value goes into, moved about and scaled as it may be."""
+    def goes_into(self, place: int, data: Set[int] = frozenset[int]()) -> set[str]:
+        """The primitives that a value goes into, moved about and scaled as it may be.
+
+        What is added to one of `data` is not followed.
+        """
         seen, todo, found = {place}, [place], set[str]()
         while todo:
             place = todo.pop()
@@ -101,6 +108,9 @@ class Program:
                 found.add("output")
             for step in self.consumers.get(place, ()):
                 if step.is_backward or id(step) in self.stopped:
+                    continue
+                others = data.intersection(step.inputs) if step.name in _ADDING else ()
+                if not seen.issuperset(others):
                     continue
                 sums_nothing = step.name == "reduce_sum" and all(
                     self.shapes[step.inputs[0]][axis] == 1 for axis in step.params["axes"]
@@ -124,6 +134,16 @@ class Program:
         """A new value of this shape."""
         self.shapes.append(tuple(shape))
         return len(self.shapes) - 1
+
+
+def depending(program: Program, places: Iterable[int]) -> set[int]:
+    """The values that depend on these."""
+    found, before = set(places), -1
+    while before != (before := len(found)):
+        for step in program.steps:
+            if not found.isdisjoint(step.inputs):
+                found.update(step.outputs)
+    return found
 
 
 def drop_unused(program: Program) -> None:
