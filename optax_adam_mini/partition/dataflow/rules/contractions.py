@@ -163,6 +163,7 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
         found.is_summary = sides[operand].value.is_summary or not (
             sides[operand].batch or sides[operand].free
         )
+        found.made = 1 if places[1 - operand] else None
         return _mix(found, operand, sides, places)
     for operand, side in enumerate(sides):
         other = sides[1 - operand]
