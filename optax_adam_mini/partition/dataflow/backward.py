@@ -97,7 +97,8 @@ class _Backward:
             place, result_place = step.inputs[operand], step.outputs[result]
             value, shape = self.values[place], self.values[result_place].shape
             if operand in relation.keeps:
-                labels = self._of_weight(found, value, self.labels[result_place], shape)
+                is_tap = id(step) in self.facts.taps
+                labels = self._of_weight(found, value, self.labels[result_place], shape, is_tap)
                 self._refine(place, labels)
             elif operand in relation.uses:
                 acts = self.acts[result_place]
@@ -287,7 +288,12 @@ class _Backward:
         return found.transpose(np.argsort(axes)), sorted(axes)
 
     def _of_weight(
-        self, links: list[Link], value: Value, found: list[Label], shape: tuple[int, ...]
+        self,
+        links: list[Link],
+        value: Value,
+        found: list[Label],
+        shape: tuple[int, ...],
+        is_tap: bool,
     ) -> dict[int, Label]:
         """The groups of a parameter's axes before its axes are moved about."""
         labels: dict[int, Label] = {}
@@ -303,7 +309,7 @@ class _Backward:
                 size = value.shape[link.axes[0]]
                 # One index of several, of which nothing else is known, is one of a stack.
                 is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
-                label = None if is_one else given[0]
+                label = None if is_one and not is_tap else given[0]
                 given = [moved(label, link.positions, size)]
             if link.parts > 1:
                 given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]

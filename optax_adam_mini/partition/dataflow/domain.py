@@ -265,6 +265,10 @@ class Facts:
     """Products that are summed, each a step of its own, by their ids and those of the sums."""
     data: set[int] = dataclasses.field(default_factory=set)
     """The values that depend on more than parameters."""
+    filters: set[int] = dataclasses.field(default_factory=set)
+    """The products, by their ids, of filters that are written out."""
+    taps: set[int] = dataclasses.field(default_factory=set)
+    """The steps, by their ids, that take one index of such a filter."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:

@@ -26,6 +26,7 @@ from optax_adam_mini.partition.dataflow.axes import (
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
 from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step, depending
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
+from optax_adam_mini.partition.dataflow.taps import find_taps
 
 # Primitives whose results' new axes are copies.
 _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
@@ -35,6 +36,7 @@ def follow(program: Program, n_params: int) -> Facts:
     """What is made of which of the first `n_params` inputs."""
     facts = Facts(program, n_params, [Value(shape) for shape in program.shapes])
     facts.data = depending(program, program.inputs[n_params:])
+    facts.filters, facts.taps = find_taps(program, facts.data)
     for index, place in enumerate(program.inputs):
         value = facts.values[place]
         if index < n_params:

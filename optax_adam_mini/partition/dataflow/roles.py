@@ -26,7 +26,8 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
             met = not relation.stacks.isdisjoint(link.result_axes)
             found = {Role.BATCH} if met else found & {Role.BATCH}
         elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
-            found = {Role.BATCH} if any(facts.values[place].shape[a] > 1 for a in link.axes) else found
+            if any(facts.values[place].shape[axis] > 1 for axis in link.axes):
+                found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
         if link.operand not in relation.uses or link.operand in relation.keeps:
             for axis in link.axes:
                 roles[place][axis] |= found

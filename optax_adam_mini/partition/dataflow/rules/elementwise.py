@@ -54,6 +54,8 @@ def elementwise(facts: Facts, step: Step) -> Relation:
         found.kind = Kind.DATA if found.kind else Kind.CONSTANT
         found.is_stopped = True
         return _with_one_hot(found, step, ins, out)
+    if id(step) in facts.filters and not all(value.is_weight for value in ins):
+        return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     if len(ins) == 1:
         found.made = 2 if ins[0].made and step.name not in LINEAR else None
@@ -62,6 +64,15 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     found.drops_counts = step.name not in LINEAR or sum(bool(v.shape) for v in ins) > 1
     if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
         found.is_product = _is_new_product(ins, found)
+    return found
+
+
+def _tap(found: Relation, ins: Sequence[Value]) -> Relation:
+    """One tap of the filters of channels, which each have their own."""
+    for operand, value in enumerate(ins):
+        if value.is_weight:
+            found.uses[operand] = ()
+            found.cuts += [(operand, a) for a in range(len(value.shape)) if value.is_own(a)]
     return found
 
 
