@@ -32,6 +32,7 @@ from optax_adam_mini.partition.dataflow.axes import (
     NOTHING,
     Factor,
     Factors,
+    Indices,
     Part,
     blank,
     whole,
@@ -181,20 +182,10 @@ class Relation:
     in_groups: bool = False
     """The outputs of a kernel are in groups that each have their own inputs."""
     kind: Kind | None = None
-    joined: int | None = None
-    """The axis along which parts of one parameter's outputs are put side by side."""
-    counts: int | None = None
-    """The axis along which the result counts."""
-    drops_counts: bool = False
-    """Where the operands count, the result does not."""
-    one_hot: int | None = None
-    """The axis along which the result is one-hot."""
-    drops_one_hot: bool = False
-    """Where some operands are one-hot, the result is not."""
-    stacks: set[int] = dataclasses.field(default_factory=set)
-    """Axes of the result along which each index has a kernel of its own."""
-    spectrum: Axes = ()
-    """Axes whose indices become frequencies."""
+    indices: dict[int, Indices] = dataclasses.field(default_factory=dict)
+    """What the indices of the result's axes become."""
+    ends: Indices = Indices.ANY
+    """What the indices of the operands' axes are, and those of the result's are not."""
     is_product: bool = False
     """It is an element-wise product, whose sum would be an inner product."""
     keeps_dropped: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Trail
 from optax_adam_mini.partition.dataflow.program import Step
 
@@ -23,7 +24,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
         place, result = step.inputs[link.operand], step.outputs[link.result]
         found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
         if link.operand not in relation.keeps:  # data: members that each have a kernel later on
-            met = not relation.stacks.isdisjoint(link.result_axes)
+            met = any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes)
             found = {Role.BATCH} if met else found & {Role.BATCH}
         elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
             if any(facts.values[place].shape[axis] > 1 for axis in link.axes):

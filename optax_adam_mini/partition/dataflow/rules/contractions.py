@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from optax_adam_mini.partition.dataflow.axes import blank
+from optax_adam_mini.partition.dataflow.axes import Indices, blank
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
 from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.rules.elementwise import combine
@@ -137,7 +137,7 @@ def _mix(found: Relation, operand: int, sides: Sequence[Side], places: Sequence[
 def _is_lookup(sides: Sequence[Side]) -> bool:
     """Whether rows are chosen by one-hot vectors."""
     return any(
-        side.value.whole(axis).one_hot
+        Indices.ONE_HOT in side.value.whole(axis).indices
         for side in sides
         for axis in side.contracted
         if not side.value.is_weight
@@ -149,7 +149,7 @@ def _chosen(side: Side, other: Side) -> list[int]:
     return [
         axis
         for axis, met in zip(side.contracted, other.contracted, strict=True)
-        if not other.value.is_weight and other.value.whole(met).one_hot
+        if not other.value.is_weight and Indices.ONE_HOT in other.value.whole(met).indices
     ]
 
 
@@ -255,7 +255,7 @@ def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partne
     value = side.value
     batch = [axis for axis in side.batch if value.is_own(axis)]
     found.cuts += [(operand, axis) for axis in batch]
-    found.stacks |= {place[axis] for axis in batch if axis in place}
+    found.indices |= {place[axis]: Indices.MEMBERS for axis in batch if axis in place}
     outputs = [axis for axis in side.free if axis in place and _is_output(value, axis)]
     found.uses[operand] = tuple(place[axis] for axis in outputs)
     found.partner[operand] = partner

@@ -6,6 +6,7 @@ domain of frequencies is a convolution. Where a parameter itself is decomposed, 
 
 from __future__ import annotations
 
+from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation
 from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
@@ -16,7 +17,7 @@ def _fft(facts: Facts, step: Step) -> Relation:
     rank = len(facts.inputs(step)[0].shape)
     transformed = range(rank - len(step.params["fft_lengths"]), rank)
     links = [Link(0, (axis,), (axis,), is_mixed=axis in transformed) for axis in range(rank)]
-    return layout(facts, step, links, spectrum=tuple(transformed))
+    return layout(facts, step, links, indices=dict.fromkeys(transformed, Indices.FREQUENCIES))
 
 
 @rule("custom_linear_solve")
