@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optax_adam_mini.partition.dataflow.axes import Indices
-from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Trail
+from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Role, Trail
 from optax_adam_mini.partition.dataflow.program import Step
 
 
@@ -24,8 +24,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
         place, result = step.inputs[link.operand], step.outputs[link.result]
         found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
         if link.operand not in relation.keeps:  # data: members that each have a kernel later on
-            met = any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes)
-            found = {Role.BATCH} if met else found & {Role.BATCH}
+            found = {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
         elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
             if any(facts.values[place].shape[axis] > 1 for axis in link.axes):
                 found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
@@ -66,3 +65,13 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
                 found.add(Role.OUTPUT if axis in free else Role.REDUCTION)
             if axis in free and relation.in_groups:
                 found.add(Role.BATCH)
+
+
+def _are_members(facts: Facts, step: Step, relation: Relation, link: Link) -> bool:
+    """Whether each index of an axis meets a kernel of its own, with outputs that are its own."""
+    if not any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes):
+        return False
+    value = facts.values[step.inputs[link.operand]]
+    linked = {axis for other in relation.links if other.operand == link.operand for axis in other.axes}
+    gone = {use for a in range(len(value.shape)) if a not in linked for use in value.features(a)}
+    return any(use in gone for axis in link.axes for use in value.features(axis))

@@ -121,7 +121,8 @@ def _of_data(
 ) -> None:
     """Constants mix the features that they are contracted with."""
     for operand in range(2):
-        if sides[1 - operand].value.kind == Kind.CONSTANT:
+        other = sides[1 - operand].value
+        if other.kind == Kind.CONSTANT or other.is_fixed:
             _mix(found, operand, sides, places)
 
 
