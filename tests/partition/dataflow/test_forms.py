@@ -188,6 +188,15 @@ def filtered(by):
     return lambda p, x: jax.nn.gelu(by(x @ p["in"], p["w"])) @ p["out"]
 
 
+def turned_by_head(rotate):
+    def forward(p, x):
+        q, k, v = (jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qkv")
+        return attention(rotate(q), rotate(k), v)
+
+    return forward
+
+
+QKV = dict.fromkeys("qkv", shape(D, H, N))
 KERNELS = {"in": shape(D, F), "w": shape(TAPS, F), "out": shape(F, 5)}
 ATTENTION = shapes(qkv=(D, 3 * D), o=(D, D))
 FORMS = {
@@ -196,6 +205,7 @@ FORMS = {
     "experts": (EXPERTS, MLP, ROWS),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),
+    "rotations of heads": ({k: turned_by_head(f) for k, f in ROTATIONS.items()}, QKV, X),
     "filters": ({k: filtered(f) for k, f in FILTERS.items()}, KERNELS, X),
 }
 
@@ -330,6 +340,17 @@ USES = {
         uses(lambda q, k, v, p: (attention(q, k, v), q)), {"q": BY_NEURON, "k": BY_HEAD},
     ),
     "a value too": (uses(lambda q, k, v, p: (attention(q, k, k), v)), {"q": BY_HEAD, "k": BY_NEURON}),
+    "read before its score": (
+        uses(lambda q, k, v, p: (jnp.tanh(k), attention(q, k, v))), {"q": BY_HEAD, "k": BY_NEURON},
+    ),
+    "one copy of it is read": (
+        uses(
+            lambda q, k, v, p: (
+                scores(q, y := jnp.broadcast_to(k.sum(2, keepdims=True), k.shape)), y[:, :, 1], v
+            )
+        ),
+        {"q": BY_HEAD, "k": BY_NEURON},
+    ),
     "in two scores": (
         uses(lambda q, k, v, p: (scores(q, k), scores(q, v))), dict.fromkeys("qkv", BY_HEAD),
     ),
