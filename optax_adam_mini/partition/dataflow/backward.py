@@ -14,10 +14,10 @@ import numpy as np
 
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Trail, Value
 from optax_adam_mini.partition.dataflow.groups import (
-    Acts,
     ALONE,
     UNSEEN,
     WHOLE,
+    Acts,
     Groups,
     Label,
     are_all,

@@ -188,9 +188,7 @@ class Groups:
         found = np.array(numbers, np.int64)[inverse.reshape(-1)]
         is_seen = (grid.reshape(len(grid), -1) != UNSEEN).any(1)
         found = np.where(is_seen, found, UNSEEN)
-        if is_seen.all() and (
-            (found == ALONE).all() or len(np.unique(found)) == len(found) > 1
-        ):
+        if is_seen.all() and ((found == ALONE).all() or len(np.unique(found)) == len(found) > 1):
             return None
         return int(found[0]) if (found == found[0]).all() else found
 

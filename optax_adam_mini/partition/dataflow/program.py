@@ -167,9 +167,7 @@ def without_gradient(program: Program) -> set[int]:
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
-def _reached(
-    steps: Sequence[Step], outputs: Sequence[int], with_implied: bool = True
-) -> set[int]:
+def _reached(steps: Sequence[Step], outputs: Sequence[int], with_implied: bool = True) -> set[int]:
     """The values that outputs depend on through these steps."""
     reached, before = set(outputs), -1
     while before != (before := len(reached)):

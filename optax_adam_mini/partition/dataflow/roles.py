@@ -24,7 +24,9 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
         place, result = step.inputs[link.operand], step.outputs[link.result]
         found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
         if link.operand not in relation.keeps:  # data: members that each have a kernel later on
-            found = {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
+            found = (
+                {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
+            )
         elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
             if any(facts.values[place].shape[axis] > 1 for axis in link.axes):
                 found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
@@ -72,6 +74,8 @@ def _are_members(facts: Facts, step: Step, relation: Relation, link: Link) -> bo
     if not any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes):
         return False
     value = facts.values[step.inputs[link.operand]]
-    linked = {axis for other in relation.links if other.operand == link.operand for axis in other.axes}
+    linked = {
+        axis for other in relation.links if other.operand == link.operand for axis in other.axes
+    }
     gone = {use for a in range(len(value.shape)) if a not in linked for use in value.features(a)}
     return any(use in gone for axis in link.axes for use in value.features(axis))

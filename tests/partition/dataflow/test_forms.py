@@ -90,7 +90,9 @@ MEMBERS = {
 
 
 def by_switch(p, x):
-    branches = [functools.partial(lambda i, x: mlp({k: p[k][i] for k in p}, x), i) for i in range(3)]
+    branches = [
+        functools.partial(lambda i, x: mlp({k: p[k][i] for k in p}, x), i) for i in range(3)
+    ]
     return lax.switch(jnp.argmax(x[0, :3]), branches, x)
 
 
@@ -344,12 +346,8 @@ USES = {
         uses(lambda q, k, v, p: (jnp.tanh(k), attention(q, k, v))), {"q": BY_HEAD, "k": BY_NEURON},
     ),
     "one copy of it is read": (
-        uses(
-            lambda q, k, v, p: (
-                scores(q, y := jnp.broadcast_to(k.sum(2, keepdims=True), k.shape)), y[:, :, 1], v
-            )
-        ),
-        {"q": BY_HEAD, "k": BY_NEURON},
+        uses(lambda q, k, v, p: (scores(q, y := k.sum(2, keepdims=True) * v), y[:, :, 1])),
+        {"q": BY_HEAD, "k": BY_NEURON, "v": (1, H - 1 + N)},
     ),
     "in two scores": (
         uses(lambda q, k, v, p: (scores(q, k), scores(q, v))), dict.fromkeys("qkv", BY_HEAD),

@@ -89,7 +89,9 @@ def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value)
                     counted.shape
                     and Indices.COUNTED in counted.whole(axis).indices
                     and not other.moves(axis)
-                    and not any(Indices.COUNTED in other.whole(a).indices for a in range(len(other.shape)))
+                    and not any(
+                        Indices.COUNTED in other.whole(a).indices for a in range(len(other.shape))
+                    )
                 ):
                     found.indices[axis] = Indices.ONE_HOT
     return found
@@ -97,7 +99,10 @@ def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value)
 
 def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
     """Whether vectors that are one-hot still choose rows: scaled, smoothed by constants, masked."""
-    hot = [any(Indices.ONE_HOT in f.indices for factors in value.axes for f in factors) for value in ins]
+    hot = [
+        any(Indices.ONE_HOT in f.indices for factors in value.axes for f in factors)
+        for value in ins
+    ]
     if step.name not in LINEAR or not any(hot):
         return False
     if step.name in MULTIPLICATIVE or len(ins) == 1:
@@ -197,7 +202,9 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
         ]
         if is_product:  # each member of an ensemble has a gain of its own
             found.cuts += [
-                (operand, axis) for axis in own if any(Indices.MEMBERS in o.whole(axis).indices for o in aligned)
+                (operand, axis)
+                for axis in own
+                if any(Indices.MEMBERS in o.whole(axis).indices for o in aligned)
             ]
         if facts.is_rows(value):  # used where they were chosen; what is data still scales them
             if not covered:
