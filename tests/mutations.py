@@ -14,6 +14,9 @@ TESTS = ["tests/test_transform.py", "tests/test_sums.py", "tests/test_golden.py"
          "tests/test_optax_wrappers.py", "tests/test_convert.py", "tests/test_product.py",
          "tests/test_quantized.py", "tests/test_rounding.py"]  # fmt: skip
 
+DATAFLOW = "partition/dataflow/"
+DATAFLOW_TESTS = [f"tests/{DATAFLOW}test_{name}.py" for name in ("forms", "rows", "infer")]
+
 # (file, what stands there, the fault)
 FAULTS = {
     "sum for mean": ("sums.py", "return total / sizes", "return total"),
@@ -104,13 +107,104 @@ FAULTS = {
         "(1 - b1) * g, nu, seed)",
         "(1 - b1) * g, v, seed)",
     ),
+    "a value is used by its last use": (
+        DATAFLOW + "backward.py",
+        "self.acts[place] = self.groups.both(self.acts[place], found)",
+        "self.acts[place] = found if not are_all(found, UNSEEN) else self.acts[place]",
+    ),
+    "what is alone somewhere is coupled": (
+        DATAFLOW + "groups.py",
+        "        if ALONE in found:\n            return ALONE\n        found.discard(UNSEEN)",
+        "        found -= {ALONE, UNSEEN}",
+    ),
+    "a join for a meet": (
+        DATAFLOW + "groups.py",
+        "if are_all(a, ALONE) or are_all(b, UNSEEN):\n            return a",
+        "if are_all(a, UNSEEN) or are_all(b, ALONE):\n            return b if are_all(a, UNSEEN) else a",
+    ),
+    "the norm of all heads joins them": (
+        DATAFLOW + "groups.py",
+        """self.named(("through", id(step), group)) if group in self._members else group""",
+        "group",
+    ),
+    "what is contracted is passed on": (
+        DATAFLOW + "backward.py",
+        "if gone and not (is_sum or is_taken):",
+        "if False:",
+    ),
+    "a comparison is a use": (
+        DATAFLOW + "backward.py",
+        "if id(step) not in self._products and not relation.is_stopped:",
+        "if id(step) not in self._products:",
+    ),
+    "a product acts by itself and by its sum": (
+        DATAFLOW + "backward.py",
+        "if any(product.couplings for product in sums):",
+        "if False:",
+    ),
+    "an axis of the outputs is forgotten": (
+        DATAFLOW + "backward.py",
+        "                found = self.groups.united(found, axis)\n        found = found.transpose",
+        "                found = found.take([0], axis)\n        found = found.transpose",
+    ),
+    "positions off by one": (
+        DATAFLOW + "backward.py",
+        "whole[(*at, link.positions[taken])] = found[(*at, taken)]",
+        "whole[(*at, link.positions[taken] - 1)] = found[(*at, taken)]",
+    ),
+    "one head for all of them": (
+        DATAFLOW + "backward.py",
+        "apart = [1 if axis in axes else size for axis, size in enumerate(shape)]",
+        "apart = [1 for axis, size in enumerate(shape)]",
+    ),
+    "the finer cut of a parameter loses": (
+        DATAFLOW + "groups.py",
+        "if a is None or b is None:\n            return None",
+        "if a is None or b is None:\n            return b if a is None else a",
+    ),
+    "layers that are indexed are outputs": (
+        DATAFLOW + "roles.py",
+        "found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}",
+        "pass",
+    ),
+    "members are outputs": (DATAFLOW + "roles.py", "if axis in free & members:", "if False:"),
+    "a rotation makes parts": (
+        DATAFLOW + "rows.py",
+        "if where.isdisjoint(others):",
+        "if True:",
+    ),
+    "parts that stay apart are joined": (
+        DATAFLOW + "rows.py",
+        "if where.isdisjoint(others):",
+        "if False:",
+    ),
+    "outputs that are never used are one block": (
+        DATAFLOW + "backward.py",
+        "if are_all(acts, ALONE) or np.all(np.equal(acts, UNSEEN)):",
+        "if are_all(acts, ALONE):",
+    ),
+    "an axis of data does not move": (
+        DATAFLOW + "forward.py",
+        "value.axes = [(Factor(size, moves=size > 1),) for size in value.shape]\n\n\ndef _pass",
+        "value.axes = [(Factor(size),) for size in value.shape]\n\n\ndef _pass",
+    ),
+    "a slice of outputs is all of them": (
+        DATAFLOW + "forward.py",
+        "if last - first + 1 < factor.size:",
+        "if False:",
+    ),
+    "taps are gains": (
+        DATAFLOW + "taps.py",
+        "slices.add(id(product.slice))",
+        "pass",
+    ),
 }  # fmt: skip
 
 
-def first_failure(copy: pathlib.Path) -> str | None:
+def first_failure(copy: pathlib.Path, tests: list[str]) -> str | None:
     """The first test that fails in the copy, or None. Raises where the tests could not run."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
         cwd=copy,
         env={"PYTHONPATH": str(copy), "PATH": ""},
         capture_output=True,
@@ -132,7 +226,7 @@ def main() -> int:
         for part in ("optax_adam_mini", "tests", "docs", "conftest.py", "pyproject.toml"):
             source = ROOT / part
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / part)
-        if failure := first_failure(copy):
+        if failure := first_failure(copy, TESTS + DATAFLOW_TESTS):
             print(f"without any fault, {failure} fails")
             return 2
         for name, (file, old, new) in FAULTS.items():
@@ -142,7 +236,7 @@ def main() -> int:
                 print(f"{name}: {old!r} stands {text.count(old)} times in {file}, expected once")
                 return 2
             path.write_text(text.replace(old, new))
-            failure = first_failure(copy)
+            failure = first_failure(copy, DATAFLOW_TESTS if file.startswith(DATAFLOW) else TESTS)
             path.write_text(text)
             missed += failure is None
             print(f"{name}: {failure or 'NOT CAUGHT'}", flush=True)

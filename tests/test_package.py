@@ -44,7 +44,7 @@ LAYERS = [
     ["convert"],
 ]  # fmt: skip
 # Within dataflow, module by module.
-DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "rules", "forward", "backward",
+DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "taps", "rules", "forward", "backward",
             "roles", "interpret", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,6 +19,21 @@ class Part(NamedTuple):
     stop: int
 
 
+class Indices(enum.IntFlag):
+    """What the indices of an axis are. Where axes meet, what either's are; a rule says what ends it."""
+
+    ANY = 0
+    COUNTED = enum.auto()
+    """0, 1, 2, ..."""
+    ONE_HOT = enum.auto()
+    """Choices: vectors along the axis are one-hot."""
+    FREQUENCIES = enum.auto()
+    MEMBERS = enum.auto()
+    """Each has met a kernel of its own: members of an ensemble, experts."""
+    PARTS = enum.auto()
+    """Parts of one parameter's outputs that were put side by side."""
+
+
 class Factor(NamedTuple):
     """What is known of an axis, or of one of several axes that were merged into it."""
 
@@ -27,25 +43,20 @@ class Factor(NamedTuple):
     own: frozenset[tuple[int, int]] = frozenset()
     """The axes of parameters, `(parameter, axis)`, that it still is."""
     moves: bool = False
-    is_joined: bool = False
-    """Parts of one parameter's outputs were put side by side along it."""
     over: int = 0
     """The uses that ran over it, each a bit."""
-    one_hot: bool = False
-    """Vectors along it are one-hot."""
-    counts: bool = False
-    """It counts 0, 1, 2, ..."""
+    indices: Indices = Indices.ANY
     products: frozenset[tuple[int, int]] = frozenset()
     """The element-wise products, `(step, axis)`, of which this is an axis."""
-    is_spectrum: bool = False
-    """Its indices are frequencies."""
-    is_stack: bool = False
-    """Each of its indices has met a kernel of its own: members of an ensemble, experts."""
 
     @property
     def is_apart(self) -> bool:
         """Whether its indices may be in different groups."""
-        return bool(self.features) or self.is_joined
+        return bool(self.features) or Indices.PARTS in self.indices
+
+    def without(self, indices: Indices) -> Factor:
+        """The axis, if its indices are not these any more."""
+        return self._replace(indices=self.indices & ~indices) if self.indices & indices else self
 
 
 NOTHING = Factor(1)
@@ -71,13 +82,9 @@ def union(a: Factor, b: Factor) -> Factor:
         features,
         a.own | b.own,
         a.moves or b.moves,
-        a.is_joined or b.is_joined,
         a.over | b.over,
-        a.one_hot or b.one_hot,
-        a.counts or b.counts,
+        a.indices if a.indices == b.indices else a.indices | b.indices,
         a.products | b.products,
-        a.is_spectrum or b.is_spectrum,
-        a.is_stack or b.is_stack,
     )
 
 
@@ -96,7 +103,8 @@ def whole(factors: Factors, size: int | None = None) -> Factor:
     for factor in factors[1:]:
         found = union(found, factor)
     if len(factors) > 1:
-        found = found._replace(one_hot=all(factor.one_hot for factor in factors))
+        if not all(Indices.ONE_HOT in factor.indices for factor in factors):
+            found = found.without(Indices.ONE_HOT)
     size = size if size is not None else int(np.prod([factor.size for factor in factors]))
     return found if found.size == size else found._replace(size=size)
 

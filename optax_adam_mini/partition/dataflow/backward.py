@@ -1,7 +1,8 @@
 """The backward pass: what is coupled, from where it is coupled back to the parameters.
 
-Coupling goes back along the links of every step, to what outputs of parameters are in, and to
-nothing else: a table or a mask that heads share joins no heads.
+Of every coordinate of activations it finds the scores that it acts through, and nothing else: what
+is coupled at a value is what every use of it couples. A coordinate that acts through anything but
+scores is alone.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Trail, Value
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Trail, Value
 from optax_adam_mini.partition.dataflow.groups import (
     ALONE,
     UNSEEN,
     WHOLE,
+    Acts,
     Groups,
     Label,
+    are_all,
     moved,
 )
-from optax_adam_mini.partition.dataflow.program import Step
+from optax_adam_mini.partition.dataflow.program import SUMS, TAKES, Step
 
 _MANY = 20  # passes, after which what has not settled will not
 
@@ -37,16 +40,10 @@ class _Backward:
         self.trail = trail
         self.facts, self.values = facts, facts.values
         self.groups = Groups()
-        self.coupled: list[np.ndarray | None] = [None] * len(self.values)
-        """The groups of all coordinates of activations together, with an axis of size 1 for each
-        that need not be told apart; None where nothing is coupled."""
-        self.taken: list[np.ndarray | bool] = [False] * len(self.values)
-        """Which coordinates of activations are used: all, none, or an array as of groups, ALONE
-        where they are not."""
-        for place in facts.program.outputs:
-            self.taken[place] = True
-        self.given_up: set[int] = set()
-        """Values whose groups did not settle: nothing is coupled in them."""
+        self.acts: list[Acts] = [UNSEEN] * len(self.values)
+        """The scores that each coordinate of activations acts through."""
+        for place in facts.program.losses:
+            self.acts[place] = ALONE
         self.labels: list[list[Label]] = []
         self.spent = [False] * len(self.values)
         """What parameters are combined in as data."""
@@ -54,8 +51,9 @@ class _Backward:
         """Parameters that scale data along their own axes, sooner or later."""
         self.open = [False] * len(self.values)
         """Parameters whose coordinates act alone, unless a step has seen them together."""
-        for place in facts.program.outputs:
+        for place in facts.program.losses:
             self.spent[place] = facts.acts(self.values[place])
+        self._products = {id(step) for step in facts.summed.values()}
         self._couplings: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
 
     def run(self) -> list[list[Label]]:
@@ -63,12 +61,12 @@ class _Backward:
         count = 0
         while True:
             count += 1
-            before = self.labels, [*self.coupled], [*self.spent], [*self.taken]
+            before = self.labels, [*self.acts], [*self.spent]
             # Refined anew, from what is known of the others by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
             for step, relation in reversed(self.trail):
                 self._give_back(step, relation)
-            if _equal(before, (self.labels, self.coupled, self.spent, self.taken)):
+            if _equal(before, (self.labels, self.acts, self.spent)):
                 for place, is_open in enumerate(self.open):
                     if is_open:
                         self.labels[place] = [
@@ -76,42 +74,36 @@ class _Backward:
                         ]
                 return self.labels
             if count > _MANY:  # a loop that mixes ever more: finer than it has to be
-                for place, (old, new) in enumerate(zip(before[1], self.coupled, strict=True)):
+                for place, (old, new) in enumerate(zip(before[1], self.acts, strict=True)):
                     if not _equal(old, new):
-                        self.given_up.add(place)
-                        self.coupled[place] = None
+                        self.acts[place] = ALONE
 
     def _give_back(self, step: Step, relation: Relation) -> None:
-        """Brings what is coupled in the results of a step to its operands."""
+        """Brings what is known of the results of a step to its operands."""
+        if step.is_backward:  # a derivative is cut as its forward pass is
+            return
         links: dict[tuple[int, int], list[Link]] = {}
         told: dict[int, set[int]] = {}
         for link in relation.links:
-            if link.is_lost:
-                continue
-            links.setdefault((link.operand, link.result), []).append(link)
-        for operand, place in enumerate(step.inputs):
-            if self.values[place].has_features and self.taken[place] is not True:
-                self._take(step, relation, operand)
+            if not link.is_lost:
+                links.setdefault((link.operand, link.result), []).append(link)
+        # Products that are summed act through the sum, and no gradient goes through a comparison.
+        if id(step) not in self._products and not relation.is_stopped:
+            for operand, place in enumerate(step.inputs):
+                if self.values[place].kind == Kind.DATA and not are_all(self.acts[place], ALONE):
+                    found = self._of_data(step, relation, operand, links)
+                    self.acts[place] = self.groups.both(self.acts[place], found)
         for (operand, result), found in links.items():
             place, result_place = step.inputs[operand], step.outputs[result]
-            value, coupled = self.values[place], self.coupled[result_place]
-            shape = self.values[result_place].shape
-            if (
-                operand not in relation.uses
-                and coupled is not None
-                and value.has_features
-                and place not in self.given_up
-            ):
-                groups = self._of_data(found, value, coupled, shape, step.name == "scan_slice")
-                if groups is not None:
-                    old = self.coupled[place]
-                    self.coupled[place] = groups if old is None else self.groups.join(old, groups)
+            value, shape = self.values[place], self.values[result_place].shape
             if operand in relation.keeps:
-                labels = self._of_weight(found, value, self.labels[result_place], shape)
+                is_tap = id(step) in self.facts.taps
+                labels = self._of_weight(found, value, self.labels[result_place], shape, is_tap)
                 self._refine(place, labels)
             elif operand in relation.uses:
-                labels = self._of_outputs(found, relation, operand, value, coupled, shape)
-                self._refine(place, self._of_taken(labels, found, value, result_place))
+                acts = self.acts[result_place]
+                labels = self._of_outputs(found, relation, operand, value, acts, shape)
+                self._refine(place, labels)
                 told[operand] = told.get(operand, set()) | labels.keys()
         for operand in relation.keeps:
             place = step.inputs[operand]
@@ -140,44 +132,11 @@ class _Backward:
                 self._refine(step.inputs[operand], dict.fromkeys(contracted, label))
         for operand, axis in relation.cuts:
             self._refine(step.inputs[operand], {axis: None})
-        for operand, axes in relation.couplings:
-            place = step.inputs[operand]
-            if place in self.given_up:
-                continue
-            groups, old = self._coupling(step, operand, axes), self.coupled[place]
-            self.coupled[place] = groups if old is None else self.groups.join(old, groups)
 
     def _acts_alone(self, step: Step, relation: Relation, operand: int) -> bool:
         """Whether each coordinate of a parameter acts alone, if the result is data."""
         is_gain = any(self.gains[place] for place in step.outputs)
         return operand in relation.shifts or (operand in relation.scaled and not is_gain)
-
-    def _take(self, step: Step, relation: Relation, operand: int) -> None:
-        """What a step uses of an operand: what is used of what it makes of it."""
-        place = step.inputs[operand]
-        value = self.values[place]
-        apart = {axis for axis, size in enumerate(value.shape_apart) if size > 1}
-        for result, result_place in enumerate(step.outputs):
-            links = [k for k in relation.links if (k.operand, k.result) == (operand, result)]
-            made = self.values[result_place]
-            shape = made.shape
-            # It is followed as long as there are features: what has none is used, being there.
-            taken = self.taken[result_place] if made.has_features else True
-            if taken is False and links:
-                continue
-            drops = taken is not True or any(k.positions is not None for k in links)
-            is_plain = not any(k.is_lost or k.is_mixed or k.parts > 1 for k in links)
-            if not (drops and is_plain and apart <= {a for k in links for a in k.axes}):
-                self.taken[place] = True
-                return
-            if taken is True:
-                taken = np.ones(made.shape_apart, np.int64)
-            found = self._of_data(links, value, np.asarray(taken), shape, each=False)
-            if found is None or (found != ALONE).all():
-                self.taken[place] = True
-                return
-            old = self.taken[place]
-            self.taken[place] = found if isinstance(old, bool) else np.maximum(found, old)
 
     def _spend(self, step: Step, relation: Relation, operand: int) -> None:
         """A combined value was data: what is no factor in it is a bias."""
@@ -186,6 +145,75 @@ class _Backward:
         if self._acts_alone(step, relation, operand):
             own = [a for a in range(len(self.values[place].shape)) if self.values[place].is_own(a)]
             self._refine(place, dict.fromkeys(own))
+
+    def _refine(self, place: int, others: dict[int, Label]) -> None:
+        labels = self.labels[place]
+        for axis, label in others.items():
+            labels[axis] = self.groups.meet(labels[axis], label)
+
+    def _of_data(
+        self,
+        step: Step,
+        relation: Relation,
+        operand: int,
+        links: dict[tuple[int, int], list[Link]],
+    ) -> Acts:
+        """What an operand that is data acts through in a step."""
+        value = self.values[step.inputs[operand]]
+        sums = [product for _, product in relation.sums]
+        if operand in relation.uses:
+            return ALONE
+        coupled = [axes for index, axes in relation.couplings if index == operand]
+        if any(product.couplings for product in sums):
+            coupled.append(tuple(step.params["axes"]))
+        found: Acts = UNSEEN
+        for axes in coupled:
+            found = self.groups.both(found, self._coupling(step, operand, axes))
+        if coupled:
+            return found
+        is_sum = step.name in SUMS and not any(r.is_mixture or r.uses for r in (relation, *sums))
+        for result, place in enumerate(step.outputs):
+            acts = self.acts[place]
+            if are_all(acts, UNSEEN) or are_all(found, ALONE):
+                continue
+            own = links.get((operand, result), [])
+            shape = self.values[place].shape
+            found = self.groups.both(found, self._through(step, own, value, acts, shape, is_sum))
+        return found
+
+    def _through(
+        self,
+        step: Step,
+        links: list[Link],
+        value: Value,
+        acts: Acts,
+        shape: tuple[int, ...],
+        is_sum: bool,
+    ) -> Acts:
+        """What an operand acts through in a result of `shape`, which acts through `acts`."""
+        apart = value.shape_apart
+        links = [k for k in links if k.positions is not None or any(apart[a] > 1 for a in k.axes)]
+        linked = {axis for link in links for axis in link.axes}
+        gone = [axis for axis, size in enumerate(apart) if size > 1 and axis not in linked]
+        is_taken = step.name in TAKES
+        if gone and not (is_sum or is_taken):
+            return ALONE
+        if are_all(acts, ALONE) and all(k.positions is None for k in links):
+            return ALONE
+        grid, axes = self._pulled(links, value, acts, shape, step)
+        for index, axis in enumerate(axes):
+            if apart[axis] == 1:
+                grid = self.groups.united(grid, index)
+        sizes = [1 if axis in gone else size for axis, size in enumerate(apart)]
+        grid = grid.reshape(sizes)
+        if gone and not is_taken:
+            grid = self.groups.through(grid, step)
+        elif gone:  # each of its indices by itself, as in a loop over heads
+            count = math.prod(value.shape[axis] for axis in gone)
+            each = self.groups.repeated(grid.ravel(), grid.size, count)
+            each = np.asarray(each).reshape(*(value.shape[axis] for axis in gone), *sizes)
+            grid = _placed_along(each, gone, apart)
+        return _simple(np.broadcast_to(grid, apart))
 
     def _coupling(self, step: Step, operand: int, axes: tuple[int, ...]) -> np.ndarray:
         """Groups of an operand that is coupled along `axes`, at each index of the others apart."""
@@ -198,86 +226,43 @@ class _Backward:
             self._couplings[key] = np.broadcast_to(numbers, shape).copy()
         return self._couplings[key]
 
-    def _refine(self, place: int, others: dict[int, Label]) -> None:
-        labels = self.labels[place]
-        for axis, label in others.items():
-            labels[axis] = self.groups.meet(labels[axis], label)
-
-    def _of_data(
-        self,
-        links: list[Link],
-        value: Value,
-        found: np.ndarray,
-        shape: tuple[int, ...],
-        each: bool,
-    ) -> np.ndarray | None:
-        """The groups of activations from those of a result of `shape`.
-
-        With `each`, what the result has of an axis that is not linked is each of its indices, as
-        in a loop over heads: then they are apart.
-        """
-        apart = [size > 1 for size in value.shape_apart]
-        active = [k for k in links if k.positions is not None or any(apart[a] for a in k.axes)]
-        linked = {axis for link in active for axis in link.axes}
-        chosen = [axis for axis, is_apart in enumerate(apart) if is_apart and axis not in linked]
-        if not active or (chosen and not each):
-            return None
-        grid, axes = self._pulled(active, value, found, shape)
-        for index, axis in enumerate(axes):
-            if not apart[axis]:
-                grid = self.groups.united(grid, index)
-        if not chosen:
-            return grid.reshape(value.shape_apart)
-        sizes = [1 if axis in chosen else n for axis, n in enumerate(value.shape_apart)]
-        count = math.prod(value.shape[axis] for axis in chosen)
-        apart_each = self.groups.repeated(grid.ravel(), grid.size, count)
-        apart_each = apart_each.reshape(*(value.shape[axis] for axis in chosen), *sizes)
-        return _placed_along(apart_each, chosen, value.shape_apart)
-
     def _of_outputs(
         self,
         links: list[Link],
         relation: Relation,
         operand: int,
         value: Value,
-        found: np.ndarray | None,
+        acts: Acts,
         shape: tuple[int, ...],
     ) -> dict[int, Label]:
-        """The groups of a parameter's axes, where it meets data, from those of the result."""
+        """The groups of a parameter's axes, where it meets data, from what its outputs act through.
+
+        Outputs that nothing uses, as those of which only the derivative is taken, are alone.
+        """
         outputs = set(relation.uses[operand])
         batch = {axis for cut, axis in relation.cuts if cut == operand}
         links = [
             link for link in links if set(link.result_axes) <= outputs or batch & set(link.axes)
         ]
-        if found is None:
+        if are_all(acts, ALONE) or np.all(np.equal(acts, UNSEEN)):
             return dict.fromkeys(axis for link in links for axis in link.axes)
-        grid, axes = self._pulled(links, value, found, shape)
+        grid, axes = self._pulled(links, value, acts, shape)
         return dict(zip(axes, self.groups.along_axes(grid), strict=True))
 
-    def _of_taken(
-        self, labels: dict[int, Label], links: list[Link], value: Value, result: int
-    ) -> dict[int, Label]:
-        """The groups of a parameter's axes, nothing known of outputs that nothing uses."""
-        taken = self.taken[result]
-        links = [link for link in links if set(link.axes) <= labels.keys()]
-        if isinstance(taken, bool) or not links:
-            return labels
-        grid, axes = self._pulled(links, value, taken, self.values[result].shape)
-        for index, axis in enumerate(axes):
-            others = tuple(i for i in range(grid.ndim) if i != index)
-            is_seen, label = (grid != ALONE).any(others), labels[axis]
-            label = np.full(len(is_seen), ALONE if label is None else label) if not isinstance(
-                label, np.ndarray) else label  # fmt: skip
-            labels[axis] = np.where(is_seen, label, UNSEEN)
-        return labels
-
     def _pulled(
-        self, links: list[Link], value: Value, found: np.ndarray, shape: tuple[int, ...]
+        self,
+        links: list[Link],
+        value: Value,
+        acts: Acts,
+        shape: tuple[int, ...],
+        step: Step | None = None,
     ) -> tuple[np.ndarray, list[int]]:
         """The groups of a result over the operand's axes that `links` name, and these axes.
 
-        The axes are in order. What is coupled at any index of the result's other axes is coupled.
+        The axes are in order. An index acts through all that it acts through at any index of the
+        result's other axes.
         """
+        found = np.full((1,) * len(shape), acts) if isinstance(acts, int) else acts
         order = [axis for link in links for axis in link.result_axes]
         for axis in range(found.ndim):
             if axis not in order:
@@ -290,10 +275,11 @@ class _Backward:
         for index, link in enumerate(links):
             size = math.prod(value.shape[axis] for axis in link.axes)
             if link.is_mixed:
-                found = np.repeat(self.groups.united(found, index), size, index)
+                found = self.groups.through(self.groups.united(found, index), step)
+                found = np.repeat(found, size, index)
             elif link.positions is not None:
                 taken = link.positions >= 0
-                whole = np.full((*found.shape[:index], size, *found.shape[index + 1 :]), ALONE)
+                whole = np.full((*found.shape[:index], size, *found.shape[index + 1 :]), UNSEEN)
                 at = (slice(None),) * index
                 whole[(*at, link.positions[taken])] = found[(*at, taken)]
                 found = whole
@@ -302,7 +288,12 @@ class _Backward:
         return found.transpose(np.argsort(axes)), sorted(axes)
 
     def _of_weight(
-        self, links: list[Link], value: Value, found: list[Label], shape: tuple[int, ...]
+        self,
+        links: list[Link],
+        value: Value,
+        found: list[Label],
+        shape: tuple[int, ...],
+        is_tap: bool,
     ) -> dict[int, Label]:
         """The groups of a parameter's axes before its axes are moved about."""
         labels: dict[int, Label] = {}
@@ -318,7 +309,7 @@ class _Backward:
                 size = value.shape[link.axes[0]]
                 # One index of several, of which nothing else is known, is one of a stack.
                 is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
-                label = None if is_one else given[0]
+                label = None if is_one and not is_tap else given[0]
                 given = [moved(label, link.positions, size)]
             if link.parts > 1:
                 given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]
@@ -336,6 +327,12 @@ def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> 
     order = [first[axes.index(a)] if a in axes else rest[a] for a in range(len(shape))]
     left = [rest[axis] for axis in axes]
     return grid.transpose([*order, *left]).reshape(shape)
+
+
+def _simple(grid: np.ndarray) -> Acts:
+    """One number, where all are the same and no group."""
+    first = int(grid.flat[0]) if grid.size else UNSEEN
+    return first if first in (ALONE, UNSEEN) and (grid == first).all() else grid
 
 
 def _is_unseen(label: Label) -> bool:

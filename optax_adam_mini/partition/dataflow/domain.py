@@ -32,11 +32,19 @@ from optax_adam_mini.partition.dataflow.axes import (
     NOTHING,
     Factor,
     Factors,
+    Indices,
     Part,
     blank,
     whole,
 )
-from optax_adam_mini.partition.dataflow.program import Program, Step
+from optax_adam_mini.partition.dataflow.program import (
+    COMPLEX,
+    LAYOUT,
+    LINEAR,
+    PLACING,
+    Program,
+    Step,
+)
 
 Axes = tuple[int, ...]
 
@@ -174,20 +182,10 @@ class Relation:
     in_groups: bool = False
     """The outputs of a kernel are in groups that each have their own inputs."""
     kind: Kind | None = None
-    joined: int | None = None
-    """The axis along which parts of one parameter's outputs are put side by side."""
-    counts: int | None = None
-    """The axis along which the result counts."""
-    drops_counts: bool = False
-    """Where the operands count, the result does not."""
-    one_hot: int | None = None
-    """The axis along which the result is one-hot."""
-    drops_one_hot: bool = False
-    """Where some operands are one-hot, the result is not."""
-    stacks: set[int] = dataclasses.field(default_factory=set)
-    """Axes of the result along which each index has a kernel of its own."""
-    spectrum: Axes = ()
-    """Axes whose indices become frequencies."""
+    indices: dict[int, Indices] = dataclasses.field(default_factory=dict)
+    """What the indices of the result's axes become."""
+    ends: Indices = Indices.ANY
+    """What the indices of the operands' axes are, and those of the result's are not."""
     is_product: bool = False
     """It is an element-wise product, whose sum would be an inner product."""
     keeps_dropped: bool = False
@@ -256,6 +254,12 @@ class Facts:
     """What loops carry and branches end with, as far as it was given."""
     summed: dict[tuple[int, int], Step] = dataclasses.field(default_factory=dict)
     """Products that are summed, each a step of its own, by their ids and those of the sums."""
+    data: set[int] = dataclasses.field(default_factory=set)
+    """The values that depend on more than parameters."""
+    filters: set[int] = dataclasses.field(default_factory=set)
+    """The products, by their ids, of filters that are written out."""
+    taps: set[int] = dataclasses.field(default_factory=set)
+    """The steps, by their ids, that take one index of such a filter."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:
@@ -280,8 +284,29 @@ class Facts:
         return set[int]().union(*(self.uses[number].params for number in numbers))
 
     def goes_through_functions(self, place: int) -> bool:
-        """Whether a function that is not linear is applied to a value, element by element."""
-        return bool(self.program.goes_into(place) & FUNCTIONS)
+        """Whether a function that is not linear is applied to a value, element by element.
+
+        To the value itself: what it is added to is followed no further, where that is data.
+        """
+        return bool(self.program.goes_into(place, self.data) & FUNCTIONS)
+
+    def put_together(self, place: int) -> set[int]:
+        """The steps that put what is made of a value beside something else, before it meets it."""
+        seen, todo, found = {place}, [place], set[int]()
+        while todo:
+            place = todo.pop()
+            for step in self.program.consumers.get(place, ()):
+                others = [i for i in step.inputs if i != place]
+                meets = step.name in ("mul", "div") and any(
+                    self.values[other].has_features for other in others
+                )
+                if step.is_backward or meets or step.name not in LINEAR | LAYOUT | COMPLEX:
+                    continue
+                if step.name in PLACING and others:
+                    found.add(id(step))
+                todo += set(step.outputs) - seen
+                seen.update(step.outputs)
+        return found
 
     def makers(self, values: Iterable[Value]) -> set[int]:
         """The parameters that values are, or come from the outputs of."""

@@ -16,6 +16,7 @@ from optax_adam_mini.partition.dataflow.axes import (
     NOTHING,
     Factor,
     Factors,
+    Indices,
     Part,
     blank,
     merged,
@@ -24,9 +25,12 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
-from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
+from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step, depending
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
+from optax_adam_mini.partition.dataflow.taps import find_taps
 
+# What indices are of numbers as such, whatever they were made of.
+_OF_NUMBERS = Indices.ONE_HOT | Indices.COUNTED
 # Primitives whose results' new axes are copies.
 _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 
@@ -34,6 +38,8 @@ _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 def follow(program: Program, n_params: int) -> Facts:
     """What is made of which of the first `n_params` inputs."""
     facts = Facts(program, n_params, [Value(shape) for shape in program.shapes])
+    facts.data = depending(program, program.inputs[n_params:])
+    facts.filters, facts.taps = find_taps(program, facts.data)
     for index, place in enumerate(program.inputs):
         value = facts.values[place]
         if index < n_params:
@@ -189,29 +195,20 @@ def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
         changed = factors
         if relation.is_stopped:
             changed = tuple(
-                Factor(f.size, moves=f.moves or bool(f.own), one_hot=f.one_hot, counts=f.counts)
+                Factor(f.size, moves=f.moves or bool(f.own), indices=f.indices & _OF_NUMBERS)
                 for f in changed
             )
         if relation.drops:
             changed = tuple(f._replace(products=frozenset()) for f in changed)
-        if relation.drops_counts:
-            changed = tuple(f._replace(counts=False) for f in changed)
-        if relation.drops_one_hot:
-            changed = tuple(f._replace(one_hot=False) for f in changed)
+        if relation.ends:
+            changed = tuple(f.without(relation.ends) for f in changed)
         if relation.is_product and value.shape[axis] > 1:
             facts.products[id(step)] = step
             tag = frozenset([(id(step), axis)])
             changed = tuple(f._replace(products=tag) for f in changed)
-        if relation.joined == axis:
-            changed = tuple(f._replace(is_joined=True) for f in changed)
-        if relation.counts == axis:
-            changed = tuple(f._replace(counts=True) for f in changed)
-        if relation.one_hot == axis:
-            changed = tuple(f._replace(one_hot=True) for f in changed)
-        if axis in relation.stacks:
-            changed = tuple(f._replace(is_stack=True) for f in changed)
-        if axis in relation.spectrum:
-            changed = tuple(f._replace(is_spectrum=True) for f in changed)
+        if axis in relation.indices:
+            become = relation.indices[axis]
+            changed = tuple(f._replace(indices=f.indices | become) for f in changed)
         value.axes[axis] = changed
 
 
@@ -242,8 +239,7 @@ def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value
                     found._replace(
                         features={**found.features, number: Part(distance, 0, count)},
                         moves=True,
-                        is_joined=False,
-                    ),
+                    ).without(Indices.PARTS),
                 )
             distance *= size
         if operand in relation.keeps:  # rows that were chosen: parameters still
@@ -289,7 +285,7 @@ def _follow(
         return
     sizes = [result.shape[axis] for axis in link.result_axes]
     if link.is_mixed or link.is_lost or link.parts > 1:
-        one = whole(tuple(sources))._replace(products=frozenset(), one_hot=False)
+        one = whole(tuple(sources))._replace(products=frozenset()).without(Indices.ONE_HOT)
         new = [(one._replace(size=size),) for size in sizes]
     elif link.positions is not None:
         new = [(_taken(whole(tuple(sources)), link.positions),)]
@@ -323,9 +319,9 @@ def _with_what_was(old: Value, new: Value) -> Value:
     """What several steps give to one value: what loops carry, what branches end with."""
     params = frozenset[int]() if old.is_plain or new.is_plain else old.params | new.params
     axes = [
-        tuple(f._replace(one_hot=f.one_hot and both) for f in factors)
+        tuple(f if both & Indices.ONE_HOT else f.without(Indices.ONE_HOT) for f in factors)
         for factors, both in (
-            (merged(a, b), whole(a).one_hot and whole(b).one_hot)
+            (merged(a, b), whole(a).indices & whole(b).indices)
             for a, b in zip(old.axes, new.axes, strict=True)
         )
     ]

@@ -1,9 +1,9 @@
-"""Which indices of an axis are coupled: partitions of an axis into groups, and their arithmetic.
+"""Which coordinates are coupled: groups of them, and their arithmetic.
 
 A group is a number, the same wherever the group appears, so that what was split into several arrays
-is found together again. What joins groups makes a new one, named by all that it is made of, and
-leaves those it is made of as they are: that one array's coordinates meet (those of a key that all
-heads share) says nothing of another's.
+is found together again. Of activations it stands for the scores that a coordinate acts through:
+what has several uses acts through all of theirs, and coordinates that act through the same are
+coupled. Of parameters it stands for a block along one axis.
 """
 
 from __future__ import annotations
@@ -18,11 +18,21 @@ Label = Any  # None | int | np.ndarray
 """The groups of one axis: None (every index alone), one number (all indices in that group), or an
 array with the group of each index, `ALONE` where it is in none."""
 
+Acts = Any  # int | np.ndarray
+"""The groups of all coordinates of activations, with an axis of size 1 for each that need not be
+told apart; `ALONE` or `UNSEEN` where all are."""
+
 UNSEEN = -2
 """The group of what no use has told anything of."""
 ALONE = -1
+"""The group of what acts by itself."""
 WHOLE = 0
 """The group of what a use has seen, and not told apart."""
+
+
+def are_all(acts: Acts, group: int) -> bool:
+    """Whether all coordinates are known to be in `group`."""
+    return isinstance(acts, int) and acts == group
 
 
 class Groups:
@@ -45,54 +55,58 @@ class Groups:
             self._numbers[key] = self.new()
         return self._numbers[key]
 
-    def _joined(self, groups: Iterable[int]) -> int:
-        """The group that is made of these."""
-        members = frozenset[int]().union(
-            *(self._members.get(group, frozenset([group])) for group in groups)
-        )
-        if len(members) == 1:
-            return next(iter(members))
+    def _union(self, groups: Iterable[int]) -> int:
+        """What acts through all of these."""
+        found = set(groups)
+        if ALONE in found:
+            return ALONE
+        found.discard(UNSEEN)
+        if len(found) < 2:
+            return next(iter(found), UNSEEN)
+        members = frozenset[int]().union(*(self._members.get(g, (g,)) for g in found))
         number = self.named(members)
         self._members[number] = members
         return number
 
-    def _components(self, rows: np.ndarray) -> np.ndarray:
-        """For each row of groups the group that it is in, if the groups of a row are coupled."""
+    def _of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """For each row of groups what acts through all of them."""
         rows, inverse = _unique_rows(rows)
-        sets = [{group for group in row if group != ALONE} for row in rows.tolist()]
-        parent = {group: group for found in sets for group in found}
+        found = [self._union(row) for row in rows.tolist()]
+        return np.array(found, np.int64)[inverse.reshape(-1)]
 
-        def root(group: int) -> int:
-            while parent[group] != group:
-                parent[group] = group = parent[parent[group]]
-            return group
-
-        for found in sets:
-            if not found:
-                continue
-            first, *others = found
-            for other in others:
-                parent[root(other)] = root(first)
-        members: dict[int, list[int]] = {}
-        for group in parent:
-            members.setdefault(root(group), []).append(group)
-        names = {top: self._joined(below) for top, below in members.items()}
-        of_row = [names[root(next(iter(found)))] if found else ALONE for found in sets]
-        return np.array(of_row, np.int64)[inverse.reshape(-1)]
-
-    def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Coupled by `a` or by `b`: the coarser partition that both refine."""
-        if a is b or np.array_equal(a, b):
+    def both(self, a: Acts, b: Acts) -> Acts:
+        """What acts through `a` and through `b`."""
+        if are_all(a, ALONE) or are_all(b, UNSEEN):
             return a
-        return self._components(np.stack([a.ravel(), b.ravel()], -1)).reshape(a.shape)
+        if are_all(b, ALONE) or are_all(a, UNSEEN):
+            return b
+        if np.array_equal(a, b):
+            return a
+        shape = np.broadcast_shapes(np.shape(a), np.shape(b))
+        rows = np.stack([np.broadcast_to(x, shape).ravel() for x in (a, b)], -1)
+        found = self._of_rows(rows)
+        return ALONE if (found == ALONE).all() else found.reshape(shape)
 
     def united(self, label: np.ndarray, axis: int) -> np.ndarray:
         """`axis` shrunk to size 1: its indices are copies of one."""
         if label.shape[axis] == 1:
             return label
         rows = np.moveaxis(label, axis, -1)
-        found = self._components(rows.reshape(-1, label.shape[axis]))
+        found = self._of_rows(rows.reshape(-1, label.shape[axis]))
         return np.expand_dims(found.reshape(rows.shape[:-1]), axis)
+
+    def through(self, grid: np.ndarray, step: Any) -> np.ndarray:
+        """What acts through numbers that each act through these.
+
+        A number that acts through one score changes nothing of what goes into that score; one that
+        acts through several, as the norm of all heads does, is a place to meet of its own.
+        """
+        groups, inverse = np.unique(grid, return_inverse=True)
+        found = [
+            self.named(("through", id(step), group)) if group in self._members else group
+            for group in groups.tolist()
+        ]
+        return np.array(found, np.int64)[inverse.reshape(-1)].reshape(grid.shape)
 
     def meet(self, a: Label, b: Label) -> Label:
         """Coupled by `a` and by `b`: the finer partition that refines both."""
@@ -139,7 +153,7 @@ class Groups:
             return label
         part = np.full(size, label) if isinstance(label, int) else label
         numbers = [
-            group if group == ALONE else self.named((group, index))
+            group if group in (ALONE, UNSEEN) else self.named((group, index))
             for index in range(count)
             for group in part.tolist()
         ]
@@ -172,7 +186,9 @@ class Groups:
             for row in rows.tolist()
         ]
         found = np.array(numbers, np.int64)[inverse.reshape(-1)]
-        if (found == ALONE).all() or len(np.unique(found)) == len(found) > 1:
+        is_seen = (grid.reshape(len(grid), -1) != UNSEEN).any(1)
+        found = np.where(is_seen, found, UNSEEN)
+        if is_seen.all() and ((found == ALONE).all() or len(np.unique(found)) == len(found) > 1):
             return None
         return int(found[0]) if (found == found[0]).all() else found
 

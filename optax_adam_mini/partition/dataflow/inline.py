@@ -37,10 +37,15 @@ _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
 
 
 def flatten(closed: ClosedJaxpr) -> Program:
-    """The program of a closed jaxpr."""
+    """The program of a closed jaxpr.
+
+    Where its first output is a number, that is the loss, and what comes after it is not trained.
+    """
     program = Program()
     program.inputs = [program.value(var.aval) for var in closed.jaxpr.invars]
     program.outputs = _inline(program, closed, program.inputs, _Callers())
+    is_loss = closed.out_avals[:1] and not closed.out_avals[0].shape
+    program.losses = program.outputs[:1] if is_loss else program.outputs
     drop_unused(program)
     program.stopped = without_gradient(program)
     for step in program.steps:

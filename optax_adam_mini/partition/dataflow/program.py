@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,23 @@ LAYOUT = {
     "concatenate", "stack", "split", "scan_slice", "scan_stack", "dynamic_slice",
     "dynamic_update_slice", "scatter",
 }  # fmt: skip
+# Which put arrays beside one another.
+PLACING = {"concatenate", "stack", "dynamic_update_slice", "scatter", "complex"}
+COMPLEX = {"complex", "real", "imag", "conj"}
 
 # Through which no gradient goes.
 STOPPING = {
     "stop_gradient", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "is_finite",
     "argmax", "argmin", "not", "and", "or", "xor",
 }  # fmt: skip
+# After which each index of an axis acts by itself.
+TAKES = {"scan_slice", "dynamic_slice", "gather"}
+# Which make one number of many, that all go into alike.
+SUMS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
+    "pmax", "pmin",
+}  # fmt: skip
+_ADDING = {"add", "add_any", "sub"}
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 
 
@@ -65,6 +76,8 @@ class Program:
     arrays: list[int] = dataclasses.field(default_factory=list)
     """Arrays that the function closes over."""
     outputs: list[int] = dataclasses.field(default_factory=list)
+    losses: list[int] = dataclasses.field(default_factory=list)
+    """The outputs that are differentiated."""
     zeros: set[int] = dataclasses.field(default_factory=set)
     """Values that are zero."""
     reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -83,15 +96,21 @@ class Program:
     consumers: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The steps that take in a value."""
 
-    def goes_into(self, place: int) -> set[str]:
-        """The primitives that a value goes into, moved about and scaled as it may be."""
+    def goes_into(self, place: int, data: Set[int] = frozenset[int]()) -> set[str]:
+        """The primitives that a value goes into, moved about and scaled as it may be.
+
+        What is added to one of `data` is not followed.
+        """
         seen, todo, found = {place}, [place], set[str]()
         while todo:
             place = todo.pop()
-            if place in self.outputs:
+            if place in self.losses:
                 found.add("output")
             for step in self.consumers.get(place, ()):
-                if step.is_backward:
+                if step.is_backward or id(step) in self.stopped:
+                    continue
+                others = data.intersection(step.inputs) if step.name in _ADDING else ()
+                if not seen.issuperset(others):
                     continue
                 sums_nothing = step.name == "reduce_sum" and all(
                     self.shapes[step.inputs[0]][axis] == 1 for axis in step.params["axes"]
@@ -117,14 +136,24 @@ class Program:
         return len(self.shapes) - 1
 
 
+def depending(program: Program, places: Iterable[int]) -> set[int]:
+    """The values that depend on these."""
+    found, before = set(places), -1
+    while before != (before := len(found)):
+        for step in program.steps:
+            if not found.isdisjoint(step.inputs):
+                found.update(step.outputs)
+    return found
+
+
 def drop_unused(program: Program) -> None:
     """Takes out the steps on which no output depends.
 
     The forward pass behind a derivative is kept whole: it says what a parameter is that only the
     derivative goes through.
     """
-    needed = _reached(program, program.steps)
-    strictly = _reached(program, program.steps, with_implied=False)
+    needed = _reached(program.steps, program.outputs)
+    strictly = _reached(program.steps, program.outputs, with_implied=False)
     program.implied = {id(s) for s in program.steps if strictly.isdisjoint(s.outputs)}
     used = [step.has_effect or not needed.isdisjoint(step.outputs) for step in program.steps]
     program.unused = [s for s, is_used in zip(program.steps, used, strict=True) if not is_used]
@@ -132,15 +161,15 @@ def drop_unused(program: Program) -> None:
 
 
 def without_gradient(program: Program) -> set[int]:
-    """The steps whose results reach outputs only where no gradient comes back from there."""
+    """The steps whose results reach the loss only where no gradient comes back from there."""
     steps = [step for step in program.steps if step.name not in STOPPING]
-    reached = _reached(program, steps)
+    reached = _reached(steps, program.losses)
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
-def _reached(program: Program, steps: Sequence[Step], with_implied: bool = True) -> set[int]:
+def _reached(steps: Sequence[Step], outputs: Sequence[int], with_implied: bool = True) -> set[int]:
     """The values that outputs depend on through these steps."""
-    reached, before = set(program.outputs), -1
+    reached, before = set(outputs), -1
     while before != (before := len(reached)):
         has_derivative = any(
             step.is_differentiated and not reached.isdisjoint(step.outputs) for step in steps

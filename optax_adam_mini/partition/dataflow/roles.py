@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Role, Trail
+from optax_adam_mini.partition.dataflow.axes import Indices
+from optax_adam_mini.partition.dataflow.domain import Facts, Link, Relation, Role, Trail
 from optax_adam_mini.partition.dataflow.program import Step
 
 
 def find_roles(facts: Facts, trail: Trail) -> list[list[set[Role]]]:
-    """The roles of the axes of every value; none for those of data."""
+    """The roles of the axes of every value; of data whether it is of members."""
     roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in facts.values]
     count = -1
     while count != (count := sum(len(axis) for axes in roles for axis in axes)):
@@ -20,10 +21,18 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
     for operand, axis in relation.cuts:
         roles[step.inputs[operand]][axis].add(Role.BATCH)
     for link in relation.links:
-        if link.operand in relation.keeps:
-            found = [roles[step.outputs[link.result]][axis] for axis in link.result_axes]
+        place, result = step.inputs[link.operand], step.outputs[link.result]
+        found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
+        if link.operand not in relation.keeps:  # data: members that each have a kernel later on
+            found = (
+                {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
+            )
+        elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
+            if any(facts.values[place].shape[axis] > 1 for axis in link.axes):
+                found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
+        if link.operand not in relation.uses or link.operand in relation.keeps:
             for axis in link.axes:
-                roles[step.inputs[link.operand]][axis].update(*found)
+                roles[place][axis] |= found
     for operand, contracted, free in relation.chain:
         # x (a b) is (x a) b.
         inner = {
@@ -44,8 +53,29 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
             if link.operand == operand and set(link.result_axes) <= set(outputs)
             for axis in link.axes
         }
+        members = {
+            axis
+            for link in relation.links
+            if link.operand == operand
+            and any(Role.BATCH in roles[step.outputs[link.result]][a] for a in link.result_axes)
+            for axis in link.axes
+        }
         for axis, found in enumerate(own):
-            if axis not in batch:
+            if axis in free & members:
+                found.add(Role.BATCH)
+            elif axis not in batch:
                 found.add(Role.OUTPUT if axis in free else Role.REDUCTION)
             if axis in free and relation.in_groups:
                 found.add(Role.BATCH)
+
+
+def _are_members(facts: Facts, step: Step, relation: Relation, link: Link) -> bool:
+    """Whether each index of an axis meets a kernel of its own, with outputs that are its own."""
+    if not any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes):
+        return False
+    value = facts.values[step.inputs[link.operand]]
+    linked = {
+        axis for other in relation.links if other.operand == link.operand for axis in other.axes
+    }
+    gone = {use for a in range(len(value.shape)) if a not in linked for use in value.features(a)}
+    return any(use in gone for axis in link.axes for use in value.features(axis))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec, per_element
-from optax_adam_mini.partition.dataflow.domain import Role
+from optax_adam_mini.partition.dataflow.domain import Facts, Role
 from optax_adam_mini.partition.dataflow.interpret import Result
 from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
 from optax_adam_mini.product import Spec, outer
@@ -99,24 +99,56 @@ def _borders(result: Result, index: int, sizes: Sequence[int]) -> list[set[int]]
     facts = result.facts
     numbers = {number for number, use in facts.uses.items() if index in use.params}
     found: list[set[int]] = [set() for _ in sizes]
+    for place, axis, pieces in _taken_apart(result):
+        factor = facts.values[place].whole(axis)
+        own = numbers & factor.features.keys()
+        ends = {end for piece in _joined(facts, pieces) for end in piece} if own else set[int]()
+        if ends <= {0, factor.size}:
+            continue
+        for number in own:
+            part = factor.features[number]
+            for out in range(len(sizes)):
+                inner = math.prod(sizes[out + 1 :])
+                if (factor.size, part.distance) == (sizes[out], inner):
+                    found[out].update(ends)  # along this axis
+                elif out == 0 and part.stop - part.start == factor.size * part.distance:
+                    # One after the other, counted through all axes.
+                    borders = [part.start + end * part.distance for end in ends]
+                    found[0].update(b // inner for b in borders if b % inner == 0)
+    return found
+
+
+Piece = tuple[int, int]
+"""From where to where an axis is taken."""
+
+
+def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
+    """The values of which some indices are taken: value, axis, and what each result has."""
+    found: dict[tuple[int, int], dict[int, Piece]] = {}
     for step, relation in result.trail:
         for link in relation.links:
-            if link.positions is None or len(link.axes) != 1:
-                continue
-            taken = link.positions[link.positions >= 0]
-            factor = facts.values[step.inputs[link.operand]].whole(link.axes[0])
-            for number in numbers & factor.features.keys() if len(taken) else ():
-                part = factor.features[number]
-                ends = int(taken.min()), int(taken.max()) + 1
-                for axis in range(len(sizes)):
-                    inner = math.prod(sizes[axis + 1 :])
-                    if (factor.size, part.distance) == (sizes[axis], inner):
-                        found[axis].update(ends)  # along this axis
-                    elif axis == 0 and part.stop - part.start == factor.size * part.distance:
-                        # One after the other, counted through all axes.
-                        borders = [part.start + end * part.distance for end in ends]
-                        found[0].update(b // inner for b in borders if b % inner == 0)
-    return found
+            taken = link.positions if link.positions is not None else np.array([])
+            taken = taken[taken >= 0]
+            if len(link.axes) == 1 and len(taken):
+                key = step.inputs[link.operand], link.axes[0]
+                piece = int(taken.min()), int(taken.max()) + 1
+                found.setdefault(key, {})[step.outputs[link.result]] = piece
+    return [(place, axis, pieces) for (place, axis), pieces in found.items()]
+
+
+def _joined(facts: Facts, pieces: dict[int, Piece]) -> list[Piece]:
+    """The pieces of an axis, those as one that come together again before they meet anything."""
+    parts: list[tuple[set[int], Piece]] = []
+    for place, (start, stop) in pieces.items():
+        where = facts.put_together(place)
+        apart: list[tuple[set[int], Piece]] = []
+        for others, (first, last) in parts:
+            if where.isdisjoint(others):
+                apart.append((others, (first, last)))
+            else:
+                where, start, stop = where | others, min(start, first), max(stop, last)
+        parts = [*apart, (where, (start, stop))]
+    return [piece for _, piece in parts]
 
 
 def _parts(

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from optax_adam_mini.partition.dataflow.axes import blank
+from optax_adam_mini.partition.dataflow.axes import Indices, blank
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation, Value
 from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.rules.elementwise import combine
@@ -121,7 +121,8 @@ def _of_data(
 ) -> None:
     """Constants mix the features that they are contracted with."""
     for operand in range(2):
-        if sides[1 - operand].value.kind == Kind.CONSTANT:
+        other = sides[1 - operand].value
+        if other.kind == Kind.CONSTANT or other.is_fixed:
             _mix(found, operand, sides, places)
 
 
@@ -137,7 +138,7 @@ def _mix(found: Relation, operand: int, sides: Sequence[Side], places: Sequence[
 def _is_lookup(sides: Sequence[Side]) -> bool:
     """Whether rows are chosen by one-hot vectors."""
     return any(
-        side.value.whole(axis).one_hot
+        Indices.ONE_HOT in side.value.whole(axis).indices
         for side in sides
         for axis in side.contracted
         if not side.value.is_weight
@@ -149,7 +150,7 @@ def _chosen(side: Side, other: Side) -> list[int]:
     return [
         axis
         for axis, met in zip(side.contracted, other.contracted, strict=True)
-        if not other.value.is_weight and other.value.whole(met).one_hot
+        if not other.value.is_weight and Indices.ONE_HOT in other.value.whole(met).indices
     ]
 
 
@@ -163,6 +164,7 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
         found.is_summary = sides[operand].value.is_summary or not (
             sides[operand].batch or sides[operand].free
         )
+        found.made = 1 if places[1 - operand] else None
         return _mix(found, operand, sides, places)
     for operand, side in enumerate(sides):
         other = sides[1 - operand]
@@ -174,8 +176,9 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
             found.keeps = set()
             found.kind = Kind.DATA
             found.spent.add(operand)
-            own = (axis for axis in (*side.free, *side.batch) if side.value.is_own(axis))
-            found.cuts += [(operand, axis) for axis in own]
+            # Outputs of a layer, where the product went through a function, and rows of its input.
+            axes = [*side.free, *side.batch, *(side.contracted if side.value.made == 2 else ())]
+            found.cuts += [(operand, axis) for axis in axes if side.value.is_own(axis)]
             _use_kernel(found, 1 - operand, other, places[1 - operand], operand)
             return None
     found.made = 1
@@ -253,7 +256,7 @@ def _use_kernel(found: Relation, operand: int, side: Side, place: Places, partne
     value = side.value
     batch = [axis for axis in side.batch if value.is_own(axis)]
     found.cuts += [(operand, axis) for axis in batch]
-    found.stacks |= {place[axis] for axis in batch if axis in place}
+    found.indices |= {place[axis]: Indices.MEMBERS for axis in batch if axis in place}
     outputs = [axis for axis in side.free if axis in place and _is_output(value, axis)]
     found.uses[operand] = tuple(place[axis] for axis in outputs)
     found.partner[operand] = partner

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Relation, Value
 from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, STOPPING, Step
 from optax_adam_mini.partition.dataflow.rules.registry import RULES, same
@@ -54,36 +55,54 @@ def elementwise(facts: Facts, step: Step) -> Relation:
         found.kind = Kind.DATA if found.kind else Kind.CONSTANT
         found.is_stopped = True
         return _with_one_hot(found, step, ins, out)
+    if id(step) in facts.filters and not all(value.is_weight for value in ins):
+        return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     if len(ins) == 1:
         found.made = 2 if ins[0].made and step.name not in LINEAR else None
-    found.drops_one_hot = not _keeps_one_hot(facts, step, ins)
+    if not _keeps_one_hot(facts, step, ins):
+        found.ends |= Indices.ONE_HOT
     found.drops = step.name not in LINEAR
-    found.drops_counts = step.name not in LINEAR or sum(bool(v.shape) for v in ins) > 1
+    if step.name not in LINEAR or sum(bool(v.shape) for v in ins) > 1:
+        found.ends |= Indices.COUNTED
     if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
         found.is_product = _is_new_product(ins, found)
     return found
 
 
+def _tap(found: Relation, ins: Sequence[Value]) -> Relation:
+    """One tap of the filters of channels, which each have their own."""
+    for operand, value in enumerate(ins):
+        if value.is_weight:
+            found.uses[operand] = ()
+            found.cuts += [(operand, a) for a in range(len(value.shape)) if value.is_own(a)]
+    return found
+
+
 def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value) -> Relation:
     """Adds that the result is one-hot, where what counts is compared with an index."""
-    found.drops_counts = True
+    found.ends = Indices.COUNTED
     if step.name == "eq":
         for counted, other in ((ins[0], ins[1]), (ins[1], ins[0])):
             for axis in range(len(out.shape)):
                 if (
                     counted.shape
-                    and counted.whole(axis).counts
+                    and Indices.COUNTED in counted.whole(axis).indices
                     and not other.moves(axis)
-                    and not any(other.whole(a).counts for a in range(len(other.shape)))
+                    and not any(
+                        Indices.COUNTED in other.whole(a).indices for a in range(len(other.shape))
+                    )
                 ):
-                    found.one_hot = axis
+                    found.indices[axis] = Indices.ONE_HOT
     return found
 
 
 def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
     """Whether vectors that are one-hot still choose rows: scaled, smoothed by constants, masked."""
-    hot = [any(f.one_hot for factors in value.axes for f in factors) for value in ins]
+    hot = [
+        any(Indices.ONE_HOT in f.indices for factors in value.axes for f in factors)
+        for value in ins
+    ]
     if step.name not in LINEAR or not any(hot):
         return False
     if step.name in MULTIPLICATIVE or len(ins) == 1:
@@ -175,12 +194,17 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
         scales = any(value.moves(axis) for axis in own)  # as a gain that data were scaled by
         frequencies = [
             axis
-            for axis in own
-            if value.whole(axis).is_spectrum and any(o.whole(axis).is_spectrum for o in aligned)
+            for axis in range(len(value.shape))
+            if any(
+                Indices.FREQUENCIES in value.whole(axis).indices & other.whole(axis).indices
+                for other in aligned
+            )
         ]
         if is_product:  # each member of an ensemble has a gain of its own
             found.cuts += [
-                (operand, axis) for axis in own if any(o.whole(axis).is_stack for o in aligned)
+                (operand, axis)
+                for axis in own
+                if any(Indices.MEMBERS in o.whole(axis).indices for o in aligned)
             ]
         if facts.is_rows(value):  # used where they were chosen; what is data still scales them
             if not covered:

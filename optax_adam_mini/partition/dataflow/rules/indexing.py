@@ -86,7 +86,9 @@ def chosen(
         and is_scalar
         and all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
     ):  # a loop counter: one layer of a stack
-        found.cuts = [(0, a) for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
+        if id(step) not in facts.taps:
+            rest = [a for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
+            found.cuts = [(0, axis) for axis in rest]
         found.kind = value.kind
         return found
     if value.is_weight:

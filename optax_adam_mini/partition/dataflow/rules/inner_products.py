@@ -85,10 +85,13 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         )
     if _meet(a, b):
         # The same outputs on both sides: the norm of a vector, positions that are matched with
-        # themselves, or the derivative of a mixture.
+        # themselves, the derivative of a mixture. A factor of both is none if each has its own.
         if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
             return False
-        if a.uses(a.contracted) != b.uses(b.contracted) or not (a.free or b.free):
+        left, right = a.uses(a.contracted), b.uses(b.contracted)
+        if left == right and not (a.free or b.free):
+            return False
+        if left < right or right < left:
             return False
     kept = [(side, side.featured(side.free)) for side in (a, b)]
     shared = a.uses(a.free) & b.uses(b.free)
@@ -120,15 +123,21 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
 
 def _meet(a: Side, b: Side) -> bool:
     """Whether the same outputs are contracted on both sides."""
-    left, right = (
-        [part for axis in side.contracted for part in side.value.features(axis).items()]
-        for side in (a, b)
-    )
     return any(
-        use == other and part.start < one.stop and one.start < part.stop
-        for use, part in left
-        for other, one in right
+        all(
+            start < last and first < stop
+            for distance, (start, stop) in _extents(a.value, use).items()
+            for first, last in [_extents(b.value, use).get(distance, (start, stop))]
+        )
+        for use in a.uses(a.contracted) & b.uses(b.contracted)
     )
+
+
+def _extents(value: Value, use: int) -> dict[int, tuple[int, int]]:
+    """By the distance of neighbours, from which to which output of a use the axes go."""
+    factors = [*map(value.whole, range(len(value.shape))), value.dropped]
+    parts = sorted(factor.features[use] for factor in factors if use in factor.features)
+    return {part.distance: (part.start, part.stop) for part in parts}
 
 
 def _is_position(facts: Facts, side: Side, axis: int, are_two: bool) -> bool:

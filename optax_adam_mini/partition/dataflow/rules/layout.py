@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation
 from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
@@ -158,17 +159,18 @@ def _put_together(facts: Facts, step: Step, along: int) -> Relation:
             found.keeps.discard(operand)
             found.cuts += [(operand, axis) for axis in range(len(value.shape))]
             found.uses[operand] = ()
-    found.drops_one_hot = not all(
+    if not all(
         place in facts.program.zeros
         or 0 in value.shape
-        or any(value.whole(axis).one_hot for axis in range(len(value.shape)))
+        or any(Indices.ONE_HOT in value.whole(axis).indices for axis in range(len(value.shape)))
         for place, value in zip(step.inputs, ins, strict=True)
-    )
+    ):
+        found.ends = Indices.ONE_HOT
     seen: set[int] = set()
     for value in filled:
         own = {use for axis in range(len(value.shape)) for use in value.features(axis)}
         if seen & own:
-            found.joined = along
+            found.indices[along] = Indices.PARTS
         seen |= own
     return found
 
@@ -190,4 +192,4 @@ def _split(facts: Facts, step: Step) -> Relation:
 
 @rule("iota")
 def _iota(facts: Facts, step: Step) -> Relation:
-    return Relation(kind=Kind.CONSTANT, counts=step.params["dimension"])
+    return Relation(kind=Kind.CONSTANT, indices={step.params["dimension"]: Indices.COUNTED})

@@ -6,6 +6,7 @@ domain of frequencies is a convolution. Where a parameter itself is decomposed, 
 
 from __future__ import annotations
 
+from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation
 from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
@@ -16,7 +17,7 @@ def _fft(facts: Facts, step: Step) -> Relation:
     rank = len(facts.inputs(step)[0].shape)
     transformed = range(rank - len(step.params["fft_lengths"]), rank)
     links = [Link(0, (axis,), (axis,), is_mixed=axis in transformed) for axis in range(rank)]
-    return layout(facts, step, links, spectrum=tuple(transformed))
+    return layout(facts, step, links, indices=dict.fromkeys(transformed, Indices.FREQUENCIES))
 
 
 @rule("custom_linear_solve")
@@ -53,7 +54,10 @@ def _of_matrices(facts: Facts, step: Step) -> Relation:
     for operand, value in enumerate(ins):
         linked = {a for link in found.links if link.operand == operand for a in link.axes}
         own = [a for a, n in enumerate(value.shape) if n > 1 and value.is_own(a)]
-        if any(axis not in linked for axis in own):
+        mixed = [axis for axis in own if axis not in linked]
+        if facts.acts(value):  # activations that a parameter scales, each as it does
+            found.cuts += [(operand, axis) for axis in mixed]
+        elif mixed:
             found.unread.add(operand)
         if value.is_weight:
             found.kind = Kind.DATA

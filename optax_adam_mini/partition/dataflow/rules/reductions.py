@@ -78,8 +78,10 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
         if id(step) in facts.program.stopped:
             facts.program.stopped.add(id(summed))
         relation = contraction(facts, summed, sides, [to, to])
-        if relation.chain or relation.unread:
+        if relation.unread:
             continue
+        if relation.chain:  # of parameters alone: a parameter still, and no norm
+            found.made, found.is_summary = relation.made, False
         relation.links = [link for link in relation.links if link.operand in relation.uses]
         relation.keeps = set()
         used = frozenset[int]().union(*(values[operand].params for operand in relation.uses))

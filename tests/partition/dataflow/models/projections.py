@@ -477,16 +477,16 @@ MODELS = {
     ),
     "graph attention": (
         graph_attention, shapes(w=(D, H, N), a=(H, N), b=(H, N)), [shape(9, D)],
-        {"w": (1, H, 1), "a": (H, 1), "b": (H, 1)},
+        {"w": (1, H, N), "a": (H, 1), "b": (H, 1)},
     ),
     "graph attention, flat": (
         graph_attention_flat, shapes(w=(D, D), a=(1, H, N), b=(H, N)), [shape(9, D)],
-        {"w": (1, H), "a": (1, H, 1), "b": (H, 1)},
+        {"w": (1, D), "a": (1, H, 1), "b": (H, 1)},
     ),
     "graph attention of sums": (
         graph_attention_of_sums, shapes(left=(D, H, N), right=(D, H, N), a=(H, N), o=(D, 5)),
         [shape(9, D), shape(15, dtype="int32"), shape(15, dtype="int32")],
-        {"left": (1, H, 1), "right": (1, H, 1), "a": (H, 1), "o": (1, 5)},
+        {"left": (1, H, N), "right": (1, H, 1), "a": (H, 1), "o": (1, 5)},
     ),
     "triangle": (
         triangle,

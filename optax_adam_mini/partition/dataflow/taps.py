@@ -1,0 +1,111 @@
+"""Filters that are written out: a parameter is taken apart, and its products are summed again.
+
+`sum(shifted(x, i) * w[i] for i in range(taps))` is a convolution of each channel with a filter of
+its own. Each of its products looks like a gain.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from optax_adam_mini.partition.dataflow.program import (
+    LAYOUT,
+    LINEAR,
+    MERGE,
+    RESHAPES,
+    Program,
+    Step,
+    depending,
+)
+
+_SLICES = {"slice", "split", "dynamic_slice", "scan_slice", "gather"}
+_MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transpose", MERGE}
+
+
+class Product(NamedTuple):
+    """One index of a parameter, times data."""
+
+    step: Step
+    slice: Step
+    data: int
+    """What was moved about to be multiplied."""
+
+
+def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
+    """The products of filters that are written out, and the steps that take their taps, by id."""
+    made = {place: step for step in program.steps for place in step.outputs}
+    families: dict[tuple[int, int], list[Product]] = {}
+    for step in program.steps:
+        if step.name != "mul" or step.is_backward:
+            continue
+        for weight, other in (step.inputs, step.inputs[::-1]):
+            taken = _taken(program, made, weight) if weight not in data and other in data else None
+            if taken is not None:
+                root = _root(program, made, other)
+                found = families.setdefault((taken.inputs[0], root), [])
+                found.append(Product(step, taken, root))
+    products: set[int] = set()
+    slices: set[int] = set()
+    for family in families.values():
+        reached = [_summed_in(program, product.step) for product in family]
+        for i, product in enumerate(family):
+            in_loop = product.slice.name not in ("slice", "split")
+            met = [where for j, where in enumerate(reached) if j != i or in_loop]
+            is_summed = any(
+                (left in reached[i] and right in where) or (right in reached[i] and left in where)
+                for where in met
+                for left, right in _sums(program, reached[i])
+            )
+            # Of a loop: not where one product is what the next one is made of.
+            if is_summed and not (in_loop and _makes(program, product.step, product.data)):
+                products.add(id(product.step))
+                slices.add(id(product.slice))
+    return products, slices
+
+
+def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
+    """The step that takes one index of a parameter, if a value is one."""
+    while (step := made.get(place)) is not None and step.name in _MOVES:
+        place = step.inputs[0]
+    if step is None or step.name not in _SLICES:
+        return None
+    before, after = program.shapes[step.inputs[0]], program.shapes[place]
+    is_one = len(after) < len(before) or any(
+        n == 1 < m for m, n in zip(before, after, strict=False)
+    )
+    return step if is_one else None
+
+
+def _root(program: Program, made: dict[int, Step], place: int) -> int:
+    """What a value was before it was moved about: shifted, padded, cut."""
+    step = made.get(place)
+    if step is None or step.name not in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
+        return place
+    operands = step.inputs if step.name in ("concatenate", "stack") else step.inputs[:1]
+    roots = {_root(program, made, i) for i in operands if i not in program.zeros}
+    return roots.pop() if len(roots) == 1 else place
+
+
+def _summed_in(program: Program, step: Step) -> set[int]:
+    """The values that a product goes into by sums."""
+    seen = set(step.outputs)
+    todo = [*seen]
+    while todo:
+        for consumer in program.consumers.get(todo.pop(), ()):
+            if consumer.name in LINEAR | LAYOUT and not consumer.is_backward:
+                todo += set(consumer.outputs) - seen
+                seen.update(consumer.outputs)
+    return seen
+
+
+def _makes(program: Program, step: Step, place: int) -> bool:
+    return place in depending(program, step.outputs)
+
+
+def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:
+    """The operands of the sums that values go into."""
+    steps = {
+        id(step): step for place in places for step in program.consumers.get(place, ())
+        if step.name in ("add", "add_any", "sub")
+    }  # fmt: skip
+    return [(step.inputs[0], step.inputs[1]) for step in steps.values()]

@@ -1,0 +1,401 @@
+"""One function written in several ways has one cut, its rows included."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from optax_adam_mini import infer_block_specs
+from tests.partition.dataflow.models.parts import (
+    ROWS,
+    B,
+    D,
+    F,
+    H,
+    N,
+    T,
+    X,
+    attention,
+    conv,
+    heads,
+    joined,
+    rms_norm,
+    rotary_halves,
+    rotary_pairs,
+    rotary_rotated,
+    shape,
+    shapes,
+    stacked,
+)
+
+LAYER = shapes(g=(D,), u=(D, F), b=(F,), w=(F, D), qkv=(D, 3 * D), o=(D, D))
+STACK = stacked(LAYER, 4)
+
+
+def layer(p, x):
+    q, k, v = map(heads, jnp.split(rms_norm(x) * p["g"] @ p["qkv"], 3, -1))
+    x = x + joined(attention(q, k, v)) @ p["o"]
+    return x + jax.nn.relu(x @ p["u"] + p["b"]) @ p["w"]
+
+
+def in_turn(take):
+    """Layers one after the other, each taken out of the stack by `take`."""
+
+    def forward(p, x):
+        for i in range(4):
+            x = layer(jax.tree.map(functools.partial(take, i), p), x)
+        return x
+
+    return forward
+
+
+def by_counter(p, x):
+    at = lambda i: jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), p)
+    return lax.fori_loop(0, 4, lambda i, x: layer(at(i), x), x)
+
+
+LOOPS = {
+    "scanned": lambda p, x: lax.scan(lambda x, p: (layer(p, x), None), x, p)[0],
+    "by index": in_turn(lambda i, w: w[i]),
+    "by take": in_turn(lambda i, w: jnp.take(w, i, axis=0)),
+    "by split": in_turn(lambda i, w: jnp.squeeze(jnp.split(w, 4)[i], 0)),
+    "by index_in_dim": in_turn(lambda i, w: lax.index_in_dim(w, i, keepdims=False)),
+    "by dynamic_slice": in_turn(
+        lambda i, w: lax.dynamic_slice_in_dim(w, jnp.int32(i), 1).reshape(w.shape[1:])
+    ),
+    "by a slice that is kept": in_turn(lambda i, w: w[i : i + 1].reshape(w.shape[1:])),
+    "by counter": by_counter,
+}
+
+# Members of an ensemble, of one batch and of a batch each.
+MLP = shapes(u=(3, D, F), v=(3, F, F), w=(3, F, 5))
+
+
+def mlp(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["u"]) @ p["v"]) @ p["w"]
+
+
+MEMBERS = {
+    "one by one": lambda p, x: jnp.stack(
+        [mlp(jax.tree.map(operator.itemgetter(i), p), x) for i in range(3)]
+    ),
+    "vmap": lambda p, x: jax.vmap(mlp, (0, None))(p, x),
+    "a batch for each": lambda p, x: jax.vmap(mlp)(p, jnp.stack([x, 2 * x, 3 * x])),
+    "map": lambda p, x: lax.map(lambda p: mlp(p, x), p),
+}
+
+
+def by_switch(p, x):
+    branches = [
+        functools.partial(lambda i, x: mlp({k: p[k][i] for k in p}, x), i) for i in range(3)
+    ]
+    return lax.switch(jnp.argmax(x[0, :3]), branches, x)
+
+
+def all_weighed(p, x):
+    weights = jax.nn.one_hot(jnp.argmax(x[0, :3]), 3)
+    y = jnp.tanh(jnp.einsum("bd,edf->ebf", x, p["u"]))
+    y = jnp.tanh(jnp.einsum("ebf,efg->ebg", y, p["v"]))
+    return jnp.einsum("ebg,ego,e->bo", y, p["w"], weights)
+
+
+EXPERTS = {
+    "by switch": by_switch,
+    "by einsum": all_weighed,
+    "by index": lambda p, x: mlp(jax.tree.map(operator.itemgetter(jnp.argmax(x[0, :3])), p), x),
+}
+
+# Products and their sums.
+PRODUCTS = {
+    "einsum": lambda q, k: jnp.einsum("bthn,bshn->bhts", q, k),
+    "sum of a product": lambda q, k: (
+        q.swapaxes(1, 2)[:, :, :, None] * k.swapaxes(1, 2)[:, :, None]
+    ).sum(-1),
+    "sum of a scaled product": lambda q, k: jnp.sum(
+        q.transpose(0, 2, 1, 3)[:, :, :, None] / 3 * k.transpose(0, 2, 1, 3)[:, :, None], axis=-1
+    ),
+}
+
+
+def with_scores(scores):
+    def forward(p, x):
+        q, k, v = map(heads, jnp.split(x @ p["qkv"], 3, -1))
+        return joined(jnp.einsum("bhts,bshn->bthn", jax.nn.softmax(scores(q, k)), v)) @ p["o"]
+
+    return forward
+
+
+ROTATIONS = {
+    "none": lambda y: y,
+    "halves": rotary_halves,
+    "rotated": rotary_rotated,
+    "pairs": rotary_pairs,
+    "complex": lambda y: jnp.stack(
+        [
+            (z := lax.complex(y[..., ::2], y[..., 1::2]) * jnp.exp(1j * jnp.arange(T))[:, None, None])
+            .real,
+            z.imag,
+        ],
+        -1,
+    ).reshape(y.shape),
+}  # fmt: skip
+
+
+def turned(rotate):
+    def forward(p, x):
+        q, k, v = map(heads, jnp.split(x @ p["qkv"], 3, -1))
+        return joined(attention(rotate(q), rotate(k), v)) @ p["o"]
+
+    return forward
+
+
+# Convolutions of each channel.
+TAPS = 4
+
+
+def shifted(x, i):
+    return jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :T]
+
+
+def summed_in_a_loop(x, w):
+    padded = jnp.pad(x, ((0, 0), (TAPS - 1, 0), (0, 0)))
+    step = lambda i, y: y + lax.dynamic_slice_in_dim(padded, TAPS - 1 - i, T, 1) * w[i]
+    return lax.fori_loop(0, TAPS, step, jnp.zeros_like(x))
+
+
+def summed_in_a_scan(x, w):
+    step = lambda carry, w: ((shifted(carry[0], 1), carry[1] + carry[0] * w), None)
+    return lax.scan(step, (x, jnp.zeros_like(x)), w)[0][1]
+
+
+FILTERS = {
+    "convolution": lambda x, w: conv(
+        x, w[::-1, None], padding=[(TAPS - 1, 0)], feature_group_count=F
+    ),
+    "einsum": lambda x, w: jnp.einsum(
+        "kbtd,kd->btd", jnp.stack([shifted(x, i) for i in range(TAPS)]), w
+    ),
+    "shifts": lambda x, w: sum(shifted(x, i) * w[i] for i in range(TAPS)),
+    "rolls": lambda x, w: sum(jnp.roll(x, i, 1) * w[i] for i in range(TAPS)),
+    "a loop": summed_in_a_loop,
+}
+FINER_FILTERS = {"a scan": summed_in_a_scan}
+
+
+def filtered(by):
+    return lambda p, x: jax.nn.gelu(by(x @ p["in"], p["w"])) @ p["out"]
+
+
+def turned_by_head(rotate):
+    def forward(p, x):
+        q, k, v = (jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qkv")
+        return attention(rotate(q), rotate(k), v)
+
+    return forward
+
+
+QKV = dict.fromkeys("qkv", shape(D, H, N))
+KERNELS = {"in": shape(D, F), "w": shape(TAPS, F), "out": shape(F, 5)}
+ATTENTION = shapes(qkv=(D, 3 * D), o=(D, D))
+FORMS = {
+    "layers": (LOOPS, STACK, X),
+    "members": (MEMBERS, MLP, ROWS),
+    "experts": (EXPERTS, MLP, ROWS),
+    "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
+    "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),
+    "rotations of heads": ({k: turned_by_head(f) for k, f in ROTATIONS.items()}, QKV, X),
+    "filters": ({k: filtered(f) for k, f in FILTERS.items()}, KERNELS, X),
+}
+
+
+def found(fn, params, x, v):
+    specs = infer_block_specs(fn, params, x, v=v)
+    return {name: specs[name].grid(params[name].shape) for name in params}
+
+
+@pytest.mark.parametrize("v", ["mean", "outer"])
+@pytest.mark.parametrize(
+    ("function", "form"), [(name, form) for name, (forms, *_) in FORMS.items() for form in forms]
+)
+def test_one_function_has_one_cut(function, form, v):
+    forms, params, x = FORMS[function]
+    first = next(iter(forms.values()))
+    assert found(forms[form], params, x, v) == found(first, params, x, v)
+
+
+@pytest.mark.parametrize("form", FINER_FILTERS)
+def test_filters_are_never_joined(form):
+    grid = found(filtered(FINER_FILTERS[form]), KERNELS, X, "mean")["w"]
+    assert grid[1] == F
+
+
+def test_gains_of_layers_are_no_filter():
+    """What is scaled by each was made by another kernel."""
+
+    def forward(p, x):
+        for i in range(3):
+            x = x + p["g"][i] * jnp.tanh(x @ p["w"][i])
+        return x
+
+    params = {"g": shape(3, D), "w": shape(3, D, D)}
+    assert found(forward, params, ROWS, "mean") == {"g": (3, 1), "w": (3, 1, D)}
+
+
+def test_gains_of_a_query_and_a_key_are_no_filter():
+    """One value times two gains, which are not added."""
+
+    def forward(p, x):
+        z = jax.nn.silu(x @ p["z"])
+        scores = jnp.einsum("btn,bsn->bts", z * p["g"][0], z * p["g"][1])
+        return jax.nn.relu(scores) @ (x @ p["v"])
+
+    params = shapes(z=(D, N), g=(2, N), v=(D, D))
+    assert found(forward, params, X, "mean") == {"z": (1, 1), "g": (2, 1), "v": (1, D)}
+
+
+def test_rows_of_layers():
+    grids = found(LOOPS["by index"], STACK, X, "outer")
+    assert grids["u"] == ((4, D, 1), (4, 1, F))
+    assert grids["qkv"] == ((4, D, 3), (4, 1, 3 * D))
+
+
+def test_rows_of_members():
+    assert found(MEMBERS["vmap"], MLP, ROWS, "outer")["u"] == ((3, D, 1), (3, 1, F))
+
+
+def grouped(p, x):
+    y = (x @ p["w"]).reshape(B, T, 2, 4, N)
+    q, k, v = y[:, :, :, :2], y[:, :, :, 2], y[:, :, :, 3]
+    weights = jax.nn.softmax(jnp.einsum("btgrd,bsgd->bgrts", q, k))
+    return jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(B, T, -1) @ p["o"]
+
+
+def test_a_middle_axis_is_cut_into_heads_and_parts():
+    params = shapes(w=(D, 2 * 4 * N), o=(2 * 2 * N, D))
+    assert found(grouped, params, X, "mean")["w"] == (1, 2 * (2 + 1 + N))
+    assert found(grouped, params, X, "outer")["w"] == ((D, 4), (1, 8 * N))
+
+
+def resized(order, square):
+    def forward(p, x):
+        table = jax.image.resize(p["pos"].reshape(4, 4, D), (6, 6, D), "linear")
+        table = table.transpose(order).reshape(36, D)
+        x = x @ p["e"] + table
+        x = x - x.mean(-1, keepdims=True)
+        return jnp.tanh(x * lax.rsqrt(square(x).mean(-1, keepdims=True) + 1e-6) @ p["w"])
+
+    return forward
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+@pytest.mark.parametrize("square", [jnp.square, lambda x: x * x])
+def test_a_table_that_is_resized_is_a_bias(order, square):
+    params = shapes(e=(5, D), pos=(16, D), w=(D, 6))
+    grids = found(resized(order, square), params, shape(B, 36, 5), "mean")
+    assert grids == {"e": (1, D), "pos": (16, D), "w": (1, 6)}
+
+
+def of_state_space(make):
+    def forward(p, x):
+        decay = jnp.exp(-jnp.exp(p["a"])[..., None] * jnp.arange(T))
+        spectrum = jnp.fft.rfft(x @ p["in"], 2 * T, axis=1)
+        spectrum = spectrum * jnp.fft.rfft(make(p["c"], decay).T, 2 * T, axis=0)
+        return jax.nn.gelu(jnp.fft.irfft(spectrum, 2 * T, axis=1)[:, :T]) @ p["out"]
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c, decay: jnp.einsum("dn,dnl->dl", c, decay),
+        lambda c, decay: (c[..., None] * decay).sum(1),
+        lambda c, decay: jnp.sum(jnp.broadcast_to(c[..., None], decay.shape) * decay, axis=1),
+    ],
+)
+def test_filters_of_a_state_space_are_apart(make):
+    params = {"in": shape(D, F), "a": shape(F, 3), "c": shape(F, 3), "out": shape(F, 5)}
+    grids = found(of_state_space(make), params, X, "mean")
+    assert (grids["a"][0], grids["c"][0]) == (F, F)
+
+
+# What is coupled at a value is what every use of it couples.
+
+QK = shapes(q=(D, D), k=(D, D), v=(D, D))
+BY_HEAD, BY_NEURON = (1, H), (1, D)
+
+
+def scores(q, k):
+    return jnp.einsum("bthn,bshn->bhts", q, k)
+
+
+def uses(forward):
+    return lambda p, x: forward(*(heads(x @ p[name]) for name in "qkv"), p)
+
+
+USES = {
+    "read by the loss too": (
+        uses(lambda q, k, v, p: (attention(q, k, v), q)), {"q": BY_NEURON, "k": BY_HEAD},
+    ),
+    "a value too": (uses(lambda q, k, v, p: (attention(q, k, k), v)), {"q": BY_HEAD, "k": BY_NEURON}),
+    "read before its score": (
+        uses(lambda q, k, v, p: (jnp.tanh(k), attention(q, k, v))), {"q": BY_HEAD, "k": BY_NEURON},
+    ),
+    "one copy of it is read": (
+        uses(lambda q, k, v, p: (scores(q, y := k.sum(2, keepdims=True) * v), y[:, :, 1])),
+        {"q": BY_HEAD, "k": BY_NEURON, "v": (1, H - 1 + N)},
+    ),
+    "in two scores": (
+        uses(lambda q, k, v, p: (scores(q, k), scores(q, v))), dict.fromkeys("qkv", BY_HEAD),
+    ),
+    "with its norm": (
+        uses(lambda q, k, v, p: attention(rms_norm(q), q.sum(-1, keepdims=True) * k, v)),
+        {"q": BY_HEAD, "k": BY_HEAD},
+    ),
+    "with the norm of all heads": (
+        uses(lambda q, k, v, p: attention(*(heads(rms_norm(joined(y))) for y in (q, k)), v)),
+        {"q": BY_HEAD, "k": BY_HEAD},
+    ),
+    "a gate of the same head": (
+        uses(lambda q, k, v, p: scores(q * jax.nn.sigmoid(v), k)), dict.fromkeys("qkv", BY_HEAD),
+    ),
+    "a factor of both": (
+        uses(lambda q, k, v, p: scores(q * jnp.exp(v), k * jnp.exp(-v))),
+        dict.fromkeys("qkv", BY_HEAD),
+    ),
+    "a penalty on its values": (
+        uses(lambda q, k, v, p: (scores(q, k), jnp.square(q).sum(), v)),
+        {"q": BY_NEURON, "k": BY_HEAD},
+    ),
+    "half of it is read": (
+        uses(lambda q, k, v, p: (scores(q, k), q[:, :, :2], v)), {"q": (1, 2 * N + 2), "k": BY_HEAD},
+    ),
+    "mixed by a constant": (
+        uses(lambda q, k, v, p: attention(q @ np.tri(N, dtype="float32"), k, v)),
+        {"q": BY_HEAD, "k": BY_HEAD},
+    ),
+    "compared": (
+        uses(lambda q, k, v, p: attention(jnp.where(q > k, q, 0), k, v)), {"q": BY_HEAD, "k": BY_HEAD},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_value_of_several_uses(name):
+    fn, expected = USES[name]
+    grids = found(fn, QK, X, "mean")
+    assert {name: grids[name] for name in expected} == expected
+
+
+def test_what_comes_after_a_loss_is_no_use():
+    def outputs(p, x):
+        q, k, v = (heads(x @ p[name]) for name in "qkv")
+        return jnp.square(attention(q, k, v)), q
+
+    loss = lambda p, x: (outputs(p, x)[0].mean(), outputs(p, x)[1])
+    assert found(outputs, QK, X, "mean")["q"] == BY_NEURON
+    assert found(loss, QK, X, "mean")["q"] == BY_HEAD
