@@ -31,13 +31,14 @@ def block_table(
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
             function that returns one.
-        mu_dtype: that of the `adam_mini`, for the bytes of its state.
+        mu_dtype: that of the `adam_mini`, for the bytes of its state; inside
+            [`stochastic_rounding`][] it is float32 if it is not said.
 
     Returns:
         A `rich.table.Table`, which `print` shows as `rich.print` does: a row for each parameter
         (path, shape, cut, numbers in `nu` and their bytes), repeated layers in one row with their
         number, and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
-        optimizer's state against AdamW's.
+        optimizer's state against AdamW's, and bytes of a whole training.
 
     Raises:
         TypeError, ValueError: if the specs do not fit the parameters.
@@ -64,7 +65,7 @@ def block_table(
     table.add_column("numbers", justify="right", no_wrap=True)
     table.add_column("bytes of v", justify="right", no_wrap=True)
     mu_dtype = check_mu_dtype(mu_dtype)
-    v_before = v_after = adamw = mu_bytes = nu_bytes = 0
+    v_before = v_after = adamw = mu_bytes = nu_bytes = param_bytes = 0
     for (_, shape, dtype, spec, note), paths in rows.items():
         size, numbers = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
         row_bytes = numbers * widen(_real(dtype)).itemsize
@@ -77,15 +78,19 @@ def block_table(
             f"{row_bytes:,}",
         )
         v_before, v_after = v_before + size, v_after + numbers
+        param_bytes += size * dtype.itemsize
         mu_bytes += size * (mu_dtype or dtype).itemsize
         adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()
     table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
     removed = 1 - v_after / max(v_before, 1)
     state = mu_bytes + nu_bytes
+    training = 2 * param_bytes + state
     table.caption = (
         f"v: {v_before:,} numbers in Adam, {v_after:,} here, {removed:.2%} removed\n"
-        f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}"
+        f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}\n"
+        f"parameters, gradients and state: 2 x {param_bytes:,} + {state:,} bytes, "
+        f"{training / max(v_before, 1):.2f} a parameter; of AdamW in float32, 16"
     )
     table.caption_justify = "left"
     return table

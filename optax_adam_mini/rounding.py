@@ -58,7 +58,7 @@ def stochastic_rounding(
 
     Returns:
         The transformation; its state is a
-        [`StochasticRoundingState`][optax_adam_mini.rounding.StochasticRoundingState].
+        [`StochasticRoundingState`][].
 
     Raises:
         TypeError: in `init`, if a parameter is in float16 or narrower.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import rich.console
 
 from optax_adam_mini import (
+    adam_mini,
     block_table,
     by_path,
     flax_layers,
@@ -14,6 +15,7 @@ from optax_adam_mini import (
     per_head,
     per_neuron,
     per_tensor,
+    stochastic_rounding,
 )
 from optax_adam_mini.report import describe
 
@@ -50,7 +52,19 @@ def test_table(capsys):
     # AdamW: mu and nu of 800 bfloat16 and 600 float32; here mu of those and 160 float32.
     assert "v: 1,400 numbers in Adam, 160 here, 88.57% removed" in text
     assert "optimizer state: 4,640 bytes, 58.00% of AdamW's 8,000" in text
+    # 1,600 bytes of bfloat16 and 2,400 of float32.
+    assert "parameters, gradients and state: 2 x 4,000 + 4,640 bytes, 9.03 a parameter" in text
     assert capsys.readouterr().out == ""
+
+
+def test_five_bytes_a_parameter_of_a_whole_training():
+    """By the table, and by what there is."""
+    params = {"kernel": jnp.ones((1024, 512), jnp.bfloat16)}
+    tx = stochastic_rounding(adam_mini(1e-3, mu_dtype=jnp.int8, block_specs=per_neuron()))
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
+    assert abs((2 * params["kernel"].nbytes + state) / params["kernel"].size - 5) < 0.01
+    caption = block_table(params, per_neuron(), mu_dtype=jnp.int8).caption
+    assert "2 x 1,048,576 + 526,336 bytes, 5.00 a parameter; of AdamW in float32, 16" in caption
 
 
 def test_rows_are_joined_only_where_they_are_alike():

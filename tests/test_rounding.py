@@ -153,6 +153,8 @@ def test_infinity_and_nan_pass_and_nothing_overflows_that_nearest_would_not():
         np.testing.assert_array_equal(new[:9], np.float32([inf, -inf, nan, nan, nan, nan, LARGEST, -LARGEST, inf]))
         assert new[9] in (np.float32(LARGEST), np.float32(LARGEST - ulp))
         assert new[10] == inf
+    edge = round_to_bfloat16(jnp.full(99, LARGEST + 0.3 * ulp), rounding_seed(1, 2))
+    assert set(np.asarray(edge).tolist()) == {LARGEST}
 
 
 def test_a_parameter_that_does_not_change_keeps_its_bits():

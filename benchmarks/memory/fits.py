@@ -3,8 +3,8 @@
 python -m benchmarks.memory.fits --model llama2-7b --topology v5e:2x4 --context 2048
 
 Loss, gradient, clipping and update of the GPT-2 or Llama example (layers scanned and computed again
-in the backward pass, bfloat16 over float32 parameters, FSDP over all devices), as XLA's compiler
-for the chip makes them: bytes on each device of the parameters, of the optimizer's state and of
+in the backward pass, computed in bfloat16, FSDP over all devices), as XLA's compiler for the chip
+makes them: bytes on each device of the parameters, of the optimizer's state and of
 temporaries, gradients and activations among them. No array is allocated, nothing is run.
 benchmarks/chips.py says how to have the compilers.
 
@@ -37,6 +37,7 @@ from examples.common.cli import check_counts, comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from examples.common.language import LanguageConfig, make_program
 from examples.common.mesh import BATCH_AXES, MeshConfig
+from examples.common.optimizers import ParameterConfig
 from examples.common.text import TextConfig
 from examples.gpt2.train import Config as GPT2Training
 from examples.llama.train import Config as LlamaTraining
@@ -47,6 +48,7 @@ class Optimizer(NamedTuple):
 
     name: str
     v: Literal["mean", "outer"] = "mean"
+    parameters: ParameterConfig = ParameterConfig()
 
 
 OPTIMIZERS = {
@@ -54,6 +56,10 @@ OPTIMIZERS = {
     "Adam-mini, one number": Optimizer("adam_mini", "mean"),
     "Adam-mini, row and column": Optimizer("adam_mini", "outer"),
     "Adam-mini, row and column, 8 bits": Optimizer("adam_mini_int8", "outer"),
+    "Adam-mini, row and column, 8 bits; bfloat16": Optimizer(
+        "adam_mini_int8", "outer", ParameterConfig("bfloat16")
+    ),
+    "AdamW; bfloat16": Optimizer("adamw", parameters=ParameterConfig("bfloat16")),
     "SGD, momentum": Optimizer("sgd"),
     "Lion": Optimizer("lion"),
     "Adafactor, momentum": Optimizer("adafactor"),
@@ -66,7 +72,11 @@ MODELS: dict[str, Callable[..., LanguageConfig]] = {
     "llama2-7b": lambda **given: LlamaTraining(model="llama2-7b", data=_bpe(32000), **given),
     "llama2-13b": lambda **given: LlamaTraining(model="llama2-13b", data=_bpe(32000), **given),
     "llama3-8b": lambda **given: LlamaTraining(model="llama3-8b", data=_bpe(128256), **given),
-}
+    "llama3-70b": lambda **given: LlamaTraining(
+        model="llama3-8b", layers=80, heads=64, width=8192, mlp_width=28672, data=_bpe(128256),
+        **given,
+    ),
+}  # fmt: skip
 
 
 def _bpe(vocab_size: int) -> TextConfig:
@@ -78,7 +88,7 @@ class Options:
     """Compile training steps for TPUs and GPUs that need not be there, and see whether they fit."""
 
     model: tuple[str, ...] = ("llama2-7b",)
-    """Of gpt2, gpt2-xl, tinyllama-1b, llama2-7b, llama2-13b, llama3-8b."""
+    """Of gpt2, gpt2-xl, tinyllama-1b, llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: tuple[str, ...] = ("v5e:2x4",)
     """Of v5e, v5p, v6e and h100, with a shape: v5e:2x4, v5p:2x2x1, h100:8."""
     context: int | None = None
@@ -127,6 +137,7 @@ def config_of(case: Case) -> LanguageConfig:
     return MODELS[case.model](
         context=case.context, dtype="bfloat16", scan=True, remat=True,
         batch_size=case.batch * count, v=OPTIMIZERS[case.optimizer].v,
+        parameters=OPTIMIZERS[case.optimizer].parameters,
         devices=Devices(mesh=f"fsdp={count}", topology=case.topology),
     )  # fmt: skip
 
@@ -251,8 +262,9 @@ COLUMNS: Columns = {
 }
 FACTS = (
     "Compiled for each topology, and not run: nothing here is measured. The training step of the "
-    "example: layers scanned and computed again in the backward pass, bfloat16 over float32 "
-    "parameters, FSDP over all devices, attention as XLA makes it (scores in memory). GB (10^9 "
+    "example: layers scanned and computed again in the backward pass, computed in bfloat16 over "
+    "float32 parameters, or bfloat16 ones rounded at random where it says so, FSDP over all "
+    "devices, attention as XLA makes it (scores in memory). GB (10^9 "
     "bytes) on each device: parameters and optimizer state from their shapes and shardings, the "
     "total from the compiler, temporaries (gradients and activations) what is left. Memory is what "
     "a TPU's compiler gives a program, and 80 GB on an H100. A TPU's compiler refuses what does "

@@ -32,10 +32,15 @@ from benchmarks.results import Columns, write_rows
 from examples.common.cli import ConfigError, comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from examples.common.mesh import param_shardings
-from examples.common.optimizers import decayed
+from examples.common.optimizers import ParameterConfig, decayed
 from examples.llama.model import CONFIGS, Llama, LlamaConfig
 from examples.llama.train import Config
-from optax_adam_mini import adam_mini, infer_block_specs, opt_state_shardings
+from optax_adam_mini import (
+    adam_mini,
+    infer_block_specs,
+    opt_state_shardings,
+    stochastic_rounding,
+)
 
 LARGE = {
     # The Llama 3 Herd of Models (arXiv 2407.21783), table 3.
@@ -219,7 +224,10 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
             3e-4, weight_decay=0.1, block_specs=specs["outer"], mu_dtype=jnp.int8
         ),
     }
-    return {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
+    found = {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
+    narrow = jax.eval_shape(ParameterConfig("bfloat16").cast, params)
+    tx = stochastic_rounding(optimizers["outer, 8 bits"])
+    return {**found, "outer, 8 bits; bfloat16": compile_update(tx, narrow, mesh, fsdp)}
 
 
 def row_of(case: Case, optimizer: str, found: dict[str, Compiled]) -> dict[str, Any]:
@@ -268,8 +276,8 @@ def main(options: Options) -> None:
     of_cpu = [case.fsdp * case.tensor for case in cases if case.topology is None]
     jax.config.update("jax_num_cpu_devices", max(of_cpu, default=1))
     title = (
-        "The update, and adding it, compiled for each topology and not run; float32; fsdp over "
-        f"{options.fsdp}. GB are of parameters, gradients and state. No collective has a result "
+        "The update, and adding it, compiled for each topology and not run; float32, or bfloat16 "
+        f"rounded at random; fsdp over {options.fsdp}. GB are of parameters, gradients and state. No collective has a result "
         "as large as a device's part of a matrix: no parameter, gradient or moment is gathered."
     )
     console = Console(width=200)

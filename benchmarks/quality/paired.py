@@ -30,6 +30,7 @@ from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
 from examples.common.cli import check_counts, exit_status
 from examples.common.interrupts import end_on_interrupt
+from examples.common.optimizers import ParameterConfig
 
 
 class Contender(NamedTuple):
@@ -41,14 +42,29 @@ class Contender(NamedTuple):
     """What Adam-mini keeps of each block; None for the others."""
     start: float = 1.0
     """Where its walk begins, as a multiple of AdamW's."""
+    parameters: ParameterConfig = ParameterConfig()
+    """In what language models keep their parameters."""
 
 
+RANDOM = ParameterConfig("bfloat16")
+NEAREST = ParameterConfig("bfloat16", "nearest")
 CONTENDERS = {
     "adamw": Contender("AdamW", "adamw"),
     "mean": Contender("Adam-mini, the paper's", "adam_mini", "mean"),
     "outer": Contender("Adam-mini, outer", "adam_mini", "outer"),
     "mean, 8 bits": Contender("Adam-mini, the paper's, 8 bits", "adam_mini_int8", "mean"),
     "outer, 8 bits": Contender("Adam-mini, outer, 8 bits", "adam_mini_int8", "outer"),
+    "outer, 8 bits, bfloat16": Contender(
+        "Adam-mini, outer, 8 bits; bfloat16 at random", "adam_mini_int8", "outer", parameters=RANDOM
+    ),
+    "outer, 8 bits, bfloat16 to nearest": Contender(
+        "Adam-mini, outer, 8 bits; bfloat16 to nearest", "adam_mini_int8", "outer",
+        parameters=NEAREST,
+    ),  # fmt: skip
+    "adamw, bfloat16": Contender("AdamW; bfloat16 at random", "adamw", parameters=RANDOM),
+    "adamw, bfloat16 to nearest": Contender(
+        "AdamW; bfloat16 to nearest, state too", "adamw", parameters=NEAREST
+    ),
     "adafactor": Contender("Adafactor, momentum", "adafactor"),
     "came": Contender("CAME", "came", start=0.1),
     **{name: Contender(name, name, "outer") for name in (*VARIANTS, *ORDERS)},
@@ -112,6 +128,8 @@ class Comparison:
         missing = [one["seed"] for one in asked if one not in known]
         hyper = dataclasses.replace(self.config.hyper, learning_rate=rate)
         config = dataclasses.replace(self.config, hyper=hyper, v=who.v or self.config.v)
+        if who.parameters != ParameterConfig():
+            config = dataclasses.replace(config, parameters=who.parameters)
         trained = self._train(config, who.optimizer, missing)
         for one in asked:
             if one["seed"] in missing:

@@ -53,6 +53,7 @@ NO_MATTER = {
     "resume",
     "optimizer",
     "show_blocks",
+    "parameters",
     "eval_every",
     "checkpoint_every",
     "log_every",

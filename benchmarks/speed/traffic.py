@@ -31,9 +31,10 @@ from benchmarks.results import Columns, write_rows
 from benchmarks.speed.update import TREES, Tree, known, rows_of_before
 from examples.common.cli import comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
-from optax_adam_mini import adam_mini, per_element
+from optax_adam_mini import adam_mini, per_element, stochastic_rounding
 
 PER_ELEMENT = "per coordinate, 4096 x 11008"
+ROUNDED = "row and column, 8 bits, rounded at random"
 CASES: dict[str, Callable[[], Tree]] = {
     **TREES,
     PER_ELEMENT: lambda: TREES["neurons, 4096 x 11008"]()._replace(
@@ -48,6 +49,9 @@ OPTIMIZERS: dict[str, Callable[[Tree, str], optax.GradientTransformation]] = {
     "one number, 8 bits": lambda tree, _: adam_mini(1e-4, mu_dtype="int8", block_specs=tree.specs),
     "row and column, 8 bits": lambda tree, _: adam_mini(
         1e-4, mu_dtype="int8", block_specs=tree.outer
+    ),
+    ROUNDED: lambda tree, _: stochastic_rounding(
+        adam_mini(1e-4, mu_dtype="int8", block_specs=tree.outer)
     ),
 }
 
@@ -175,7 +179,8 @@ def measure(
 ) -> dict[str, Any]:
     """Of each optimizer the arrays it moves, and what else is known of the program.
 
-    With 8 bits in float32 alone: beside narrower parameters they are another share.
+    With 8 bits in float32 alone, beside narrower parameters they are another share; rounded at
+    random in bfloat16.
     """
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
@@ -183,7 +188,7 @@ def measure(
     ms = 1e3 * size / CHIPS[chip].bandwidth  # to read one array
     row: dict[str, Any] = {"floor_ms": 5 * ms}
     for optimizer in optimizers:
-        if "8 bits" in optimizer and dtype != "float32":
+        if "8 bits" in optimizer and dtype != ("bfloat16" if optimizer == ROUNDED else "float32"):
             continue
         start = time.perf_counter()
         program = compiled(OPTIMIZERS[optimizer](tree, dtype), params, where)
@@ -224,7 +229,10 @@ COLUMNS: Columns = {
         name: lambda row, name=name: f"{row[name]['arrays']:.2f}" if name in row else ""
         for name in OPTIMIZERS
     },
-    **{f"{name}, of AdamW's": of_adamw(name) for name in list(OPTIMIZERS)[2:]},
+    **{f"{name}, of AdamW's": of_adamw(name) for name in list(OPTIMIZERS)[2:-1]},
+    f"{ROUNDED}, of AdamW's in float32": lambda row: (
+        f"{row[ROUNDED]['arrays'] / 2 / row['AdamW']['arrays']:.3f}" if ROUNDED in row else ""
+    ),
     "ms at full bandwidth": of_each("ms", ".2f"),
     "5 arrays, ms": lambda row: f"{row['floor_ms']:.2f}",
     "kernels": of_each("kernels", "d"),

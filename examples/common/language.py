@@ -21,6 +21,7 @@ from examples.common import mesh as meshes
 from examples.common import optimizers, runs, text
 from examples.common.cli import ConfigError, check_counts
 from examples.common.mesh import MeshConfig
+from examples.common.optimizers import ParameterConfig
 from examples.common.text import TextConfig
 from examples.common.training import (
     Program,
@@ -59,7 +60,7 @@ class LanguageConfig(TrainingConfig, abc.ABC):
     remat: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters and optimizer state stay float32."""
+    """Type of the computation."""
 
     batch_size: int = 16
     """Sequences a step."""
@@ -79,6 +80,9 @@ class LanguageConfig(TrainingConfig, abc.ABC):
     temperature: float = 0.8
     """Temperature of --sample; 0 takes the likeliest token."""
 
+    parameters: Annotated[ParameterConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ParameterConfig
+    )
     data: Annotated[TextConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=TextConfig
     )
@@ -222,14 +226,15 @@ def sum_over_micro_batches(
     loss: Callable[[Any, Any], jax.Array], params: Any, batch: Any, count: int
 ) -> tuple[jax.Array, Any]:
     """`loss` (a scalar) of each of `count` parts of the batch, and its gradient, summed. Only one
-    part's activations are in memory at a time."""
+    part's activations are in memory at a time. Sums are in float32 or wider."""
     if count == 1:
         return jax.value_and_grad(loss)(params, batch)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, micro_batch)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    widened = lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
+    zero = (jnp.zeros(()), jax.tree.map(widened, params))
     # Every count-th example, so that those of a device stay there.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
     total, _ = jax.lax.scan(add, zero, micro_batches)
@@ -241,10 +246,17 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
     architecture = config.architecture
     logits = make_logits(config)
     mesh = config.devices.make_mesh()
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
+    tx = optimizers.make_optimizer(
+        optimizer,
+        config.hyper,
+        config.steps,
+        block_specs(config),
+        rounds_at_random=config.parameters.rounds_at_random,
+    )
 
     def init(seed: Any = config.seed) -> Training:
         params = nnx.state(config.make_model(architecture, nnx.Rngs(jax.random.key(seed))))
+        params = config.parameters.cast(params)
         return Training(params, tx.init(params))
 
     def losses(params: Any, windows: jax.Array) -> jax.Array:
@@ -325,7 +337,8 @@ def load_task(config: LanguageConfig, folder: Path) -> Task:
 def blocks(config: LanguageConfig) -> Table:
     """How Adam-mini cuts the parameters."""
     _, params = abstract_model(config)
-    return block_table(params, block_specs(config))
+    params = jax.eval_shape(config.parameters.cast, params)
+    return block_table(params, block_specs(config), mu_dtype=config.parameters.mu_dtype)
 
 
 def generate(

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from examples.common.cli import ConfigError
-from optax_adam_mini import adam_mini
+from optax_adam_mini import adam_mini, stochastic_rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,33 @@ class OptimizerConfig:
                 raise ConfigError(f"--{option} is {value}, but must be at least 0.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ParameterConfig:
+    """In what the parameters are kept."""
+
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and gradients. bfloat16 halves their memory: the update is made in
+    float32, and every new parameter is rounded."""
+    rounding: Literal["random", "nearest"] = "random"
+    """How parameters in bfloat16 are rounded: up or down at random, in proportion, which keeps
+    steps that are too small for bfloat16 in the mean; or to nearest, which loses them."""
+
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether the optimizer is wrapped in stochastic_rounding."""
+        return self.param_dtype == "bfloat16" and self.rounding == "random"
+
+    @property
+    def mu_dtype(self) -> str | None:
+        """That of a first moment which is not in 8 bits, where it is not the parameters'."""
+        return "float32" if self.rounds_at_random else None
+
+    def cast(self, params: Any) -> Any:
+        """`params`, which are in float32. Those that were made in bfloat16 would be others: other
+        types have other random numbers."""
+        return jax.tree.map(lambda p: p.astype(self.param_dtype), params)
+
+
 def decayed(params: Any) -> Any:
     """Weight decay's mask: True for matrices and embeddings. By name, because a bias of layers
     stacked for a scan has two axes as well."""
@@ -115,10 +142,16 @@ def check_name(name: str, option: str = "optimizer") -> None:
 
 
 def make_optimizer(
-    name: str, config: OptimizerConfig, steps: int, block_specs: Any = None
+    name: str,
+    config: OptimizerConfig,
+    steps: int,
+    block_specs: Any = None,
+    *,
+    rounds_at_random: bool = False,
 ) -> optax.GradientTransformation:
     """Clip, then the optimizer `name` on a warmup and cosine schedule over `steps` steps.
-    `block_specs` is Adam-mini's; the others do not look at it."""
+    `block_specs` is Adam-mini's; the others do not look at it. With `rounds_at_random` all of it
+    is done in float32, for parameters in bfloat16."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -127,9 +160,9 @@ def make_optimizer(
         end_value=config.final_learning_rate * config.learning_rate,
     )
     optimizer = OPTIMIZERS[name](schedule, config, block_specs)
-    if config.clip_norm == 0:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm != 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return stochastic_rounding(optimizer) if rounds_at_random else optimizer
 
 
 def state_bytes(state: optax.OptState) -> int:

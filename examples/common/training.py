@@ -133,11 +133,17 @@ class Task:
     """Of the losses that `step` returns and `measure` gives."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The options that a run was started with; those that came later are as they were before."""
+# What runs did before they had these options.
+BEFORE: dict[str, Any] = {"v": "mean", "parameters": {}}
+
+
+def read_config(config_type: type[TrainingConfig], folder: Path) -> dict[str, Any]:
+    """The options that a run was started with; those of `config_type` that came later are as they
+    were before."""
+    names = {field.name for field in dataclasses.fields(config_type)}
     try:
         stored = json.loads((folder / runs.CONFIG_FILE).read_text())
-        return {"v": "mean", **stored}
+        return {**{name: value for name, value in BEFORE.items() if name in names}, **stored}
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{folder / runs.CONFIG_FILE} cannot be read ({error}): start a new run."
@@ -146,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def load_config(config_type: type[AnyConfig], folder: Path) -> AnyConfig:
     """The configuration that a run was started with."""
-    stored = read_config(folder)
+    stored = read_config(config_type, folder)
     config = config_type()
     of_example = {field.name for field in dataclasses.fields(config_type)} - set(config.where)
     if stored.keys() - set(config.where) != of_example:

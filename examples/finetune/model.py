@@ -52,8 +52,8 @@ def find_pretrained(run: str | None) -> Path:
 def load_pretrained_config(folder: Path) -> LanguageConfig:
     """The configuration of a run, which tells the family by the options that it has, those left out
     that say where it is trained."""
-    stored = read_config(folder)
     for family in FAMILIES:
+        stored = read_config(family, folder)
         fields = {field.name for field in dataclasses.fields(family)}
         if stored.keys() - set(family.where) == fields - set(family.where):
             return load_config(family, folder)

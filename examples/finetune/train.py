@@ -17,7 +17,7 @@ from rich.table import Table
 from examples.common import optimizers, runs, text
 from examples.common.cli import ConfigError, check_counts
 from examples.common.language import check_accumulate, generate, sum_over_micro_batches
-from examples.common.optimizers import OptimizerConfig
+from examples.common.optimizers import OptimizerConfig, ParameterConfig
 from examples.common.text import Tokenizer
 from examples.common.training import Program, Task, TrainingConfig, compare
 from examples.finetune import pairs
@@ -68,6 +68,9 @@ class Config(TrainingConfig):
     runs: str = "runs/finetune"
     """Folder in which every run makes its own."""
 
+    parameters: Annotated[ParameterConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ParameterConfig
+    )
     hyper: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: OptimizerConfig(warmup_share=0.1)
     )
@@ -107,11 +110,15 @@ def make_program(config: Config, optimizer: str, pretrained: Pretrained) -> Prog
     """Model, loss, gradient and update as plain functions of arrays."""
     model = Model(pretrained.config, config.lora_rank)
     tx = optimizers.make_optimizer(
-        optimizer, config.hyper, config.steps, model.block_specs(config.v)
+        optimizer,
+        config.hyper,
+        config.steps,
+        model.block_specs(config.v),
+        rounds_at_random=config.parameters.rounds_at_random,
     )
 
     def init(params: Any) -> Tuning:
-        weights = model.init(params, config.seed)
+        weights = config.parameters.cast(model.init(params, config.seed))
         return Tuning(weights, tx.init(weights.trained))
 
     def step(tuning: Tuning, batch: Batch) -> tuple[Tuning, jax.Array]:
@@ -205,7 +212,9 @@ def blocks(config: Config) -> Table:
     """How Adam-mini cuts what is trained."""
     pretrained = load_pretrained_config(find_pretrained(config.run))
     model = Model(pretrained, config.lora_rank)
-    return block_table(model.abstract_weights.trained, model.block_specs(config.v))
+    trained = jax.eval_shape(config.parameters.cast, model.abstract_weights.trained)
+    specs = model.block_specs(config.v)
+    return block_table(trained, specs, mu_dtype=config.parameters.mu_dtype)
 
 
 def answer(model: Model, weights: Weights, prompt: str, tokenizer: Tokenizer) -> str:

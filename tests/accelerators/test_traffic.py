@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.speed.traffic import CASES, OPTIMIZERS, PER_ELEMENT, measure
+from benchmarks.speed.traffic import CASES, OPTIMIZERS, PER_ELEMENT, ROUNDED, measure
 from tests.accelerators.conftest import needs_compiler
 
 pytestmark = pytest.mark.slow
@@ -19,15 +19,19 @@ def test_the_update_moves_six_arrays_of_adamws_seven(name, chip, dtype):
     assert adamw == pytest.approx(7, abs=0.01)
     assert row["SGD, momentum"]["arrays"] == pytest.approx(5, abs=0.01)
     mini = [optimizer for optimizer in MINI if optimizer in row]
-    assert len(mini) == (4 if dtype == "float32" else 2)
+    assert len(mini) == (4 if dtype == "float32" else 3)
     for optimizer in mini:
         assert row[optimizer]["temporary_share"] <= (0.035 if "8 bits" in optimizer else 0.03)
     if name == PER_ELEMENT:
         # v is kept in float32, which is two arrays of bfloat16.
         most = adamw + 0.01 if dtype == "float32" else 9.01
+        mini = [optimizer for optimizer in mini if optimizer != ROUNDED]
         assert all(row[optimizer]["arrays"] <= most for optimizer in mini)
         return
     assert row["one number"]["arrays"] <= 0.87 * adamw
+    if dtype == "bfloat16":
+        # Of AdamW's seven in float32, which are twice as large. No array in float32 is among them.
+        assert row[ROUNDED]["arrays"] <= (0.40 if chip == "v5e" else 0.45) * 2 * 7
     # XLA for GPUs reads the gradient for the rows and again for the columns.
     assert row["row and column"]["arrays"] <= (0.87 if chip == "v5e" else 1.02) * adamw
     if dtype == "float32":

@@ -93,6 +93,7 @@ def test_a_broken_checkpoint_is_refused(run_of_gpt2, tmp_path):
 def test_a_run_of_before_rows_and_columns_keeps_the_papers_blocks(run_of_gpt2, tmp_path):
     stored = json.loads((run_of_gpt2 / runs.CONFIG_FILE).read_text())
     assert stored.pop("v") == "outer"
+    assert stored.pop("parameters")["param_dtype"] == "float32"
     runs.write_json(tmp_path / runs.CONFIG_FILE, stored)
     assert load_config(gpt2.Config, tmp_path).v == "mean"
     assert load_config(gpt2.Config, run_of_gpt2).v == "outer"

@@ -16,8 +16,9 @@ from examples.common import optimizers, runs, text
 from examples.common.cli import ConfigError
 from examples.common.language import block_specs, make_logits
 from examples.common.language import make_program as make_language_program
-from examples.common.optimizers import OptimizerConfig
+from examples.common.optimizers import OptimizerConfig, ParameterConfig
 from examples.common.text import ByteTokenizer, Document, TextConfig
+from examples.common.training import load_config
 from examples.finetune import pairs
 from examples.finetune.model import (
     Model,
@@ -360,6 +361,24 @@ def test_comparison_leaves_everything_in_the_run_folder(run, sums_file, tmp_path
 
     main(Config(runs=str(tmp_path), resume=folder.name))
     assert "has finished its 8 steps already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora_rank", [2, 0])
+def test_parameters_in_bfloat16(run, sums_file, tmp_path, lora_rank):
+    """Those that are frozen too; resumed, and evaluated."""
+    options = {"lora_rank": lora_rank, "parameters": ParameterConfig("bfloat16"), "optimizer": "adam_mini"}
+    main(tiny_config(run, sums_file, tmp_path / "whole", **options))
+    whole = losses(only_run(tmp_path / "whole") / "adam_mini")
+    run_killed_at_save(3, lambda: main(tiny_config(run, sums_file, tmp_path / "killed", **options)))
+    folder = only_run(tmp_path / "killed")
+    main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
+    assert losses(folder / "adam_mini") == whole
+    assert whole[-1]["nats_per_byte"] < whole[-1]["nats_per_byte_before"]
+    config = load_config(Config, folder)
+    pretrained = load_pretrained(Path(config.run), None)
+    state = make_program(config, "adam_mini", pretrained).abstract_state()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.weights)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}
 
 
 @pytest.mark.slow

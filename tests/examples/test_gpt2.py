@@ -17,7 +17,7 @@ from flax import nnx
 from examples.common import runs, text
 from examples.common.cli import ConfigError
 from examples.common.mesh import MeshConfig
-from examples.common.optimizers import OptimizerConfig, decayed
+from examples.common.optimizers import OptimizerConfig, ParameterConfig, decayed
 from examples.common.text import Document, TextConfig
 from examples.gpt2.model import CONFIGS, GPT2, Block, GPT2Config
 from examples.gpt2.train import Config, main, make_program
@@ -197,6 +197,8 @@ def test_only_matrices_and_embeddings_decay(scan):
         {"remat": True, "dtype": "bfloat16"},
         {"scan": True, "accumulate": 2},
         {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2},
+        {"parameters": ParameterConfig("bfloat16"), "accumulate": 2},
+        {"parameters": ParameterConfig("bfloat16", "nearest"), "optimizer": "adamw"},
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
@@ -216,7 +218,8 @@ def test_one_step_of_every_option(options):
     assert last_loss < loss - 0.1
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    dtype = config.parameters.param_dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.slow
@@ -293,6 +296,31 @@ def test_resume_is_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
     main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
     for name in (optimizer,) if optimizer else ("adamw", "adam_mini"):
         assert losses(folder / name) == losses(only_run(tmp_path / "whole") / name)
+
+
+def test_parameters_in_bfloat16_resume_bit_for_bit_and_write_samples(corpus, tmp_path, capsys):
+    options = {"optimizer": "adam_mini_int8", "parameters": ParameterConfig("bfloat16")}
+    main(tiny_config(corpus, tmp_path / "whole", **options))
+    run_killed_at_save(3, lambda: main(tiny_config(corpus, tmp_path / "killed", **options)))
+    folder = only_run(tmp_path / "killed")
+    main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
+    whole = losses(only_run(tmp_path / "whole") / "adam_mini_int8")
+    assert losses(folder / "adam_mini_int8") == whole
+    assert whole[-1]["held_out_loss"] < whole[0]["loss"] - 0.1
+    capsys.readouterr()
+    main(Config(runs=str(tmp_path / "killed"), sample="the qu", sample_tokens=4))
+    assert "adam_mini_int8, step 8" in capsys.readouterr().out
+
+
+def test_runs_in_bfloat16_begin_with_the_same_weights_rounded(corpus):
+    options = {**TINY_OPTIONS, "seed": 3}
+    narrow = Config(**options, parameters=ParameterConfig("bfloat16"))
+    wide = jax.jit(make_program(Config(**options), "adam_mini").init)()
+    found = jax.jit(make_program(narrow, "adam_mini").init)()
+    expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16), wide.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    moments = {leaf.dtype.name for leaf in jax.tree.leaves(found.opt_state)}
+    assert moments == {"float32", "int32"}
 
 
 def test_resume_drops_half_a_line_and_later_steps(tmp_path):

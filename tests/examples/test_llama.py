@@ -13,7 +13,7 @@ from flax import nnx
 
 from examples.common import optimizers
 from examples.common.cli import ConfigError
-from examples.common.optimizers import OptimizerConfig, decayed
+from examples.common.optimizers import OptimizerConfig, ParameterConfig, decayed
 from examples.common.text import TextConfig
 from examples.llama.model import CONFIGS, Attention, Block, Llama, LlamaConfig, rms_norm, rotate
 from examples.llama.train import Config, main, make_program
@@ -295,6 +295,7 @@ def test_options_of_the_architecture():
 
 def test_one_step_with_every_option():
     options = {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2}
+    options |= {"parameters": ParameterConfig("bfloat16")}
     options |= {"kv_heads": 1, "batch_size": 4, "steps": 10, "hyper": OptimizerConfig(1e-2, 1)}
     config = Config(**TINY_OPTIONS, **options)
     program = make_program(config, "adam_mini")
@@ -308,7 +309,7 @@ def test_one_step_with_every_option():
     assert last_loss < loss - 0.1
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
-    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.slow
