@@ -2,7 +2,7 @@
 
 Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree, and what they know of an array
 is part of the tree's structure. An optimizer's state is in the same boxes, so that Flax places it
-on a mesh as it places the parameters. The package imports no Flax: boxes are told by what they have.
+on a mesh as it places the parameters. The package imports no Flax: a box is told by what it has.
 
 One rule says how an array of the state is placed, here and in
 [`opt_state_shardings`][optax_adam_mini.opt_state_shardings]: **along an axis that it has in the
@@ -12,7 +12,7 @@ parameter's size it has the parameter's name (or mesh axes), and along any other
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 _OF_VARIABLES = ("out_sharding", "optimizer_sharding", "sharding_names")
 
 
-def kept_names(names: Sequence[Any], part: Sequence[int], whole: Sequence[int]) -> tuple[Any, ...]:
+def kept_names(names: Iterable[Any], part: Sequence[int], whole: Sequence[int]) -> tuple[Any, ...]:
     """The rule: what an array of the state keeps of its parameter's names.
 
     Args:
@@ -86,5 +86,5 @@ def _is_box(x: Any) -> bool:
 
 
 def _metadata(box: Any) -> dict[str, Any]:
-    get = getattr(box, "get_metadata", None)
-    return get() if callable(get) else {}
+    get: Any = getattr(box, "get_metadata", dict)
+    return get()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,8 +86,9 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
     """
     if not callable(value):
         return _checked(name, value, math.inf, "a number or a schedule", False)
+    schedule: Any = value
     try:
-        returned = value(jnp.zeros([], jnp.int32))
+        returned: Any = schedule(jnp.zeros([], jnp.int32))
     except Exception:  # what it says, it says where it is used
         return value
     if returned is None or (not jnp.isscalar(returned) and jnp.shape(returned) != ()):
@@ -145,7 +147,7 @@ def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> 
     if not 0 <= number < below:
         expected = "in [0, 1)" if below == 1 else "at least 0" + ", and finite" * (number > 0)
         dtype = f" in {value.dtype}" if isinstance(value, jax.Array) else ""
-        is_narrow = bool(dtype) and value.dtype.itemsize < 4
+        is_narrow = isinstance(value, jax.Array) and value.dtype.itemsize < 4
         remedy = f": 0.999 rounds to 1 in it{_WIDER}" if is_narrow and number == 1 else ""
         raise ValueError(f"{name} must be {expected}, got {number}{dtype}{remedy}")
     if name == "eps" and number == 0 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:

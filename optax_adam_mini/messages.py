@@ -78,7 +78,9 @@ def check_mask(mask: Any, params: Any) -> None:
     if mask is None or callable(mask):
         return
     for keys, value in jax.tree_util.tree_leaves_with_path(mask):
-        if isinstance(value, str) or not (isinstance(value, bool) or jnp.result_type(value) == jnp.bool_):
+        if isinstance(value, str) or not (
+            isinstance(value, bool) or jnp.result_type(value) == jnp.bool_
+        ):
             raise TypeError(
                 f"mask{'' if not keys else ': ' + path_str(keys)}: expected True or False, got "
                 f"{value!r}: give a pytree of booleans like the parameters, or a function that "

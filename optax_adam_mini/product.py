@@ -282,7 +282,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         >>> kernel.grid((4096, 11008))
         ((4096, 1), (1, 11008))
         >>> outer(per_head(12, stacked=0), per_neuron()).grid((768, 768))
-        OuterMoments(a=(768, 12), b=(1, 768))
+        ((768, 12), (1, 768))
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = adam_mini(1e-3, block_specs=kernel).init(params)
         >>> jax.tree.map(jnp.shape, state[0].nu)
@@ -342,7 +342,8 @@ def _as_runs(sizes: np.ndarray) -> Runs:
 def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
     """The mean over the blocks of a coarser grid, from the finite means over a finer one's."""
     sizes, counts = sums.block_sizes(fine), _counts(fine, coarse)
-    weights = jnp.ones_like(nu) * (1 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1))
+    share = 1 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1)
+    weights = jnp.ones_like(nu) * share
     total = lambda x: sums.block_mean(jnp.where(jnp.isfinite(nu), x, 0), counts)
     return total(nu * weights) / jnp.maximum(total(weights), jnp.finfo(nu.dtype).tiny)
 

@@ -123,6 +123,7 @@ def write(
         TypeError: if codes are differentiated: their derivative is 0 almost everywhere.
 
     Examples:
+        >>> from optax_adam_mini.rounding import rounding_seed
         >>> m, nu = jnp.array([2.4804688, 0.0, -0.05859375]), jnp.array([1.0])
         >>> write(per_tensor(), m, nu, jnp.dtype("int8"), rounding_seed(1, 0))
         Array([ 92,   0, -12], dtype=int8)

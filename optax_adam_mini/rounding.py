@@ -186,7 +186,7 @@ def _check_params(params: Any) -> None:
     if dtypes and jnp.bfloat16 not in dtypes.values():
         path, dtype = next(iter(dtypes.items()))
         raise ValueError(
-            f"stochastic_rounding: expected parameters in bfloat16, and found none ({'/'.join(path)} "
-            f"is {dtype}): leave it out, or cast them, "
+            "stochastic_rounding: expected parameters in bfloat16, and found none "
+            f"({'/'.join(path)} is {dtype}): leave it out, or cast them, "
             "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)"
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -217,7 +218,7 @@ def _in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation
         del extra_args
         new, state = tx.update(updates, state, params)
         like = updates if params is None else params
-        cast = lambda u, p: None if u is None else u.astype(p.dtype)
+        cast = lambda u, p: None if u is None else u.astype(jnp.result_type(p))
         return jax.tree.map(cast, new, like, is_leaf=lambda u: u is None), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
@@ -227,7 +228,8 @@ def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransfor
     if not isinstance(weight_decay, jax.Array) and not callable(weight_decay) and weight_decay == 0:
         return optax.identity()  # so that params may be left out of update
 
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    rate: Any = weight_decay
+    decay = optax.add_decayed_weights(rate, mask)
 
     def init_fn(params: Any) -> Any:
         check_mask(mask, params)
@@ -290,7 +292,9 @@ def _wide_adam_mini(
         grads = leaves_as(mu_tree, "gradients", updates)
         like = grads if params is None else leaves_as(mu_tree, "params", params)
         # A label function sees the parameters: mu has another dtype, and gradients may be None.
-        dtypes = [m.dtype if p is None else p.dtype for m, p in zip(mu, like, strict=True)]
+        dtypes = [
+            m.dtype if p is None else jnp.result_type(p) for m, p in zip(mu, like, strict=True)
+        ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
         labels = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
         nu = of_parameters(state.nu, [spec for _, spec in labels])

@@ -6,8 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from optax_adam_mini import fused, outer, per_element, per_head, per_neuron, per_tensor
-from optax_adam_mini import scale_by_adam_mini
+from optax_adam_mini import (
+    fused,
+    outer,
+    per_element,
+    per_head,
+    per_neuron,
+    per_tensor,
+    scale_by_adam_mini,
+)
 
 MATRIX = outer(per_neuron(axis=0), per_neuron())
 SHAPE = (32, 64)
@@ -66,7 +73,7 @@ def test_no_step_is_longer_than_adams(gradients, nesterov, mu_dtype):
     }
     states = {key: tx.init(jnp.zeros(SHAPE)) for key, tx in txs.items()}
     update = jax.jit(lambda g, states: {key: txs[key].update(g, s) for key, s in states.items()})
-    held = {name: False for name in SPECS}
+    held = dict.fromkeys(SPECS, False)
     for t in range(1, 40):
         new = update(gradients(t), states)
         states = {key: state for key, (_, state) in new.items()}

@@ -28,7 +28,7 @@ from tests.by_hand import (
     params,
 )
 
-OURS = functools.partial(adam_mini, block_specs=BLOCK_SPECS)
+OURS = functools.partial(adam_mini, bounded=False, block_specs=BLOCK_SPECS)
 each_spec = pytest.mark.parametrize("specs", [BLOCK_SPECS, OUTER_SPECS], ids=["mean", "outer"])
 
 
@@ -88,7 +88,7 @@ WRAPPERS = {
 )
 def test_same_as_by_hand(name, jit, specs):
     trajectories = []
-    ours = functools.partial(adam_mini, block_specs=specs)
+    ours = functools.partial(adam_mini, bounded=False, block_specs=specs)
     by_hand = outer_by_hand if specs is OUTER_SPECS else adam_mini_by_hand
     for optimizer in (ours, by_hand):
         tx = optax.with_extra_args_support(WRAPPERS[name](optimizer))
@@ -143,7 +143,7 @@ def test_lookahead():
 def test_in_8_bits_as_by_hand_but_for_the_rounding(name, specs):
     """A code is within an eighth, and of seven steps of 0.1 some errors are one way."""
     by_hand = outer_by_hand if specs is OUTER_SPECS else adam_mini_by_hand
-    ours = functools.partial(adam_mini, block_specs=specs, mu_dtype=jnp.int8)
+    ours = functools.partial(adam_mini, bounded=False, block_specs=specs, mu_dtype=jnp.int8)
     results = []
     for optimizer in (ours, by_hand):
         tx = WRAPPERS[name](functools.partial(optimizer, b2=0.95))
@@ -268,7 +268,7 @@ def test_none_gradients_and_empty_trees():
 
 def test_complex_parameters_in_rows_and_columns():
     g = jnp.array([[3 + 4j, 1.0], [2j, 1 + 1j]], jnp.complex64)
-    tx = adam_mini(1.0, weight_decay=0.0, block_specs=OUTER_SPECS["kernel"])
+    tx = adam_mini(1.0, weight_decay=0.0, bounded=False, block_specs=OUTER_SPECS["kernel"])
     updates, state = tx.update(g, tx.init(g), g)
     square = np.abs(g) ** 2
     v = square.mean(1, keepdims=True) * square.mean(0, keepdims=True) / square.mean()
@@ -278,7 +278,7 @@ def test_complex_parameters_in_rows_and_columns():
 
 def test_complex_parameters():
     g = jnp.array([[3 + 4j, 0.0], [0.0, 1 + 1j]], jnp.complex64)
-    tx = adam_mini(1.0, weight_decay=0.0, block_specs=per_neuron())
+    tx = adam_mini(1.0, weight_decay=0.0, bounded=False, block_specs=per_neuron())
     updates, state = tx.update(g, tx.init(g), g)
     assert state[0].nu.dtype == jnp.float32
     np.testing.assert_allclose(state[0].nu, 1e-3 * np.array([[25 / 2, 2 / 2]]), rtol=1e-6)

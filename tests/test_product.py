@@ -126,7 +126,9 @@ def test_steps_are_the_formulas(spec, shape, nesterov):
         [numpy_adam_mini.edges_of(runs) for runs in grid.runs(shape)] for grid in (spec.a, spec.b)
     ]
     b1, b2, eps, lr, decay = 0.9, 0.95, 1e-6, 0.1, 0.3
-    tx = adam_mini(lr, b1, b2, eps, weight_decay=decay, nesterov=nesterov, bounded=False, block_specs=spec)
+    tx = adam_mini(
+        lr, b1, b2, eps, weight_decay=decay, nesterov=nesterov, bounded=False, block_specs=spec
+    )
     found = jnp.asarray(p, jnp.float32)
     state = tx.init(found)
     m, v, expected = np.zeros(shape), np.zeros(shape), p

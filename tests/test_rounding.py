@@ -33,7 +33,7 @@ from optax_adam_mini import (
     stochastic_rounding,
     to_adam_state,
 )
-from optax_adam_mini.quantized import quantize
+from optax_adam_mini.quantized import write
 from optax_adam_mini.rounding import round_to_bfloat16, rounding_seed, salt_of
 from tests import test_optax_contract as contract
 
@@ -104,7 +104,9 @@ def test_every_parameter_is_a_neighbour_of_the_sum(jit, dtype):
     with jax.disable_jit(not jit):
         new = np.asarray(step_at(ROUNDED, 0, p, u), np.float32)
     check_is_neighbour(new[seen], x[seen])
-    np.testing.assert_array_equal(new[~seen], np.asarray(jnp.asarray(x).astype(BF16), np.float32)[~seen])
+    np.testing.assert_array_equal(
+        new[~seen], np.asarray(jnp.asarray(x).astype(BF16), np.float32)[~seen]
+    )
 
 
 def test_both_neighbours_are_met_on_either_side_of_zero():
@@ -120,7 +122,9 @@ def test_the_mean_of_many_is_the_sum():
     rng = np.random.default_rng(1)
     sizes = np.geomspace(1e-30, 1e30, 61)
     p = jnp.asarray(sizes * rng.choice([1, -1], 61), BF16)
-    u = jnp.asarray(rng.normal(size=61) * np.abs(np.asarray(p, F32)) * np.resize([1, 1e-2, 1e-3], 61), F32)
+    u = jnp.asarray(
+        rng.normal(size=61) * np.abs(np.asarray(p, F32)) * np.resize([1, 1e-2, 1e-3], 61), F32
+    )
     x = np.asarray(p, np.float32) + np.asarray(u)
     new = np.asarray(often(jnp.arange(steps), p, u), np.float64)
     low, high = (np.asarray(edge, np.float64) for edge in neighbours(x))
@@ -136,7 +140,11 @@ def test_the_mean_over_coordinates_is_the_sum():
     for share in (0.5, 0.01, 2.0**-14):
         x = np.float32(1 + share * 2**-7)
         means = [
-            np.mean(np.asarray(jax.jit(round_to_bfloat16)(jnp.full(size, x), rounding_seed(s, 7)), np.float64))
+            np.mean(
+                np.asarray(
+                    jax.jit(round_to_bfloat16)(jnp.full(size, x), rounding_seed(s, 7)), np.float64
+                )
+            )
             for s in seeds
         ]
         deviation = 2**-7 * np.sqrt(share * (1 - share) / size)
@@ -147,10 +155,14 @@ def test_infinity_and_nan_pass_and_nothing_overflows_that_nearest_would_not():
     inf, nan = np.inf, np.nan
     p = jnp.array([inf, -inf, nan, 1.0, inf, inf, LARGEST, -LARGEST, LARGEST, LARGEST, 1.0], BF16)
     ulp = 2.0**120
-    u = jnp.array([1.0, 0.0, 1.0, nan, nan, -inf, 0.4 * ulp, -0.4 * ulp, 0.6 * ulp, -0.5 * ulp, inf], F32)
+    u = jnp.array(
+        [1.0, 0.0, 1.0, nan, nan, -inf, 0.4 * ulp, -0.4 * ulp, 0.6 * ulp, -0.5 * ulp, inf], F32
+    )
     for step in range(50):
         new = np.asarray(step_at(ROUNDED, step, p, u), np.float32)
-        np.testing.assert_array_equal(new[:9], np.float32([inf, -inf, nan, nan, nan, nan, LARGEST, -LARGEST, inf]))
+        np.testing.assert_array_equal(
+            new[:9], np.float32([inf, -inf, nan, nan, nan, nan, LARGEST, -LARGEST, inf])
+        )
         assert new[9] in (np.float32(LARGEST), np.float32(LARGEST - ulp))
         assert new[10] == inf
     edge = round_to_bfloat16(jnp.full(99, LARGEST + 0.3 * ulp), rounding_seed(1, 2))
@@ -173,9 +185,18 @@ def test_coins_are_uncorrelated():
     new = jax.jit(jax.vmap(lambda step: ROUNDED.update(u, of_step(ROUNDED, step, tree), tree)[0]))
     coins = [2.0 * (leaf > 0) - 1 for leaf in jax.tree.leaves(new(jnp.arange(steps)))]
     # Half way between two codes.
-    moments = jax.jit(jax.vmap(lambda seed: quantize(per_tensor(), jnp.full(size, 1.0625), jnp.ones(1), seed)))
+    moments = jax.jit(
+        jax.vmap(
+            lambda seed: write(
+                per_tensor(), jnp.full(size, 0.07080078125), jnp.ones(1), np.dtype("int8"), seed
+            )
+        )
+    )
     for of_leaf in (salt_of, paths.index):
-        seeds = [jax.vmap(lambda n: rounding_seed(n, of_leaf(path)))(jnp.arange(1, steps + 1)) for path in paths]  # noqa: B023
+        seeds = [
+            jax.vmap(rounding_seed, (0, None))(jnp.arange(1, steps + 1), of_leaf(path))
+            for path in paths
+        ]
         codes = [np.asarray(moments(seed), int) for seed in seeds]
         coins += [2.0 * (code == code.max()) - 1 for code in codes]
     coins = np.stack([np.asarray(coin, float) for coin in coins], axis=1)
@@ -196,13 +217,26 @@ def test_the_same_numbers_in_every_process():
         "print(float(round_to_bfloat16(jnp.full(999, 1.004), rounding_seed(3, salt_of(('a', 'b')))).sum()))"
     )
     found = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
-                       env={"PYTHONHASHSEED": str(seed), "PYTHONPATH": ":".join(sys.path)}).stdout  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={"PYTHONHASHSEED": str(seed), "PYTHONPATH": ":".join(sys.path)},
+        ).stdout
         for seed in (1, 2)
     }
     here = round_to_bfloat16(jnp.full(999, 1.004), rounding_seed(3, salt_of(("a", "b")))).sum()
     assert found == {f"{float(here)}\n"}
-    assert len({int(salt_of(path)) for path in [("a", "b"), ("ab",), ("a/b",), ("a", "b", ""), ("b", "a")]}) == 5
+    assert (
+        len(
+            {
+                int(salt_of(path))
+                for path in [("a", "b"), ("ab",), ("a/b",), ("a", "b", ""), ("b", "a")]
+            }
+        )
+        == 5
+    )
 
 
 def test_other_parameters_do_not_change_a_parameters_numbers():
@@ -234,7 +268,11 @@ def test_a_hundredth_of_a_unit_adds_up(sign):
     unit, steps, size = 2.0**-7, 10_000, 512
     p = jnp.full(size, sign * 1.03125, BF16)
     u = jnp.full(size, sign * unit / 100)
-    moved = sign * (np.asarray(steps_of(ROUNDED, p, u, steps), np.float64) - np.asarray(p, float)) / unit
+    moved = (
+        sign
+        * (np.asarray(steps_of(ROUNDED, p, u, steps), np.float64) - np.asarray(p, float))
+        / unit
+    )
     deviation = np.sqrt(steps * 0.01 * 0.99)
     assert abs(moved.mean() - 100) < 4.5 * deviation / np.sqrt(size)
     assert abs(moved.std() / deviation - 1) < 4.5 / np.sqrt(2 * size)
@@ -257,7 +295,13 @@ def test_weight_decay_of_a_thousandth_of_a_unit_acts(of):
 
 # --- Whatever is inside ---------------------------------------------------------------------------
 
-SPECS = {"kernel": per_neuron(), "query": per_head(2), "matrix": MATRIX, "bias": per_element(), "wide": per_neuron()}
+SPECS = {
+    "kernel": per_neuron(),
+    "query": per_head(2),
+    "matrix": MATRIX,
+    "bias": per_element(),
+    "wide": per_neuron(),
+}
 
 
 def tree(seed=0, dtype=BF16):
@@ -310,7 +354,12 @@ OFTEN = ["adamw", "lion", "adafactor", "muon", "adam_mini int8", "multi_steps", 
 
 @pytest.mark.parametrize(
     ("name", "grad_dtype"),
-    [(name, "bfloat16") if name in OFTEN else pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in INNER]
+    [
+        (name, "bfloat16")
+        if name in OFTEN
+        else pytest.param(name, "bfloat16", marks=pytest.mark.slow)
+        for name in INNER
+    ]
     + [("adam_mini specs", "float32")],
 )
 def test_it_is_the_step_in_float32_rounded(name, grad_dtype):
@@ -392,7 +441,13 @@ def test_gradients_are_accumulated_in_float32():
 def test_float32_integers_and_missing_gradients_are_left_alone():
     params = {"w": jnp.linspace(0.1, 1, 7), "z": jnp.ones(2, jnp.complex64), "n": jnp.arange(3), "b": jnp.ones(7, BF16),
               "none": None}  # fmt: skip
-    grads = {"w": jnp.linspace(1, 2, 7), "z": 1j * jnp.ones(2), "n": jnp.zeros(3, jax.dtypes.float0), "b": None, "none": None}
+    grads = {
+        "w": jnp.linspace(1, 2, 7),
+        "z": 1j * jnp.ones(2),
+        "n": jnp.zeros(3, jax.dtypes.float0),
+        "b": None,
+        "none": None,
+    }
     inner = adam_mini(1e-3, block_specs=per_tensor(), weight_decay=0.0)
     tx = stochastic_rounding(inner)
     u, _ = inner.update(grads, inner.init(params), params)
@@ -403,14 +458,21 @@ def test_float32_integers_and_missing_gradients_are_left_alone():
 
 def test_refusals():
     tx = stochastic_rounding(optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"expected parameters in bfloat16, and found none \(a/b is float32\).*astype"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected parameters in bfloat16, and found none \(a/b is float32\).*astype",
+    ):
         tx.init({"a": {"b": jnp.ones(3)}, "n": jnp.arange(2)})
-    with pytest.raises(TypeError, match=r"a/b: expected bfloat16.*got float16, .*keep the parameters in bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"a/b: expected bfloat16.*got float16, .*keep the parameters in bfloat16"
+    ):
         tx.init({"a": {"b": jnp.ones(3, jnp.float16)}, "c": jnp.ones(2, BF16)})
     with pytest.raises(TypeError, match=r"w: .*float8_e4m3fn"):
         tx.init({"w": jnp.ones(3, jnp.float8_e4m3fn)})
     p = jnp.ones(3, BF16)
-    with pytest.raises(ValueError, match=r"update got none: call tx.update\(grads, state, params\)"):
+    with pytest.raises(
+        ValueError, match=r"update got none: call tx.update\(grads, state, params\)"
+    ):
         tx.update(p, tx.init(p))
 
 
@@ -421,7 +483,9 @@ def test_placeholders_and_abstract_parameters():
     abstract = jax.eval_shape(tx.init, jax.eval_shape(tree))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
     assert isinstance(state, StochasticRoundingState)
-    named = optax.tree.map_params(tx, lambda x: "like a parameter", state, transform_non_params=lambda x: "other")
+    named = optax.tree.map_params(
+        tx, lambda x: "like a parameter", state, transform_non_params=lambda x: "other"
+    )
     assert named.inner_state[0].mu == dict.fromkeys(p, "like a parameter")
     assert named.count == "other"
 
@@ -449,7 +513,9 @@ def in_bfloat16(*args):
 
         return optax.GradientTransformationExtraArgs(
             lambda params: tx.init(cast(params)),
-            lambda updates, state, params, **extra: tx.update(updates, state, cast(params), **extra),
+            lambda updates, state, params, **extra: tx.update(
+                updates, state, cast(params), **extra
+            ),
         )
 
     return build
@@ -463,7 +529,10 @@ ContribTest = contract.installed(
 )
 AliasTest = pytest.mark.slow(
     contract.installed(
-        "_src/alias_test.py", "AliasTest", {"_OPTIMIZERS_UNDER_TEST": "cases(1e-1)"}, _get_opt=in_bfloat16
+        "_src/alias_test.py",
+        "AliasTest",
+        {"_OPTIMIZERS_UNDER_TEST": "cases(1e-1)"},
+        _get_opt=in_bfloat16,
     )
 )
 
@@ -486,7 +555,9 @@ def test_nnx_optimizer_and_linen_boxes():
     tx = stochastic_rounding(adam_mini(0.01, mu_dtype=jnp.int8))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     params = nnx.state(model, nnx.Param)
-    grads = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape).astype(BF16), params)
+    grads = jax.tree.map(
+        lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape).astype(BF16), params
+    )
     expected = optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
     optimizer.update(model, grads)
     chex.assert_trees_all_equal(nnx.state(model, nnx.Param), expected)
@@ -516,13 +587,18 @@ EXACT = stochastic_rounding(
 def small_integers(step):
     """Gradients whose squares have exact means, in any order."""
     rng = np.random.default_rng(step)
-    return {name: jnp.asarray(rng.integers(-2, 3, shape), BF16) for name, (_, shape, _) in SHARDED.items()}
+    return {
+        name: jnp.asarray(rng.integers(-2, 3, shape), BF16)
+        for name, (_, shape, _) in SHARDED.items()
+    }
 
 
 def train(params, state, steps, update=None):
     update = update or jax.jit(EXACT.update)
     for step in steps:
-        grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), small_integers(step), params)
+        grads = jax.tree.map(
+            lambda g, p: jax.device_put(g, p.sharding), small_integers(step), params
+        )
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
@@ -611,7 +687,10 @@ def test_a_float32_run_of_adamw_goes_on_in_bfloat16(mu_dtype):
 @pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
 def test_the_state_of_a_wrapped_adamw_is_converted_and_back(mu_dtype):
     p = tree()
-    adam, mini = stochastic_rounding(optax.adamw(0.01)), stochastic_rounding(MINI(0.01, mu_dtype=mu_dtype))
+    adam, mini = (
+        stochastic_rounding(optax.adamw(0.01)),
+        stochastic_rounding(MINI(0.01, mu_dtype=mu_dtype)),
+    )
     state = adam.init(p)
     for step in range(3):
         _, state = adam.update(tree(step + 1), state, p)

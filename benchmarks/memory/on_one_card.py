@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory.on_one_card                       # Llama-2-7B, 20 steps of 2,048 tokens
 python -m benchmarks.memory.on_one_card --models llama2-13b --batch 1
-python -m benchmarks.memory.on_one_card --models gpt2 --optimizers adamw "5 bytes" --steps 500 --seeds 2
+python -m benchmarks.memory.on_one_card --models gpt2 --optimizers adamw "5 bytes" --seeds 2
 python -m benchmarks.memory.on_one_card --models tiny --steps 3      # proves that it runs, on CPU
 
 From random weights, with the step of the GPT-2 or Llama example as benchmarks.memory.fits compiles
@@ -199,7 +199,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     end_on_interrupt()
-    parsed = tyro.cli(
-        Options, prog="python -m benchmarks.memory.on_one_card", description=__doc__
-    )
+    parsed = tyro.cli(Options, prog="python -m benchmarks.memory.on_one_card", description=__doc__)
     sys.exit(exit_status(lambda: main(parsed)))

@@ -277,8 +277,9 @@ def main(options: Options) -> None:
     jax.config.update("jax_num_cpu_devices", max(of_cpu, default=1))
     title = (
         "The update, and adding it, compiled for each topology and not run; float32, or bfloat16 "
-        f"rounded at random; fsdp over {options.fsdp}. GB are of parameters, gradients and state. No collective has a result "
-        "as large as a device's part of a matrix: no parameter, gradient or moment is gathered."
+        f"rounded at random; fsdp over {options.fsdp}. GB are of parameters, gradients and "
+        "state. No collective has a result as large as a device's part of a matrix: no parameter, "
+        "gradient or moment is gathered."
     )
     console = Console(width=200)
     rows: list[dict[str, Any]] = []

@@ -58,9 +58,11 @@ CONTENDERS = {
         "Adam-mini, outer, 8 bits; bfloat16 at random", "adam_mini_int8", "outer", parameters=RANDOM
     ),
     "outer, 8 bits, bfloat16 to nearest": Contender(
-        "Adam-mini, outer, 8 bits; bfloat16 to nearest", "adam_mini_int8", "outer",
+        "Adam-mini, outer, 8 bits; bfloat16 to nearest",
+        "adam_mini_int8",
+        "outer",
         parameters=NEAREST,
-    ),  # fmt: skip
+    ),
     "adamw, bfloat16": Contender("AdamW; bfloat16 at random", "adamw", parameters=RANDOM),
     "adamw, bfloat16 to nearest": Contender(
         "AdamW; bfloat16 to nearest, state too", "adamw", parameters=NEAREST

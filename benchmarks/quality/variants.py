@@ -74,11 +74,12 @@ VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
 
 
 def _scale(config: OptimizerConfig, specs: Any, b1: float) -> optax.GradientTransformation:
-    return scale_by_adam_mini(b1, config.b2, config.eps, block_specs=specs)
+    return scale_by_adam_mini(b1, config.b2, config.eps, bounded=False, block_specs=specs)
 
 
 # Title: what goes where Adam-mini's scaling would.
 ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
+    "outer, not bounded": lambda config, specs: _scale(config, specs, config.b1),
     "update clipped at 1": lambda config, specs: optax.chain(
         _scale(config, specs, config.b1), optax.clip_by_block_rms(1.0)
     ),

@@ -366,7 +366,11 @@ def test_comparison_leaves_everything_in_the_run_folder(run, sums_file, tmp_path
 @pytest.mark.parametrize("lora_rank", [2, 0])
 def test_parameters_in_bfloat16(run, sums_file, tmp_path, lora_rank):
     """Those that are frozen too; resumed, and evaluated."""
-    options = {"lora_rank": lora_rank, "parameters": ParameterConfig("bfloat16"), "optimizer": "adam_mini"}
+    options = {
+        "lora_rank": lora_rank,
+        "parameters": ParameterConfig("bfloat16"),
+        "optimizer": "adam_mini",
+    }
     main(tiny_config(run, sums_file, tmp_path / "whole", **options))
     whole = losses(only_run(tmp_path / "whole") / "adam_mini")
     run_killed_at_save(3, lambda: main(tiny_config(run, sums_file, tmp_path / "killed", **options)))

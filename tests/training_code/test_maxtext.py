@@ -98,7 +98,7 @@ def test_a_run_goes_on_on_another_mesh(code, specs, on_one_device, mu_dtype, tmp
 def test_a_job_of_adamw_switches(code, specs, mu_dtype, shape, tmp_path):
     mesh, (adamw, tx) = code.make_mesh(*shape), optimizers(specs, mu_dtype)
     old, new = tmp_path / "old", tmp_path / "new"
-    first, _ = code.train(adamw, 5, mesh, old)
+    code.train(adamw, 5, mesh, old)
     code.switch(adamw, tx, specs, mesh, old, new, mu_dtype)
     second, state = code.train(tx, 10, mesh, new)
     carried_on, _ = code.train(adamw, 10, mesh)

@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 
 class Indices(enum.IntFlag):
-    """What the indices of an axis are. Where axes meet, what either's are; a rule says what ends it."""
+    """What the indices of an axis are: where axes meet, what either's are, until a rule ends it."""
 
     ANY = 0
     COUNTED = enum.auto()
@@ -102,9 +102,8 @@ def whole(factors: Factors, size: int | None = None) -> Factor:
     found = factors[0]
     for factor in factors[1:]:
         found = union(found, factor)
-    if len(factors) > 1:
-        if not all(Indices.ONE_HOT in factor.indices for factor in factors):
-            found = found.without(Indices.ONE_HOT)
+    if len(factors) > 1 and not all(Indices.ONE_HOT in factor.indices for factor in factors):
+        found = found.without(Indices.ONE_HOT)
     size = size if size is not None else int(np.prod([factor.size for factor in factors]))
     return found if found.size == size else found._replace(size=size)
 

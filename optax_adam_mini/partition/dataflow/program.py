@@ -109,7 +109,7 @@ class Program:
             for step in self.consumers.get(place, ()):
                 if step.is_backward or id(step) in self.stopped:
                     continue
-                others = data.intersection(step.inputs) if step.name in _ADDING else ()
+                others = data & set(step.inputs) if step.name in _ADDING else ()
                 if not seen.issuperset(others):
                     continue
                 sums_nothing = step.name == "reduce_sum" and all(

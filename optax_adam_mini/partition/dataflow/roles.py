@@ -27,9 +27,8 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
             found = (
                 {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
             )
-        elif link.positions is not None and len(link.positions) == 1:  # one layer of a stack
-            if any(facts.values[place].shape[axis] > 1 for axis in link.axes):
-                found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
+        elif _is_one_layer(facts, place, link):
+            found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
         if link.operand not in relation.uses or link.operand in relation.keeps:
             for axis in link.axes:
                 roles[place][axis] |= found
@@ -79,3 +78,9 @@ def _are_members(facts: Facts, step: Step, relation: Relation, link: Link) -> bo
     }
     gone = {use for a in range(len(value.shape)) if a not in linked for use in value.features(a)}
     return any(use in gone for axis in link.axes for use in value.features(axis))
+
+
+def _is_one_layer(facts: Facts, place: int, link: Link) -> bool:
+    """Whether a link takes one layer of a stack."""
+    is_longer = any(facts.values[place].shape[axis] > 1 for axis in link.axes)
+    return link.positions is not None and len(link.positions) == 1 and is_longer

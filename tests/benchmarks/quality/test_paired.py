@@ -147,11 +147,11 @@ def test_other_scalings_are_what_they_say():
     def clipped(x):
         return x / max(1.0, float(np.sqrt(np.mean(x**2))))
 
-    own = updates("adam_mini")
+    own = updates("outer, not bounded")
     assert max(float(np.sqrt(np.mean(x**2))) for x in own) > 1  # there is something to clip
     for found, update in zip(updates("update clipped at 1"), own, strict=True):
         np.testing.assert_allclose(found, clipped(update), rtol=1e-5)
-    divided = updates("adam_mini", dataclasses.replace(config, b1=0.0))
+    divided = updates("outer, not bounded", dataclasses.replace(config, b1=0.0))
     m = np.zeros((4, 6))
     for t, found in enumerate(updates("divided, clipped at 1, then averaged"), 1):
         m = 0.9 * m + 0.1 * clipped(divided[t - 1])

@@ -20,7 +20,6 @@ def test_the_greatest_batch_that_needs_no_more_is_found(limit, expected, monkeyp
 @pytest.mark.slow
 def test_bytes_of_a_step_have_the_state_of_its_optimizer(monkeypatch):
     """What else it needs is the same for both, where activations are most of it."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)  # with more, what is sharded is masked
     made = {name: compiled_step("GPT-2 nano", name, 16) for name in ("adamw", "adam_mini")}
     states = [
         state_bytes(jax.eval_shape(program.init).opt_state) for program, _, _ in made.values()
