@@ -79,6 +79,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
         [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
     """
     check_called(block_specs)
+    check_arrays(params)
     specs = spec_leaves(
         _called(block_specs, params) if is_label_function(block_specs) else block_specs
     )
@@ -125,6 +126,27 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
             )
         )
     return found
+
+
+def check_arrays(params: Any) -> None:
+    """Refuses specs and functions where parameters are expected.
+
+    Raises:
+        TypeError: if there are such.
+    """
+    is_spec = lambda x: isinstance(x, Spec)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_spec):
+        path = path_str(keys) or "params"
+        if is_spec(leaf):
+            raise TypeError(
+                f"{path}: expected a parameter, got the spec {leaf}: the parameters come first, "
+                "block_table(params, block_specs)"
+            )
+        if not hasattr(leaf, "shape") and not isinstance(leaf, (int, float, complex)):
+            raise TypeError(
+                f"{path}: expected an array, got {leaf!r}: take the arrays of the model alone (in "
+                "Equinox, eqx.filter(model, eqx.is_inexact_array))"
+            )
 
 
 def has_outer(block_specs: Any, params: Any) -> bool:
@@ -330,6 +352,11 @@ def compiled_rules(
         TypeError, ValueError: if a rule is not a valid regular expression and such a value.
     """
     compiled: list[tuple[re.Pattern[str], T]] = []
+    is_pair = isinstance(rules, tuple) and len(rules) == 2 and isinstance(rules[0], str)
+    if isinstance(rules, (str, Mapping)) or is_pair:
+        raise TypeError(
+            f"{what}: expected a sequence of pairs [(pattern, spec), ...], got {rules!r}"
+        )
     for rule in rules:
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)):
             raise TypeError(f"each rule of {what} is a pair (pattern, spec), got {rule!r}")
@@ -338,6 +365,7 @@ def compiled_rules(
             named = [t for t in types if t is not Outer]
             wanted = " or ".join("None" if t is type(None) else t.__name__ for t in named)
             example = " such as per_neuron()" if BlockSpec in types else ""
+            check_called(spec)
             raise TypeError(
                 f"{what}: the rule {pattern!r} must give a {wanted}{example}, got "
                 f"{spec!r} of type {type(spec).__name__}"

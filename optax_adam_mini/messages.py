@@ -20,8 +20,22 @@ _OTHER_SPECS = (
 _LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OTHER_SPECS}"
 
 
-def check_is_state(state: Any, updates: Any) -> None:
-    """Refuses the state of Adam, and arguments in another order.
+def check_order(updates: Any) -> None:
+    """Refuses a state in the place of the gradients.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    is_state = lambda x: hasattr(x, "mu") and hasattr(x, "nu")
+    if any(map(is_state, jax.tree.leaves(updates, is_leaf=is_state))):
+        raise ValueError(
+            "update: got a state in the place of the gradients: call tx.update(grads, state, "
+            "params), in this order"
+        )
+
+
+def check_is_state(state: Any) -> None:
+    """Refuses the state of another transformation.
 
     Raises:
         ValueError: if it is such.
@@ -29,11 +43,7 @@ def check_is_state(state: Any, updates: Any) -> None:
     if isinstance(state, optax.ScaleByAdamState):
         raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
     if not all(hasattr(state, name) for name in ("count", "mu", "nu")):
-        is_swapped = hasattr(updates, "count")
-        raise ValueError(
-            f"update: expected the state that init made, got a {type(state).__name__}"
-            + ": call tx.update(grads, state, params), in this order" * is_swapped
-        )
+        raise ValueError(f"update: expected the state that init made, got a {type(state).__name__}")
 
 
 def check_grids(
@@ -69,23 +79,30 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
         )
 
 
-def check_mask(mask: Any, params: Any) -> None:
-    """Refuses a mask that is no pytree of booleans, or of another structure than the parameters.
+def check_mask_leaves(mask: Any) -> None:
+    """Refuses a mask that is no pytree of booleans, nor a function that returns one.
 
     Raises:
-        TypeError, ValueError: if it is such.
+        TypeError: if it is not.
     """
-    if mask is None or callable(mask):
-        return
     for keys, value in jax.tree_util.tree_leaves_with_path(mask):
-        if isinstance(value, str) or not (
-            isinstance(value, bool) or jnp.result_type(value) == jnp.bool_
-        ):
+        is_array = hasattr(value, "dtype") and value.dtype == jnp.bool_
+        if not (isinstance(value, bool) or is_array or callable(value)):
             raise TypeError(
-                f"mask{'' if not keys else ': ' + path_str(keys)}: expected True or False, got "
+                f"mask{'' if not keys else ' at ' + path_str(keys)}: expected True or False, got "
                 f"{value!r}: give a pytree of booleans like the parameters, or a function that "
                 "returns one"
             )
+
+
+def check_mask(mask: Any, params: Any) -> None:
+    """Refuses a mask of another structure than the parameters.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if mask is None or callable(mask):
+        return
     try:
         jax.tree.map(lambda _, p: None, mask, params)
     except ValueError as error:

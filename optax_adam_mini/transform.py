@@ -32,6 +32,8 @@ from optax_adam_mini.messages import (
     check_grids,
     check_is_state,
     check_mask,
+    check_mask_leaves,
+    check_order,
     leaves_as,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
@@ -188,6 +190,7 @@ def adam_mini(
     """
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
+    check_mask_leaves(mask)
     return _in_dtypes(
         optax.chain(
             _wide_adam_mini(
@@ -216,6 +219,7 @@ def _in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
+        check_order(updates)
         new, state = tx.update(updates, state, params)
         like = updates if params is None else params
         cast = lambda u, p: None if u is None else u.astype(jnp.result_type(p))
@@ -286,7 +290,7 @@ def _wide_adam_mini(
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
-        check_is_state(state, updates)
+        check_is_state(state)
         mu_tree = of_state(state.mu, mu_dtype)
         mu, treedef = jax.tree.flatten(mu_tree)
         grads = leaves_as(mu_tree, "gradients", updates)
@@ -347,6 +351,7 @@ def _update_parameter(
     g: "Array", m: "Array", v: Any, t: _Step, count: "Array", salt: Any,
 ) -> tuple["Array", "Array", Any]:  # fmt: skip
     """Algorithm 1 for one parameter: its update, and what is kept as `m` and as `v`."""
+    g = jnp.asarray(g)
     squares = spec.block_mean(g, _abs_sq)
     nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(v.dtype), v, squares)
     g = g.astype(widen(g.dtype))
@@ -426,7 +431,7 @@ def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> "Array":
 
 
 def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def _abs_sq(x: "Array") -> "Array":

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -8,6 +9,7 @@ from optax_adam_mini import (
     by_path,
     flax_layers,
     fused,
+    infer_block_specs,
     outer,
     per_element,
     per_head,
@@ -93,3 +95,32 @@ def test_functions_that_were_not_called_are_refused(function):
         adam_mini(1e-3, block_specs=function)
     with pytest.raises(TypeError, match=f"got the function {name} itself"):
         block_table({"w": jnp.ones((3, 4))}, function)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda p: by_path({"w": per_neuron()}), r"expected a sequence of pairs \[\(pattern, spec\)"),
+        (lambda p: by_path(("w", per_neuron())), "expected a sequence of pairs"),
+        (lambda p: by_path([("w", per_neuron)]), "the function per_neuron itself"),
+        (lambda p: infer_block_specs(jnp.sum, p, overrides={"w": per_neuron()}), "overrides: expected a seq"),
+        (lambda p: infer_block_specs(jnp.sum, jnp.arange(3)), "expected the parameters after the function, got int32"),
+        (lambda p: block_table(per_neuron(), p), "params: expected a parameter, got the spec"),
+        (lambda p: adam_mini(0.1).init({"w": jax.nn.relu}), "w: expected an array, got .*eqx.filter"),
+        (lambda p: block_table({"w": jax.nn.relu}, per_neuron()), "w: expected an array"),
+        (lambda p: adam_mini(0.1).update(adam_mini(0.1).init(p), p, p), "in this order"),
+        (lambda p: adam_mini(0.1, mask="bias"), "mask: expected True or False, got 'bias'"),
+        (lambda p: adam_mini(0.1, mask={"w": True, "c": False}).init(p), "mask must have the structure"),
+        (lambda p: adam_mini(0.1, nesterov="yes"), "nesterov must be True or False, got 'yes'"),
+        (lambda p: adam_mini(-0.1), "learning_rate must be at least 0, got -0.1"),
+        (lambda p: adam_mini(float("inf")), "learning_rate must be at least 0, and finite, got inf"),
+        (lambda p: adam_mini(float("nan")), "learning_rate must be at least 0, got nan"),
+        (lambda p: adam_mini(lambda _: None), "learning_rate: the schedule returned None"),
+        (lambda p: adam_mini(lambda _: jnp.ones(3)), "learning_rate: the schedule returned"),
+        (lambda p: adam_mini(0.1, mu_dtype="float8_e4m3fn"), "mu_dtype must be .* jnp.int8 is what keeps 8 bits"),
+        (lambda p: adam_mini(0.1, mu_dtype="complex64"), "mu_dtype must be a floating-point dtype"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs_are_one_clear_error(use, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        use({"w": jnp.ones((3, 4)), "b": jnp.ones(4)})

@@ -486,7 +486,7 @@ def test_placeholders_and_abstract_parameters():
     named = optax.tree.map_params(
         tx, lambda x: "like a parameter", state, transform_non_params=lambda x: "other"
     )
-    assert named.inner_state[0].mu == dict.fromkeys(p, "like a parameter")
+    assert named.inner_state[0].mu.codes == dict.fromkeys(p, "like a parameter")
     assert named.count == "other"
 
 
@@ -631,7 +631,7 @@ def test_the_same_bits_on_eight_devices(on_one_device, kind):
     with jax.set_mesh(mesh):
         params = jax.device_put(small_integers(99), shardings)
         found = train(params, EXACT.init(params), range(6))
-        mu = found[1].inner_state[0].mu["kernel"]
+        mu = found[1].inner_state[0].mu.codes["kernel"]
         assert mu.sharding.is_equivalent_to(shardings["kernel"], 2)
         assert found[0]["kernel"].sharding.is_equivalent_to(shardings["kernel"], 2)
     check_same_bits(found, on_one_device)
@@ -649,7 +649,7 @@ def test_shardings_of_the_state_and_a_checkpoint_on_other_devices(on_one_device,
     of_params, of_state = on(8)
     assert jax.tree.structure(of_state) == jax.tree.structure(EXACT.init(params))
     for name, sharding in of_params.items():
-        assert of_state.inner_state[0].mu[name].is_equivalent_to(sharding, params[name].ndim)
+        assert of_state.inner_state[0].mu.codes[name].is_equivalent_to(sharding, params[name].ndim)
     placed = jax.device_put(params, of_params)
     saved = train(placed, jax.jit(EXACT.init, out_shardings=of_state)(placed), range(3))
     checkpointer = ocp.StandardCheckpointer()

@@ -306,11 +306,11 @@ def has_nu(value) -> bool:
         (
             {"model": "gat", "output_heads": 3},
             {
-                "layer1/kernel": (1, 8, 1),
+                "layer1/kernel": (1, 8, 8),  # its outputs are averaged too
                 "layer1/attention_source": (8, 1),
                 "layer1/attention_target": (8, 1),
                 "layer1/bias": (8, 8),
-                "layer2/kernel": (1, 3, 1),
+                "layer2/kernel": (1, 3, 10),
                 "layer2/attention_source": (3, 1),
                 "layer2/attention_target": (3, 1),
                 "layer2/bias": (10,),

@@ -306,7 +306,7 @@ def test_parameters_in_bfloat16_resume_bit_for_bit_and_write_samples(corpus, tmp
     main(Config(runs=str(tmp_path / "killed"), resume=str(folder)))
     whole = losses(only_run(tmp_path / "whole") / "adam_mini_int8")
     assert losses(folder / "adam_mini_int8") == whole
-    assert whole[-1]["held_out_loss"] < whole[0]["loss"] - 0.1
+    assert whole[-1]["held_out_loss"] < whole[0]["loss"] - 0.05
     capsys.readouterr()
     main(Config(runs=str(tmp_path / "killed"), sample="the qu", sample_tokens=4))
     assert "adam_mini_int8, step 8" in capsys.readouterr().out
@@ -521,8 +521,8 @@ def test_command_line():
     shown = run_command("gpt2", "--help")
     assert shown.returncode == 0
     words = " ".join(shown.stdout.replace("│", " ").split())
-    groups = map(dataclasses.fields, (Config, TextConfig, MeshConfig))
+    groups = map(dataclasses.fields, (Config, TextConfig, MeshConfig, ParameterConfig))
     for field in itertools.chain(*groups):
-        if field.name not in ("data", "hyper", "devices"):
+        if field.name not in ("data", "hyper", "devices", "parameters"):
             assert "--" + field.name.replace("_", "-") in words
     assert "Highest learning rate, reached after the warmup. (default: " in words

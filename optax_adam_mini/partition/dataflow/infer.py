@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
 from optax_adam_mini.partition.dataflow.domain import Role
@@ -74,6 +75,13 @@ def infer_block_specs(
         {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if leaves and not any(jnp.issubdtype(jnp.result_type(p), jnp.inexact) for _, p in leaves):
+        raise TypeError(
+            f"infer_block_specs: expected the parameters after the function, got "
+            f"{jnp.result_type(leaves[0][1])} at {path_str(leaves[0][0]) or 'params'}: call "
+            "infer_block_specs(fn, params, *args)"
+        )
     check_kept("infer_block_specs", v)
     if unreadable is not None and not isinstance(unreadable, Spec):
         raise TypeError(
