@@ -76,7 +76,9 @@ def infer_block_specs(
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if leaves and not any(jnp.issubdtype(jnp.result_type(p), jnp.inexact) for _, p in leaves):
+    if leaves and not any(
+        jnp.issubdtype(getattr(p, "dtype", float), jnp.inexact) for _, p in leaves
+    ):
         raise TypeError(
             f"infer_block_specs: expected the parameters after the function, got "
             f"{jnp.result_type(leaves[0][1])} at {path_str(leaves[0][0]) or 'params'}: call "
