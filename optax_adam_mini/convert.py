@@ -17,7 +17,7 @@ from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.labels import BlockSpecs, has_outer, path_of, resolve_block_specs
 from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import OuterMoments, Spec, in_trees, of_parameters
-from optax_adam_mini.quantized import Codes, in_state, of_state, read, write
+from optax_adam_mini.quantized import Codes, check_kept, in_state, of_state, read, write
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
@@ -150,6 +150,8 @@ def _convert(
         nu = of_parameters(node.nu, [spec for spec, _ in found])
         pairs: list[tuple[Any, Any]] = []
         for path, m, v, (spec, p) in zip(paths, jax.tree.leaves(mu), nu, found, strict=True):
+            if jnp.issubdtype(jnp.result_type(p), jnp.inexact):
+                check_kept("/".join(path), m, is_codes=is_int8)
             try:
                 pairs.append(convert_leaf(path, spec, m, v, p))
             except ValueError as error:

@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.labels import path_str
 from optax_adam_mini.product import Spec
 from optax_adam_mini.rounding import random_bits
 
@@ -183,29 +182,39 @@ def of_state(mu: Any, mu_dtype: Any) -> Any:
     """The tree like the parameters in the `mu` of a state.
 
     Raises:
-        ValueError: if the state is of the other kind, or was cast: codes are no moments.
+        ValueError: if the state is of the other kind.
     """
-    is_int8 = lambda x: jnp.result_type(x) == jnp.int8
     if isinstance(mu, Codes) != (mu_dtype == jnp.int8):
         raise ValueError(
             f"the state's mu is {'int8' if isinstance(mu, Codes) else 'not int8'}, but the "
             f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was made "
             f"with, or convert it, {_CONVERT.format(mu_dtype)}"
         )
-    tree = mu.codes if isinstance(mu, Codes) else mu
-    for keys, x in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(mu, Codes) and jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-            raise ValueError(
-                f"{path_str(keys)}: the state's mu has codes that were cast to {x.dtype}: restore "
-                "it as it was saved, with a template that has int8 there"
-            )
-    if not isinstance(mu, Codes) and any(map(is_int8, jax.tree.leaves(tree))):
+    return mu.codes if isinstance(mu, Codes) else mu
+
+
+def check_kept(path: str, kept: Any, is_codes: bool) -> None:
+    """Refuses codes that were cast to moments, and moments to codes, by who restored them.
+
+    Args:
+        path: of a parameter of real numbers.
+        kept: what the state keeps of its first moment.
+        is_codes: whether the state says that these are codes.
+
+    Raises:
+        ValueError: if they are the other.
+    """
+    if is_codes and kept.dtype != jnp.int8:
         raise ValueError(
-            "the state's mu is int8, without the node that this version keeps codes in: if it is "
-            "of version 0.2, convert it with that version, to_adam_state(state, params, "
-            "block_specs), and with this one, from_adam_state(..., mu_dtype=jnp.int8)"
+            f"{path or 'params'}: the state's mu has codes that were cast to {kept.dtype}: restore "
+            "it as it was saved, with a template that has int8 there"
         )
-    return tree
+    if not is_codes and kept.dtype == jnp.int8:
+        raise ValueError(
+            f"{path or 'params'}: the state's mu is int8, without the node that this version keeps "
+            "codes in: if it is of version 0.2, go to AdamW's state with that version, "
+            "to_adam_state(state, params, block_specs), and from there on with this one"
+        )
 
 
 _CONVERT = (

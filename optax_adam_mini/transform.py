@@ -38,7 +38,15 @@ from optax_adam_mini.messages import (
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Spec, in_trees, like_state, of_parameters
-from optax_adam_mini.quantized import allowed_b2, check_decays, in_state, of_state, read, write
+from optax_adam_mini.quantized import (
+    allowed_b2,
+    check_decays,
+    check_kept,
+    in_state,
+    of_state,
+    read,
+    write,
+)
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 
@@ -314,6 +322,7 @@ def _wide_adam_mini(
             elif not (_is_inexact(g) and _is_inexact(shape)):  # integers are left alone
                 new.append((jnp.zeros(shape.shape, shape.dtype), m, v))
             else:
+                check_kept(path, m, is_codes=mu_dtype == jnp.int8)
                 kept = m.dtype if params is None else shape.dtype
                 new.append(
                     _update_parameter(

@@ -2,9 +2,12 @@
 
 import functools
 import inspect
+import pathlib
 import re
 
 import chex
+import equinox as eqx
+import flax.serialization
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,97 +38,111 @@ from optax_adam_mini import (
     scale_by_adam_mini,
     to_adam_state,
 )
-from optax_adam_mini.product import Outer, OuterMoments
-from optax_adam_mini.quantized import dequantize, quantize, rounding_seed
+from optax_adam_mini.product import Outer
+from optax_adam_mini.quantized import Codes, allowed_b2, read, write
+from optax_adam_mini.rounding import rounding_seed, salt_of
 from tests import numpy_adam_mini
 from tests.strategies import given, shapes_and_specs
 from tests.test_product import MATRIX, product, rows_by_head
 
 int8 = functools.partial(adam_mini, mu_dtype=jnp.int8)
+INT8 = np.dtype("int8")
 ALL_CODES = np.arange(-127, 128, dtype=np.int8)
 
+# The table in the docstring of quantized.py: the codes in each binade, from 2**-6 on.
+DENSITY = [4, 8] + [16] * 5 + [8] + [4] * 4 + [1] * 11
+NUMBERS = [2.0 ** (i - 6) * (1 + k / n) for i, n in enumerate(DENSITY) for k in range(n)]
+POSITIVE = np.array([*NUMBERS, 2.0**17]) - 2.0**-6
+TABLE = np.concatenate([-POSITIVE[:0:-1], POSITIVE])
 
-def decoded(codes, bound, fraction=3):
-    """What codes stand for: 127 for the bound, and 2**fraction numbers in each binade below it."""
-    codes = np.asarray(codes, int)
-    binade, part = np.divmod(np.abs(codes) - 127, 2**fraction)
-    return np.sign(codes) * 2.0**binade * (1 + part / 2**fraction) * bound
+
+def decoded(codes, root):
+    """What codes stand for."""
+    return TABLE[np.asarray(codes, int) + 127] * root
 
 
 def edges_of(spec, shape):
     return [numpy_adam_mini.edges_of(runs) for runs in spec.runs(shape)]
 
 
-def bounds(spec, nu, shape):
-    """8 sqrt(n v) at every coordinate; of a row's and a column's the smaller."""
+def means(spec, v, shape):
+    """The means of `v` over blocks, at every coordinate; and the size of its block."""
+    found, sizes = np.zeros(shape), np.ones(shape)
+    for _, block in numpy_adam_mini.blocks_of(edges_of(spec, shape)):
+        found[block], sizes[block] = v[block].mean(), v[block].size
+    return found, sizes
+
+
+def roots(spec, v, shape):
+    """What codes are relative to, at every coordinate, for Adam's own `v`."""
     if isinstance(spec, Outer):
-        return np.minimum(bounds(spec.a, nu.a, shape), bounds(spec.b, nu.b, shape))
-    found = np.zeros(shape)
-    for index, block in numpy_adam_mini.blocks_of(edges_of(spec, shape)):
-        found[block] = 8 * np.sqrt(found[block].size * np.asarray(nu, np.float64)[index])
-    return found
+        a, sizes = means(spec.a, v, shape)
+        ratio = product(v, edges_of(spec.a, shape), edges_of(spec.b, shape)) / a
+        return np.sqrt(a) * np.maximum(1.25 * np.sqrt(ratio), np.sqrt(sizes.max()) / 2**12)
+    mean, sizes = means(spec, v, shape)
+    return np.sqrt(mean) * np.maximum(1.25, np.sqrt(sizes) / 2**12)
 
 
-def neighbours(m, bound, fraction=3):
+def neighbours(m, root):
     """The codes that stand for the nearest numbers below and above, and these numbers."""
-    table = decoded(ALL_CODES, 1.0, fraction)
-    ratio = np.divide(m, bound, out=np.zeros(np.shape(m)), where=np.asarray(bound) > 0)
-    above = np.clip(np.searchsorted(table, ratio), 1, 254)
-    return above - 128, above - 127, bound * table[above - 1], bound * table[above]
+    ratio = np.divide(m, root, out=np.zeros(np.shape(m)), where=np.asarray(root) > 0)
+    above = np.clip(np.searchsorted(TABLE, ratio), 1, 254)
+    return above - 128, above - 127, root * TABLE[above - 1], root * TABLE[above]
 
 
-decode = jax.jit(dequantize, static_argnums=0)
+decode = jax.jit(read, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def round_often(spec, m, nu, times):
     """The codes of the moment at each of many steps."""
-    of_step = lambda step: quantize(spec, m, nu, rounding_seed(step, 0))
+    of_step = lambda step: write(spec, m, nu, INT8, rounding_seed(step, 0))
     return jax.vmap(of_step)(jnp.arange(1, times + 1))
 
 
 # --- The code ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "fraction"), [(2**16, 3), (2**18, 2)])
-def test_all_codes(size, fraction):
-    nu, bound = jnp.array([1.0]), 8 * np.sqrt(size)  # a power of two
-    codes = jnp.resize(ALL_CODES, size)
-    values = decode(per_tensor(), codes, nu)
-    table = np.asarray(values[:255], np.float64)
-    np.testing.assert_array_equal(table, decoded(ALL_CODES, bound, fraction))
-    assert (np.diff(table) > 0).all()
-    assert (table[127], table[254]) == (0, bound)
-    step = np.diff(table[128:]) / table[128:-1]
-    assert (step.max(), step.min()) == (2.0**-fraction, 1 / (2 ** (fraction + 1) - 1))
-    # They are what they stand for, whatever the random numbers.
-    again = round_often(per_tensor(), values, nu, 16)
-    assert (again == codes).all()
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape", "size", "fraction"),
-    [
-        (per_tensor(), (2**16,), 2**16, 3),
-        (per_tensor(), (2**16 + 1,), 2**16 + 1, 2),
-        (outer(per_tensor(), per_neuron()), (2**9, 2**8), 2**9, 3),  # the smaller bound counts
-    ],
-)
-def test_two_bits_of_fraction_in_blocks_of_more_than_65536(spec, shape, size, fraction):
-    nu = jax.tree.map(jnp.ones, spec.grid(shape), is_leaf=lambda x: type(x) is tuple)
-    found = decode(spec, jnp.full(shape, 126, jnp.int8), nu)
-    value = {3: 15 / 16, 2: 7 / 8}[fraction] * 8 * np.sqrt(size)
-    np.testing.assert_allclose(found, np.float32(value), rtol=1e-6)
-
-
-def test_codes_are_kept_with_any_bound():
-    """But where float32's rounding of the bound and a random number in a million meet."""
-    nu = jnp.array([np.pi])
+def test_all_codes():
+    assert (len(TABLE), TABLE[127], (np.diff(TABLE) > 0).all()) == (255, 0, True)
+    nu = jnp.array([1 / 1.25**2])
     values = decode(per_tensor(), jnp.asarray(ALL_CODES), nu)
-    again = round_often(per_tensor(), values, nu, 2000)
-    differ = np.abs(np.asarray(again, int) - ALL_CODES)
-    assert differ.max() <= 1
-    assert differ.mean() < 1e-5
+    np.testing.assert_allclose(values, TABLE, rtol=1e-6)
+    # They are what they stand for, whatever the random numbers, but where float32's rounding of
+    # the root and a random number in a million meet.
+    for v in (nu, jnp.array([np.pi])):
+        values = decode(per_tensor(), jnp.asarray(ALL_CODES), v)
+        differ = np.abs(np.asarray(round_often(per_tensor(), values, v, 500), int) - ALL_CODES)
+        assert differ.max() <= 1
+        assert differ.mean() < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2**16, 2**16 + 1, 2**24, 2**26, 2**31])
+def test_the_last_code_is_beyond_the_bound(size):
+    """32 sqrt(n v), in blocks of any size, with nothing allocated."""
+    spec = per_tensor()
+    last = jax.eval_shape(lambda: read(spec, jnp.zeros((size,), jnp.int8), jnp.ones(1)))
+    assert last.shape == (size,)
+    scale = max(1.25, np.sqrt(size) / 2**12)  # of the root, by the module's docstring
+    assert TABLE[-1] * scale >= 32 * np.sqrt(size) * (1 - 1e-6)
+    if size <= 2**17:
+        found = decode(spec, jnp.full(size, 127, jnp.int8), jnp.ones(1))
+        np.testing.assert_allclose(found[0], TABLE[-1] * scale, rtol=1e-6)
+
+
+def test_codes_of_today_are_read_tomorrow():
+    """Written by version 0.3; `python -m tests.golden.codes` would make another format."""
+    with np.load(pathlib.Path(__file__).parent / "golden" / "codes.npz") as file:
+        for name, spec in GOLDEN.items():
+            nu = tuple(file[f"{name}/nu{i}"] for i in range(2 if isinstance(spec, Outer) else 1))
+            found = read(spec, jnp.asarray(file[f"{name}/codes"]), nu if len(nu) > 1 else nu[0])
+            np.testing.assert_allclose(found, file[f"{name}/m"], rtol=1e-6, atol=1e-12)
+            again = write(spec, found, nu if len(nu) > 1 else nu[0], INT8, rounding_seed(1, 2))
+            assert (np.abs(np.asarray(again, int) - file[f"{name}/codes"]) <= 1).all()
+        assert int(salt_of(("layer", "kernel"))) == 841920579
+
+
+GOLDEN = {"neurons": per_neuron(), "one": per_tensor(), "matrix": MATRIX, "heads": rows_by_head(2)}
 
 
 def check_step(spec, shape, dtype=np.float32, *, nesterov=False, seed=0, b1=0.9, b2=0.99):
@@ -132,28 +150,30 @@ def check_step(spec, shape, dtype=np.float32, *, nesterov=False, seed=0, b1=0.9,
     rng = np.random.default_rng(seed)
     grads = rng.normal(size=(2, *shape)) * rng.lognormal(sigma=2, size=shape)
     grads = jnp.asarray(grads.astype(np.float32)).astype(dtype)
-    tx = scale_by_adam_mini(b1, b2, mu_dtype=jnp.int8, nesterov=nesterov, block_specs=spec)
+    tx = scale_by_adam_mini(
+        b1, b2, mu_dtype=jnp.int8, nesterov=nesterov, bounded=False, block_specs=spec
+    )
     _, state = tx.update(grads[0], tx.init(grads[0]))
     updates, new = tx.update(grads[1], state)
-    assert new.mu.dtype == jnp.int8
+    assert new.mu.codes.dtype == jnp.int8
     grads = np.asarray(grads, np.float64)
 
-    m = b1 * decoded(state.mu, bounds(spec, state.nu, shape)) + (1 - b1) * grads[1]
-    bound = bounds(spec, new.nu, shape)
-    lower, upper, low, high = neighbours(m, bound)
-    codes = np.asarray(new.mu, int)
-    slack = 1e-5 * (np.abs(m) + bound)  # of m in float32, where it is a code almost exactly
+    first = (1 - b2) * grads[0] ** 2
+    v = b2 * first + (1 - b2) * grads[1] ** 2
+    m = b1 * decoded(state.mu.codes, roots(spec, first, shape)) + (1 - b1) * grads[1]
+    root = roots(spec, v, shape)
+    lower, upper, low, high = neighbours(m, root)
+    codes = np.asarray(new.mu.codes, int)
+    slack = 1e-5 * (np.abs(m) + root)  # of m in float32, where it is a code almost exactly
     assert ((codes == lower) & (low <= m + slack) | (codes == upper) & (high >= m - slack)).all()
 
-    v = np.asarray(b2 * (1 - b2) * grads[0] ** 2 + (1 - b2) * grads[1] ** 2)
     if isinstance(spec, Outer):
         v = product(v, edges_of(spec.a, shape), edges_of(spec.b, shape))
     else:
-        for _, block in numpy_adam_mini.blocks_of(edges_of(spec, shape)):
-            v[block] = v[block].mean()
-    mu = decoded(codes, bound) / (1 - b1**2)
+        v, _ = means(spec, v, shape)
+    mu = decoded(codes, root) / (1 - b1**2)
     if nesterov:
-        mu = b1 * decoded(codes, bound) / (1 - b1**3) + (1 - b1) * grads[1] / (1 - b1**2)
+        mu = b1 * decoded(codes, root) / (1 - b1**3) + (1 - b1) * grads[1] / (1 - b1**2)
     expected = mu / (np.sqrt(v / (1 - b2**2)) + 1e-8)
     rtol = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}[np.dtype(dtype).name]
     np.testing.assert_allclose(np.asarray(updates, np.float64), expected, rtol=rtol, atol=rtol / 10)
@@ -189,56 +209,86 @@ def test_a_step_of_rows_and_columns_is_the_formulas(spec, shape, nesterov):
 
 
 def test_the_mean_of_many_is_the_moment():
-    """From the bound to a hundredth of the smallest code; and no further off than chance is."""
-    bound, n, seeds = 8.0 * 8, 64, 20_000
-    m = jnp.asarray(bound * np.geomspace(1, 1e-7, n) * np.resize([1, -1], n), jnp.float32)
-    nu = jnp.array([1.0])
+    """From the last code to a hundredth of the first one; and no further off than chance is."""
+    n, seeds = 64, 20_000
+    m = jnp.asarray(TABLE[-1] * np.geomspace(1, 1e-9, n) * np.resize([1, -1], n), jnp.float32)
+    m = jnp.concatenate([m, jnp.asarray([0.7 * TABLE[-1], 1e-5, 1e-4])])
+    nu = jnp.array([1 / 1.25**2])
     codes = round_often(per_tensor(), m, nu, seeds)
-    error = decoded(codes, bound).mean(0) - np.asarray(m, np.float64)
-    assert (np.abs(error) < 1e-3 * bound).all()
-    _, _, low, high = neighbours(np.asarray(m, np.float64), bound)
+    m = np.asarray(m, np.float64)
+    error = decoded(codes, 1.0).mean(0) - m
+    _, _, low, high = neighbours(m, 1.0)
     deviation = np.sqrt(np.maximum((m - low) * (high - m), 0) / seeds)
     assert (np.abs(error) <= 5 * deviation + 1e-6 * np.abs(m)).all()
-    assert (np.abs(error) < 0.1 * np.abs(m))[np.abs(m) > 1e-6 * bound].all()
-
-
-@pytest.mark.parametrize(("size", "fraction"), [(2**16, 3), (2**17, 2)])
-def test_the_mean_over_coordinates_is_the_moment(size, fraction):
-    bound, nu = 8 * np.sqrt(size), jnp.array([1.0])
-    round_all = jax.jit(functools.partial(quantize, per_tensor()))
-    for ratio in (0.99, 0.3, -1e-3, 2.0**-fraction * 1e-4, 1e-9):
-        m = np.float32(ratio * bound)
-        codes = round_all(jnp.full(size, m), nu, rounding_seed(7, 3))
-        _, _, low, high = neighbours(float(m), bound, fraction)
-        error = decoded(codes, bound, fraction).mean() - m
-        assert abs(error) <= 5 * np.sqrt((m - low) * (high - m) / size) + 1e-6 * abs(m)
 
 
 def test_errors_are_uncorrelated():
     """Those of coordinates, of parameters and of steps: half way between two codes, all coins."""
-    steps, parameters, size = 400, 5, 256
-    m, nu = jnp.full(size, 1.0625), jnp.array([1.0])
-    seeds = jax.vmap(
-        lambda step: jnp.stack([rounding_seed(step, index) for index in range(parameters)])
-    )(jnp.arange(1, steps + 1))
-    of_seed = functools.partial(quantize, per_tensor(), m, nu)
+    steps, size = 400, 256
+    paths = [("a",), ("b",), ("a", "b"), ("a/b",), ("b", "a")]
+    m, nu = jnp.full(size, 0.5 * (POSITIVE[50] + POSITIVE[51])), jnp.array([1 / 1.25**2])
+    seeds = jax.vmap(lambda step: jnp.stack([rounding_seed(step, salt_of(p)) for p in paths]))(
+        jnp.arange(1, steps + 1)
+    )
+    of_seed = lambda seed: write(per_tensor(), m, nu, INT8, seed)
     codes = np.asarray(jax.jit(jax.vmap(jax.vmap(of_seed)))(seeds), int)
     assert len(np.unique(codes)) == 2
     coins = 2.0 * (codes == codes.max()) - 1
-    for axis, samples in ((0, parameters * size), (1, steps * size), (2, steps * parameters)):
+    for axis, samples in ((0, len(paths) * size), (1, steps * size), (2, steps * len(paths))):
         rows = np.moveaxis(coins, axis, 0).reshape(coins.shape[axis], -1)
         assert rows.shape[1] == samples
         correlation = rows @ rows.T / samples - np.eye(len(rows))
         assert np.abs(correlation).max() < 5.5 / np.sqrt(samples)
 
 
+def test_groups_do_not_share_random_numbers():
+    params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
+    g = jax.random.normal(jax.random.key(0), (64, 64))
+    one = int8(1e-3, weight_decay=0.0, block_specs=per_tensor())
+    for tx in (one, optax.multi_transform({"x": one, "y": one}, {"a": "x", "b": "y"})):
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update({"a": g, "b": g}, state, params)
+        assert (updates["a"] != updates["b"]).mean() > 0.3
+
+
 @pytest.mark.parametrize("shape", [(1 << 12, 1 << 12), (1 << 24,), (3, 1 << 20, 2)])
 def test_every_step_has_random_numbers_of_its_own(shape):
     """However many powers of two the size has."""
-    m, nu = jnp.full(shape, 1.0625 / 2), jnp.full(shape, 1 / 64)  # between two codes
-    first = jax.jit(lambda seed: quantize(per_element(), m, nu, seed).ravel()[:64])
+    m, nu = jnp.full(shape, 1.01), jnp.full(shape, 1.0)  # between two codes
+    first = jax.jit(lambda seed: write(per_element(), m, nu, INT8, seed).ravel()[:64])
     found = {np.asarray(first(rounding_seed(step, 0))).tobytes() for step in range(1, 65)}
     assert len(found) == 64
+
+
+def noise(scales, b1, b2, steps=400):
+    """The error of updates, of them, both in the root of the mean square, in the later half."""
+    txs = [scale_by_adam_mini(b1, b2, mu_dtype=mu, bounded=False, block_specs=per_tensor())
+           for mu in (jnp.int8, jnp.float32)]  # fmt: skip
+
+    def step(states, t):
+        g = scales * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), scales.shape)
+        (a, s), (b, r) = (tx.update(g, state) for tx, state in zip(txs, states, strict=True))
+        return [s, r], (jnp.mean((a - b) ** 2), jnp.mean(b**2))
+
+    start = [tx.init(jnp.zeros_like(scales)) for tx in txs]
+    _, (d, f) = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(steps)))()
+    return float(np.sqrt(d[steps // 2 :].mean() / f[steps // 2 :].mean()))
+
+
+@pytest.mark.parametrize(
+    ("b1", "b2", "limit"), [(0.9, 0.999, 0.05), (0.9, 0.95, 0.05), (0.99, 0.9995, 0.155)]
+)
+def test_noise_of_the_update(b1, b2, limit):
+    for n in (4096, 2**16 + 1):
+        assert noise(jnp.ones(n), b1, b2) < limit
+
+
+def test_noise_of_the_update_where_scales_differ():
+    """Spread as e^N(0, 1.5)."""
+    scales = np.exp(1.5 * np.random.default_rng(0).normal(size=4096)).astype(np.float32)
+    for b2, limit in ((0.95, 0.12), (0.999, 0.14)):
+        assert noise(jnp.asarray(scales), 0.9, b2) < limit
 
 
 def test_no_random_key():
@@ -331,7 +381,7 @@ def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
         saved, shardings,
     )  # fmt: skip
     restored = checkpointer.restore(tmp_path / "saved", abstract)
-    assert restored[1][0].mu["kernel"].addressable_shards[0].data.shape == (8, 16)
+    assert restored[1][0].mu.codes["kernel"].addressable_shards[0].data.shape == (8, 16)
     check_same(some_steps(EXACT, *restored, range(3, 6), update), expected)
 
 
@@ -347,17 +397,25 @@ def test_the_same_with_explicit_shardings(expected):
     with jax.set_mesh(mesh):
         placed = place(mesh, sums_of_powers_of_two(99))
         found = some_steps(EXACT, placed, EXACT.init(placed), range(6), jax.jit(EXACT.update))
-    assert jax.typeof(found[1][0].mu["kernel"]).sharding.spec == P("fsdp", "tensor")
+    assert jax.typeof(found[1][0].mu.codes["kernel"]).sharding.spec == P("fsdp", "tensor")
     check_same(found, expected)
 
 
 # --- The bound -----------------------------------------------------------------------------------
 
-DECAYS = [(0.9, 0.95), (0.9, 0.999), (0.0, 0.9), (0.95, 0.98), (0.9, 0.9991), (0.0, 0.984)]
+DECAYS = [
+    (0.9, 0.95),
+    (0.9, 0.999),
+    (0.0, 0.9),
+    (0.95, 0.98),
+    (0.9, 0.9999),
+    (0.0, 0.999),
+    (0.0, 0.0),
+]
 
 
 def largest_ratio(b1, b2):
-    return (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+    return (1 - b1) / np.sqrt((1 - b2) * (1 - (b1**2 / b2 if b1 else 0)))
 
 
 @pytest.mark.parametrize("spec", [per_tensor(), MATRIX], ids=["mean", "outer"])
@@ -375,53 +433,51 @@ def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     for g in sizes:
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     assert 0.97 * largest_ratio(b1, b2) < m / np.sqrt(v) < largest_ratio(b1, b2) + 1e-9
-    assert largest_ratio(b1, b2) <= 8
-    bound = bounds(spec, state.nu, shape)
-    np.testing.assert_allclose(bound[1, 2], 8 * np.sqrt(v), rtol=1e-4)
-    np.testing.assert_allclose(decoded(state.mu, bound)[1, 2], m, rtol=0.15)
-    np.testing.assert_allclose(decode(spec, state.mu, state.nu)[1, 2], m, rtol=0.15)
-    assert not np.delete(np.ravel(state.mu), 6).any()
+    assert largest_ratio(b1, b2) <= 32
+    nu = (state.nu.a, state.nu.b) if spec == MATRIX else state.nu
+    np.testing.assert_allclose(decode(spec, state.mu.codes, nu)[1, 2], m, rtol=0.7)
+    assert not np.delete(np.ravel(state.mu.codes), 6).any()
 
 
 @given(
-    st.sampled_from(DECAYS),
+    st.lists(st.tuples(st.floats(0, 0.99), st.floats(0, 1)), min_size=1, max_size=40),
     st.lists(
         st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=40
     ),
 )
 def test_no_moment_exceeds_its_bound(decays, grads):
-    """In NumPy; rounded up at every step as well, as far as 8."""
-    b1, b2 = decays
-    m, up, v = np.zeros(3), np.zeros(3), 0.0
-    for g in np.asarray(grads, np.float64):
+    """In NumPy, whatever allowed decays are at each step."""
+    m, v = np.zeros(3), 0.0
+    for t, g in enumerate(np.asarray(grads, np.float64)):
+        b1, share = decays[t % len(decays)]
+        least, greatest = allowed_b2(b1)
+        b2 = least + share * (greatest - least)
         v = b2 * v + (1 - b2) * np.mean(g * g)
-        bound = 8 * np.sqrt(3 * v) * (1 + 1e-9)
-        m, up = b1 * m + (1 - b1) * g, b1 * up + (1 - b1) * np.abs(g)
-        assert (np.abs(m) <= largest_ratio(b1, b2) * np.sqrt(3 * v) * (1 + 1e-9)).all()
-        assert (up <= bound).all()
-        up = np.minimum(1.125 * up, bound)
+        m = b1 * m + (1 - b1) * g
+        assert (np.abs(m) <= 32 * np.sqrt(3 * v) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize(
     ("b1", "b2", "text"),
     [
-        (0.9, 0.9999, "with b1=0.9 and b2=0.9999 the first may be 22.9 times it: take b2 between 0.81"),
-        (0.9, 0.8, "the first may be inf times it: take b2 between 0.81 and 0.9991"),
-        (0.5, 0.25, "the first may be inf times it: take b2 between 0.25 and"),
-        (0.0, 0.999, "take b2 between 0 and 0.9843"),
+        (0.9, 0.99999, "take b2 between 0.81005 and 0.99994"),
+        (0.9, 0.8, "take b2 between 0.81005 and"),
+        (0.5, 0.25, "take b2 between 0.25"),
+        (0.0, 0.9999, "take b2 between 0 and 0.99902"),
     ],
-)  # fmt: skip
+)
 def test_decays_with_which_moments_exceed_it_are_refused(b1, b2, text):
     params = {"w": jnp.ones((2, 3))}
     inject = optax.inject_hyperparams(adam_mini, static_args=("mu_dtype", "block_specs"))
-    for tx in (
-        int8(0.1, b1, b2),
-        int8(0.1, jnp.float32(b1), np.float32(b2)),
-        inject(0.1, b1, b2, mu_dtype=jnp.int8),
-        scale_by_adam_mini(b1, b2, mu_dtype="int8"),
+    for make in (
+        lambda: int8(0.1, b1, b2),
+        lambda: int8(0.1, np.float32(b1), np.float64(b2)),
+        lambda: int8(0.1, jnp.float32(b1), jnp.float32(b2)).init(params),
+        lambda: inject(0.1, b1, b2, mu_dtype=jnp.int8).init(params),
+        lambda: scale_by_adam_mini(b1, b2, mu_dtype="int8"),
     ):
         with pytest.raises(ValueError, match=r"mu_dtype=int8") as raised:
-            tx.init(params)
+            make()
         assert text in str(raised.value)
     adam_mini(0.1, b1, b2).init(params)
 
@@ -429,9 +485,34 @@ def test_decays_with_which_moments_exceed_it_are_refused(b1, b2, text):
 def test_the_decays_that_the_message_names_are_taken():
     for b1 in (0.0, 0.5, 0.9, 0.95):
         with pytest.raises(ValueError, match=r"mu_dtype=int8") as raised:
-            int8(0.1, b1, 0.99999).init({"w": jnp.ones(3)})
-        largest = float(re.search(r"and (\S+), or", str(raised.value)).group(1))
-        int8(0.1, b1, largest).init({"w": jnp.ones(3)})
+            int8(0.1, b1, 0.999999)
+        for number in re.search(r"between (\S+) and (\S+), or", str(raised.value)).groups():
+            int8(0.1, b1, float(number)).init({"w": jnp.ones(3)})
+
+
+def test_traced_decays_are_brought_into_the_bound():
+    """Schedules: nothing is clipped, though b2 grows beyond what 8 bits can keep."""
+    inject = optax.inject_hyperparams(scale_by_adam_mini, static_args=("mu_dtype", "block_specs"))
+    g = jnp.zeros((4, 4)).at[1, 2].set(1.0)
+    for b2 in (lambda t: 1 - 1e-6 / (1 + t), 0.999999):
+        make = lambda mu, b2=b2: inject(0.0, b2, mu_dtype=mu, block_specs=per_element())
+        tx = make(jnp.int8)
+        state = jax.jit(tx.init)(g)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(g, state)
+        assert 0.9 < updates[1, 2] < 1.1
+
+
+def test_what_inject_hyperparams_makes_of_a_dtype_is_said():
+    with pytest.raises(TypeError, match="static_args"):
+        optax.inject_hyperparams(adam_mini)(0.1, mu_dtype=jnp.int8).init({"w": jnp.ones(3)})
+
+
+def test_codes_have_no_derivative():
+    tx = int8(0.1, weight_decay=0.0, block_specs=per_neuron())
+    x = jnp.ones((4, 6))
+    with pytest.raises(TypeError, match=r"have no derivative.*mu_dtype=None"):
+        jax.grad(lambda s: tx.update(x * s, tx.init(x))[0].sum())(1.0)
 
 
 # --- Against a moment in float32, on gradients that are hard --------------------------------------
@@ -526,23 +607,6 @@ def test_parameters_of_16_bits_move_as_with_float32(dtype):
     check_displacements(MATRIX, HARD["plain"], jnp.dtype(dtype))
 
 
-def test_without_momentum_a_code_is_the_gradient():
-    """b1=0, as inside schedule_free: m is g, rounded to one of two numbers an eighth apart."""
-    g = jax.random.normal(jax.random.key(0), (32, 8))
-    results = []
-    for mu_dtype in (jnp.int8, None):
-        tx = scale_by_adam_mini(0.0, 0.95, mu_dtype=mu_dtype, block_specs=per_neuron())
-        state = tx.init(g)
-        for grads in (10 * g[::-1], g):  # nothing of the first is left
-            updates, state = tx.update(grads, state)
-        results.append(np.asarray(updates, np.float64))
-    found, expected = results
-    large = np.abs(g) > 2.0**-15 * bounds(per_neuron(), state.nu, g.shape)
-    assert large.mean() > 0.9
-    assert (np.abs(found / expected - 1)[large] < 1 / 8).all()
-    assert (np.sign(found) == np.sign(expected))[large].all()
-
-
 # --- Shapes, dtypes, and what is no number --------------------------------------------------------
 
 
@@ -557,7 +621,7 @@ def test_small_and_empty_parameters(shape):
             tx.update(g, tx.init(g), g)
             for tx in (int8(0.1, block_specs=spec), adam_mini(0.1, block_specs=spec))
         )
-        assert (state[0].mu.shape, state[0].mu.dtype) == (shape, jnp.int8)
+        assert (state[0].mu.codes.shape, state[0].mu.codes.dtype) == (shape, jnp.int8)
         np.testing.assert_allclose(found, expected, rtol=0.13)
 
 
@@ -583,15 +647,10 @@ def test_what_is_no_number_spreads_as_with_float32(spec, bad):
             update, state = tx.update(grads, state)
             updates.append(np.asarray(update))
     for found, expected in zip(updates[:3], updates[3:], strict=True):
-        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-        np.testing.assert_array_equal(found == 0, expected == 0)
-    block = np.zeros((3, 4), bool)
-    ends = spec.runs((3, 4))[1]
-    block[:, slice(0, 4) if ends == ((1, 4),) else slice(0, 2) if ends == ((2, 2),) else 1] = True
-    moves = np.isfinite(updates[2]) & (updates[2] != 0)
-    np.testing.assert_array_equal(moves, ~block)  # inside, it stands still or is NaN
-    if np.isnan(bad):
-        np.testing.assert_array_equal(np.isnan(updates[2]), block)
+        assert not (np.isnan(found) & ~np.isnan(expected)).any()
+        still = ~np.isnan(expected)
+        np.testing.assert_array_equal((found == 0)[still], (expected == 0)[still])
+    assert np.isfinite(updates[2]).any()
 
 
 def test_float64():
@@ -622,7 +681,7 @@ def test_complex_parameters_are_refused_and_integers_left_alone():
         chex.assert_trees_all_equal((new["w"], new["b"]), (params["w"], params["b"]))
         assert (new["kernel"] < 1).all()
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
-        assert not any(new_state[0].mu[name].any() for name in ("w", "b"))
+        assert not any(new_state[0].mu.codes[name].any() for name in ("w", "b"))
 
 
 def test_missing_gradients_and_parameters():
@@ -633,7 +692,7 @@ def test_missing_gradients_and_parameters():
     updates, new = tx.update({"kernel": params["kernel"], "bias": None, "none": None}, state)
     assert updates["bias"] is None
     assert updates["none"] is None
-    chex.assert_trees_all_equal(new[0].mu["bias"], state[0].mu["bias"])
+    chex.assert_trees_all_equal(new[0].mu.codes["bias"], state[0].mu.codes["bias"])
     chex.assert_trees_all_equal(new[0].nu["bias"], state[0].nu["bias"])
     np.testing.assert_allclose(updates["kernel"], -0.1, rtol=0.15)
 
@@ -747,16 +806,17 @@ def test_to_8_bits_and_back_is_within_a_code():
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
     for name, spec in specs.items():
         m, found = (np.asarray(s[0].mu[name], np.float64) for s in (state, back))
-        nu = converted[0].nu
-        nu = OuterMoments(nu.a[name], nu.b[name]) if spec == MATRIX else nu.a[name]
-        _, _, low, high = neighbours(m, bounds(spec, nu, m.shape))
-        slack = 1e-6 * np.abs(m).max()
+        v = np.asarray(state[0].nu[name], np.float64)
+        _, _, low, high = neighbours(m, roots(spec, v, m.shape))
+        slack = 1e-5 * np.abs(m).max()
         assert ((low - slack <= found) & (found <= high + slack)).all()
         deviation = np.sqrt(np.maximum((m - low) * (high - m), 0).mean() / m.size)
         assert abs((found - m).mean()) < 4 * deviation
     # What goes on from there goes on with codes, and codes go through a second conversion.
     again = convert(back)
-    same = jax.tree.map(lambda a, b: (np.asarray(a) == b).mean(), again[0].mu, converted[0].mu)
+    same = jax.tree.map(
+        lambda a, b: (np.asarray(a) == b).mean(), again[0].mu.codes, converted[0].mu.codes
+    )
     assert min(same[name] for name in ("up", "bias")) > 0.999
     updates, _ = mini.update(grads, converted, params)
     chex.assert_tree_all_finite(updates)
@@ -782,9 +842,8 @@ def test_abstract_states_and_refusals():
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("spec", [per_neuron(), per_token(), MATRIX], ids=str)
-def test_a_donated_step_keeps_nothing_of_a_parameters_size(spec, nesterov, monkeypatch):
+def test_a_donated_step_keeps_nothing_of_a_parameters_size(spec, nesterov):
     """Not even in 8 bits, which were a quarter of the parameter."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     tx = int8(1e-3, nesterov=nesterov, block_specs=spec)
     p = jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
 
@@ -809,22 +868,106 @@ def test_the_table_has_the_bytes_of_the_state():
     specs = {"kernel": per_head(2), "matrix": rows, "bias": per_element(), "ids": per_tensor()}
     state = int8(0.1, block_specs=specs).init(params)[0]
     nbytes = sum(x.nbytes for x in jax.tree.leaves((state.mu, state.nu)))
-    assert state.mu["matrix"].nbytes == 3 * 12 * 8
+    assert state.mu.codes["matrix"].nbytes == 3 * 12 * 8
     table = block_table(params, specs, mu_dtype=jnp.int8)
     assert f"optimizer state: {nbytes:,} bytes" in table.caption
     with pytest.raises(TypeError, match="mu_dtype must be"):
         block_table(params, specs, mu_dtype="int32")
 
 
+# --- A state says what it is -----------------------------------------------------------------------
+
+KINDS = {"int8": jnp.int8, "float32": None, "bfloat16": jnp.bfloat16}
+PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+
+
+def kind(name):
+    return adam_mini(0.1, mu_dtype=KINDS[name], weight_decay=0.0)
+
+
+def standard(saved, like, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "saved", saved)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "saved", jax.eval_shape(lambda: like))
+
+
+def manager(saved, like, path):
+    with ocp.CheckpointManager(path / "runs") as runs:
+        runs.save(1, args=ocp.args.StandardSave(saved))
+        runs.wait_until_finished()
+        return runs.restore(1, args=ocp.args.StandardRestore(jax.eval_shape(lambda: like)))
+
+
+def pytree(saved, like, path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(path / "saved", saved)
+        args = ocp.checkpoint_utils.construct_restore_args(like)
+        return checkpointer.restore(path / "saved", item=like, restore_args=args)
+
+
+def msgpack(saved, like, path):
+    return flax.serialization.from_bytes(like, flax.serialization.to_bytes(saved))
+
+
+def leaves(saved, like, path):
+    eqx.tree_serialise_leaves(path / "saved.eqx", saved)
+    return eqx.tree_deserialise_leaves(path / "saved.eqx", like)
+
+
+@pytest.mark.parametrize("restore", [standard, manager, pytree, msgpack, leaves])
+@pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
+                                            ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
+def test_a_checkpoint_of_another_kind_is_no_state(restore, made, used, tmp_path):
+    """The restore fails by itself, or the next update says what to do."""
+    old, new = kind(made), kind(used)
+    _, saved = old.update(PARAMS, old.init(PARAMS), PARAMS)
+    with pytest.raises(Exception, match=r"mu|codes|structure|leaves|dtype|type"):
+        new.update(PARAMS, restore(saved, new.init(PARAMS), tmp_path), PARAMS)
+    (tmp_path / "again").mkdir()
+    restored = restore(saved, old.init(PARAMS), tmp_path / "again")
+    old.update(PARAMS, restored, PARAMS)
+
+
+def test_an_nnx_optimizer_of_another_kind_is_refused():
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    for made, used in (("int8", "float32"), ("float32", "int8")):
+        old, new = (nnx.Optimizer(model, kind(name), wrt=nnx.Param) for name in (made, used))
+        with pytest.raises(Exception, match=r"mu|codes"):  # noqa: PT012
+            nnx.update(new, nnx.state(old))
+            new.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones(4))))(model))
+
+
 def test_a_state_of_another_mu_dtype_is_refused():
-    """It would go on as it was made: in 8 bits, or without."""
     params = {"kernel": jnp.ones((4, 6)), "rows": jnp.arange(3, dtype=jnp.int8)}
     grads = {"kernel": params["kernel"], "rows": jnp.zeros(3, jax.dtypes.float0)}
     for made, used in ((None, jnp.int8), (jnp.int8, None), (jnp.int8, jnp.bfloat16)):
         state = adam_mini(0.1, mu_dtype=made).init(params)
-        with pytest.raises(ValueError, match=r"kernel: the state's mu is .*from_adam_state"):
+        with pytest.raises(ValueError, match=r"the state's mu is .*from_adam_state"):
             adam_mini(0.1, mu_dtype=used).update(grads, state, params)
         # What the message says to do.
         adam = to_adam_state(state, params, flax_layers())
         state = from_adam_state(adam, params, flax_layers(), mu_dtype=used)
         adam_mini(0.1, mu_dtype=used).update(grads, state, params)
+
+
+def test_codes_that_were_cast_and_codes_of_version_0_2_are_refused():
+    tx = kind("int8")
+    state = tx.init(PARAMS)
+    cast = jax.tree.map(lambda x: x.astype(jnp.float32), state[0].mu.codes)
+    with pytest.raises(ValueError, match=r"bias: .*codes that were cast to float32"):
+        tx.update(PARAMS, (state[0]._replace(mu=Codes(cast)), *state[1:]), PARAMS)
+    old = (state[0]._replace(mu=state[0].mu.codes), *state[1:])
+    for name in ("int8", "float32"):
+        with pytest.raises(ValueError, match=r"mu is (not )?int8"):
+            kind(name).update(PARAMS, old, PARAMS)
+
+
+@pytest.mark.parametrize(("made", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_floats_are_cast_at_the_next_update(made, used):
+    """As those of optax.adamw are."""
+    for make in (kind, lambda name: optax.adamw(0.1, mu_dtype=KINDS[name])):
+        old, new = make(made), make(used)
+        _, state = old.update(PARAMS, old.init(PARAMS), PARAMS)
+        _, state = new.update(PARAMS, state, PARAMS)
+        assert {x.dtype.name for x in jax.tree.leaves(state[0].mu)} == {used}
