@@ -273,6 +273,16 @@ def _wide_adam_mini(
     block_specs: Any,
 ) -> optax.GradientTransformation:
     """`scale_by_adam_mini` with updates in float32 or wider, whatever the parameters are."""
+    resolved: dict[int, Any] = {}  # so that eager updates call no label function at every step
+
+    def labels_of(treedef: Any, shapes: list[Any]) -> list[tuple[str, Spec]]:
+        try:
+            key = hash((treedef, tuple(shapes)))
+        except TypeError:  # what a node of the tree has beside its children has no hash
+            return resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
+        if key not in resolved:
+            resolved[key] = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
+        return resolved[key]
 
     def init_fn(params: Any) -> ScaleByAdamMiniState:
         leaves = jax.tree.leaves(params)
@@ -308,7 +318,7 @@ def _wide_adam_mini(
             m.dtype if p is None else jnp.result_type(p) for m, p in zip(mu, like, strict=True)
         ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
-        labels = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
+        labels = labels_of(treedef, shapes)
         nu = of_parameters(state.nu, [spec for _, spec in labels])
         check_grids(labels, shapes, nu)
 

@@ -29,6 +29,6 @@ def test_they_are_found():
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), list(blocks()))
 def test_block_runs_alone(page, code):
-    if needs := re.match(r"\n*# Needs (\S+)", code):
+    if needs := re.match(r"\n*# Needs (\w+)", code):
         pytest.importorskip(needs[1], reason=f"{needs[1]} is not installed")
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
