@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.labels import BlockSpecs, has_outer, path_of, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_of, resolve_block_specs
 from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import OuterMoments, Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import Codes, check_kept, in_state, of_state, read, write
@@ -123,6 +123,7 @@ def _convert(
     convert_leaf: Callable[..., tuple[Any, Any]],
     new_dtype: Any = None,
 ) -> Any:
+    block_specs = called(block_specs, params)
     specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -128,6 +129,26 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     return found
 
 
+_REMEMBERED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def remembered_block_specs(
+    block_specs: Any, treedef: Any, leaves: list[Any]
+) -> list[tuple[str, Spec]]:
+    """As `resolve_block_specs`; a label function is called once for a tree, and not at every step.
+
+    What it returned is forgotten with the function.
+    """
+    try:
+        found = _REMEMBERED.setdefault(block_specs, {}) if callable(block_specs) else {}
+        key = hash((treedef, tuple(leaves)))
+    except TypeError:  # there is no hash, or no weak reference
+        return resolve_block_specs(block_specs, jax.tree.unflatten(treedef, leaves))
+    if key not in found:
+        found[key] = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, leaves))
+    return found[key]
+
+
 def check_arrays(params: Any) -> None:
     """Refuses specs and functions where parameters are expected.
 
@@ -155,9 +176,17 @@ def has_outer(block_specs: Any, params: Any) -> bool:
     It depends on the specs that are given, not on those that some of the parameters have, so that
     all parts of a tree have states alike; for the placeholder of `optax.tree.map_params` too.
     """
-    if is_label_function(block_specs):
-        block_specs = None if is_empty(params) else _called(block_specs, params)
-    return any(isinstance(spec, Outer) for spec in spec_leaves(block_specs).values())
+    specs = spec_leaves(called(block_specs, params))
+    return any(isinstance(spec, Outer) for spec in specs.values())
+
+
+def called(block_specs: Any, params: Any) -> Any:
+    """The pytree of specs that is given, or that a label function returns for the parameters."""
+    if not is_label_function(block_specs):
+        return block_specs
+    check_called(block_specs)
+    check_arrays(params)
+    return None if is_empty(params) else _called(block_specs, params)
 
 
 def _called(label_fn: LabelFn, params: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.hyperparams import check_mu_dtype
-from optax_adam_mini.labels import BlockSpecs, has_outer, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, called, has_outer, resolve_block_specs
 from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import period, widen
 
@@ -50,7 +50,8 @@ def block_table(
         ['kernel', '(768, 3072)', '3,072 neurons x (768, 1)', '3,072', '12,288']
     """
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
-    labels, is_outer = resolve_block_specs(block_specs, params), has_outer(block_specs, params)
+    given = called(block_specs, params)
+    labels, is_outer = resolve_block_specs(given, params), has_outer(given, params)
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
     ]

@@ -21,9 +21,11 @@ from optax_adam_mini.hyperparams import (
 )
 from optax_adam_mini.labels import (
     BlockSpecs,
+    called,
     check_called,
     has_outer,
     is_label_function,
+    remembered_block_specs,
     resolve_block_specs,
     spec_leaves,
 )
@@ -273,23 +275,14 @@ def _wide_adam_mini(
     block_specs: Any,
 ) -> optax.GradientTransformation:
     """`scale_by_adam_mini` with updates in float32 or wider, whatever the parameters are."""
-    resolved: dict[int, Any] = {}  # so that eager updates call no label function at every step
-
-    def labels_of(treedef: Any, shapes: list[Any]) -> list[tuple[str, Spec]]:
-        try:
-            key = hash((treedef, tuple(shapes)))
-        except TypeError:  # what a node of the tree has beside its children has no hash
-            return resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
-        if key not in resolved:
-            resolved[key] = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, shapes))
-        return resolved[key]
 
     def init_fn(params: Any) -> ScaleByAdamMiniState:
         leaves = jax.tree.leaves(params)
         check_hyperparams(are_known=True, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
         if mu_dtype == jnp.int8 and not any(isinstance(b, jax.core.Tracer) for b in (b1, b2)):
             check_decays(b1, b2)
-        labels, is_outer = resolve_block_specs(block_specs, params), has_outer(block_specs, params)
+        specs = called(block_specs, params)
+        labels, is_outer = resolve_block_specs(specs, params), has_outer(specs, params)
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
         # Zeros of what update will make, so that shape, dtype and sharding are the same.
@@ -318,7 +311,7 @@ def _wide_adam_mini(
             m.dtype if p is None else jnp.result_type(p) for m, p in zip(mu, like, strict=True)
         ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
-        labels = labels_of(treedef, shapes)
+        labels = remembered_block_specs(block_specs, treedef, shapes)
         nu = of_parameters(state.nu, [spec for _, spec in labels])
         check_grids(labels, shapes, nu)
 
