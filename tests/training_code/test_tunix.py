@@ -52,7 +52,8 @@ def test_it_learns_as_adamw_does(code, on_one_device):
     adamw, _ = code.train(code.make(code.mesh), optimizers(code.specs)[0], 8, code.mesh)
     assert len(adamw) == 8
     assert on_one_device[0] == pytest.approx(adamw[0], rel=1e-5)
-    assert on_one_device[-1] < 1.05 * adamw[-1] < adamw[0]
+    assert adamw[-1] < adamw[0]
+    assert on_one_device[-1] < min(1.05 * adamw[-1], on_one_device[0])
 
 
 def test_training_is_the_same_on_a_mesh(code, mu_dtype, on_one_device):
