@@ -79,7 +79,8 @@ def part_means(
 
     def split(x: Array) -> Array:
         # Into equal pieces of parts; a slice for each part would be squared together, in memory.
-        pieces = x.reshape(*x.shape[:axis], -1, piece, *x.shape[axis + 1 :])
+        n = x.shape[axis] // piece  # not -1: an array may be empty
+        pieces = x.reshape(*x.shape[:axis], n, piece, *x.shape[axis + 1 :])
         total = whole_axes_sum(pieces, [axis + 1], value)
         plain = lambda x: jnp.sum(value(x), axis + 1, keepdims=True)
         sums = jnp.squeeze((total or plain)(pieces), axis + 1)

@@ -25,6 +25,12 @@ def test_block_mean_and_spread_against_numpy(case, seed):
     np.testing.assert_array_equal(spec.spread(mean, shape), back)
 
 
+@pytest.mark.parametrize(("shape", "spec"), [((0, 4), per_head(2)), ((4, 0), per_head(2, axis=0))])
+def test_parts_of_an_empty_array(shape, spec):
+    mean = spec.block_mean(jnp.zeros(shape))
+    assert mean.shape == spec.grid(shape)
+
+
 def test_sums_of_bfloat16_are_wide():
     x = jnp.full((1 << 20,), 1.1, jnp.bfloat16)
     for spec, shape in [

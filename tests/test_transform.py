@@ -131,6 +131,22 @@ def test_second_step_by_hand():
 # --- Mixed precision -----------------------------------------------------------------------------
 
 
+def test_bias_corrections_have_all_digits():
+    """The first step is one learning rate long, though 1 - b2 has four digits of float32 left."""
+    tx = scale_by_adam_mini(0.999, 0.9999, eps=0.0, bounded=False, block_specs=per_element())
+    g = jnp.array([3.0, -2.0])
+    updates, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(updates, [1.0, -1.0], rtol=1e-6)
+
+
+def test_the_count_stays_at_the_last():
+    tx = scale_by_adam_mini(block_specs=per_element())
+    g, last = jnp.ones(3), jnp.iinfo(jnp.int32).max
+    updates, state = tx.update(g, tx.init(g)._replace(count=jnp.int32(last)))
+    assert state.count == last
+    assert jnp.isfinite(updates).all()
+
+
 @pytest.mark.parametrize(
     "spec", [per_tensor(), per_neuron(), outer(per_neuron(axis=0), per_neuron())], ids=str
 )
