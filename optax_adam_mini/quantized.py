@@ -185,6 +185,9 @@ def of_state(mu: Any, mu_dtype: Any) -> Any:
         ValueError: if the state is of the other kind.
     """
     if isinstance(mu, Codes) != (mu_dtype == jnp.int8):
+        leaves = [] if isinstance(mu, Codes) else jax.tree.leaves(mu)
+        if leaves and all(x.dtype == jnp.int8 for x in leaves):
+            raise ValueError(_OF_VERSION_0_2)
         raise ValueError(
             f"the state's mu is {'int8' if isinstance(mu, Codes) else 'not int8'}, but the "
             f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was made "
@@ -210,13 +213,14 @@ def check_kept(path: str, kept: Any, is_codes: bool) -> None:
             "it as it was saved, with a template that has int8 there"
         )
     if not is_codes and kept.dtype == jnp.int8:
-        raise ValueError(
-            f"{path or 'params'}: the state's mu is int8, without the node that this version keeps "
-            "codes in: if it is of version 0.2, go to AdamW's state with that version, "
-            "to_adam_state(state, params, block_specs), and from there on with this one"
-        )
+        raise ValueError(f"{path or 'params'}: {_OF_VERSION_0_2}")
 
 
+_OF_VERSION_0_2 = (
+    "the state's mu is int8, without the node that this version keeps codes in: if it is of "
+    "version 0.2, go to AdamW's state with that version, to_adam_state(state, params, "
+    "block_specs), and from there on with this one"
+)
 _CONVERT = (
     "from_adam_state(to_adam_state(state, params, block_specs), params, block_specs, mu_dtype={})"
 )

@@ -6,10 +6,13 @@ format, which says of the old one that it is another (`quantized.of_state`).
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.quantized import read
-from tests.test_quantized import ALL_CODES, GOLDEN
+from optax_adam_mini import per_tensor
+from optax_adam_mini.quantized import read, write
+from optax_adam_mini.rounding import rounding_seed
+from tests.test_quantized import ALL_CODES, GOLDEN, INT8, POSITIVE
 
 if __name__ == "__main__":
     found = {}
@@ -20,4 +23,7 @@ if __name__ == "__main__":
         for i, x in enumerate(nu if isinstance(nu, tuple) else [nu]):
             found[f"{name}/nu{i}"] = np.asarray(x)
         found |= {f"{name}/codes": codes, f"{name}/m": np.asarray(read(spec, codes, nu))}
+    m = jnp.full((4, 4), 0.5 * (POSITIVE[50] + POSITIVE[51]))
+    seed = rounding_seed(7, 841920579)
+    found["coins"] = np.asarray(write(per_tensor(), m, jnp.ones(1) / 1.25**2, INT8, seed))
     np.savez(pathlib.Path(__file__).parent / "codes.npz", **found)
