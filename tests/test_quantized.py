@@ -448,7 +448,7 @@ def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
         of_params = {name: NamedSharding(mesh, spec) for name, (spec, _, _) in SHARDED.items()}
         of_state = opt_state_shardings(EXACT, params, of_params)
         for name, sharding in of_params.items():
-            assert of_state[0].mu[name].is_equivalent_to(sharding, params[name].ndim)
+            assert of_state[0].mu.codes[name].is_equivalent_to(sharding, params[name].ndim)
         both = of_params, of_state
         return mesh, both, jax.jit(EXACT.update, out_shardings=both)
 
@@ -456,7 +456,7 @@ def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
     placed = place(mesh, params)
     state = jax.jit(EXACT.init, out_shardings=of_state)(placed)
     saved = some_steps(EXACT, placed, state, range(3), update)
-    assert saved[1][0].mu["kernel"].addressable_shards[0].data.shape == (4, 16)
+    assert saved[1][0].mu.codes["kernel"].addressable_shards[0].data.shape == (4, 16)
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(tmp_path / "saved", saved)
     checkpointer.wait_until_finished()
