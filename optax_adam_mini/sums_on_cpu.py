@@ -59,8 +59,13 @@ def whole_axes_sum(
     axis = max(whole, default=-1)
     if axis >= 0 and math.prod(x.shape[axis + 1 :]) >= 4096 and not _is_sharded(x, axis):
         few = 512 // x.dtype.itemsize  # that many times smaller than x the sums are below 1%
-        steps = next((n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0), 0)
-        if steps:
+        divisors = [n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0]
+        if divisors:
+            # Of those that are not much longer, the one that leaves an outer axis of most powers of
+            # two: meshes are of such, and the outer axis stays sharded where they divide it.
+            outer = lambda n: x.shape[axis] // n
+            near = [n for n in divisors if n <= max(4 * few, divisors[0])]
+            steps = max(near, key=lambda n: outer(n) & -outer(n))
             return looped
     return apart if x.dtype.itemsize < 4 else None
 

@@ -121,4 +121,7 @@ def test_jit_changes_nothing(case, dtype, seed):
     tx = adam_mini(optax.linear_schedule(0.1, 0.0, 5), block_specs=spec)
     p, g = (jnp.asarray(draw_array(shape, BENIGN, seed + i)).astype(dtype) for i in range(2))
     state = tx.init(p)
-    chex.assert_trees_all_close(tx.update(g, state, p), jax.jit(tx.update)(g, state, p), rtol=1e-6)
+    eager, jitted = tx.update(g, state, p), jax.jit(tx.update)(g, state, p)
+    # But for rounding: an eager update is a program for each parameter and a few steps after it.
+    rtol = max(1e-6, float(jnp.finfo(dtype).eps))
+    chex.assert_trees_all_close(eager, jitted, rtol=rtol, atol=1e-7)
