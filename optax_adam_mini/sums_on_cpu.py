@@ -58,7 +58,7 @@ def whole_axes_sum(
 
     axis = max(whole, default=-1)
     if axis >= 0 and math.prod(x.shape[axis + 1 :]) >= 4096 and not _is_sharded(x, axis):
-        few = 512 // x.dtype.itemsize  # that many times smaller than x the sums are below 1%
+        few = 1024 // x.dtype.itemsize  # that many times smaller than x the sums are below 0.5%
         divisors = [n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0]
         if divisors:
             # Of those that are not much longer, the one that leaves an outer axis of most powers of

@@ -380,5 +380,5 @@ def test_command_line():
     assert shown.returncode == 0
     words = " ".join(shown.stdout.replace("│", " ").split())
     for field in (*dataclasses.fields(Config), *dataclasses.fields(TextConfig)):
-        if field.name not in ("data", "hyper", "devices"):
+        if field.name not in ("data", "hyper", "devices", "parameters"):
             assert "--" + field.name.replace("_", "-") in words
