@@ -230,12 +230,24 @@ def _in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         check_order(updates)
+        params = _with_gradients(updates, params)
         new, state = tx.update(updates, state, params)
         like = updates if params is None else params
         cast = lambda u, p: None if u is None else u.astype(jnp.result_type(p))
         return jax.tree.map(cast, new, like, is_leaf=lambda u: u is None), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _with_gradients(updates: Any, params: Any) -> Any:
+    """`params` without those whose gradient is None: functions, of an Equinox model."""
+    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+        return params
+    keep = lambda g, p: jax.tree.map(lambda _: None, p) if g is None else p
+    try:
+        return jax.tree.map(keep, updates, params, is_leaf=lambda g: g is None)
+    except ValueError:  # of another structure, which update itself says better
+        return params
 
 
 def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:

@@ -310,7 +310,7 @@ def test_one_step_of_every_option(tiny, monkeypatch, options):
     step = jax.jit(program.step)
     after, loss = step(before, batch)
     np.testing.assert_allclose(loss, math.log(10), rtol=0.2)
-    for _ in range(6):
+    for _ in range(9):
         after, last_loss = step(after, batch)
     assert last_loss < loss - 0.1
     assert after.step == 7
