@@ -5,8 +5,10 @@ python -m benchmarks.memory.scale
 The optimizer's update, and adding it to the parameters, of Llama models sharded over a mesh of
 fsdp x tensor, compiled for TPUs that need not be there (benchmarks/chips.py says how to have the
 compiler): bytes on each device, and the collectives that the compiler put in, AdamW beside
-Adam-mini. A collective with a result as large as a device's part of a matrix is an error: then a
-parameter, a gradient or a moment would be gathered. Writes docs/results/scale.json and scale.md.
+Adam-mini. The state's shardings are those of `opt_state_shardings`; in the last two rows of a case
+they are those that NNX's and Linen's own functions give. A collective with a result as large as a
+device's part of a matrix is an error: then a parameter, a gradient or a moment would be gathered.
+Writes docs/results/scale.json and scale.md.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -159,11 +162,44 @@ def abstract_llama(config: LlamaConfig) -> tuple[Any, dict[str, Any]]:
     return params, {v: infer_block_specs(logits, params, tokens, v=v) for v in ("mean", "outer")}
 
 
-def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> Compiled:
-    """The update of `tx`, and adding it, with parameters and state donated."""
+def by_nnx(params: Any, of_params: Any) -> Any:
+    """The parameters, their variables naming the mesh axes as a model's initializers do."""
+    named = jax.tree.map(lambda leaf: leaf, params)
+    for (_, variable), sharding in zip(
+        nnx.to_flat_state(named), jax.tree.leaves(of_params), strict=True
+    ):
+        variable.set_metadata("out_sharding", tuple(sharding.spec))
+    return named
+
+
+def by_linen(params: Any, of_params: Any) -> Any:
+    """The parameters in the boxes of `nn.with_partitioning`."""
+    boxed = lambda leaf, sharding: linen.Partitioned(leaf, names=tuple(sharding.spec))
+    return jax.tree.map(boxed, nnx.to_pure_dict(params), nnx.to_pure_dict(of_params))
+
+
+def compile_update(
+    make: Callable[[Any], Any],
+    params: Any,
+    specs: Any,
+    mesh: jax.sharding.Mesh,
+    fsdp: str,
+    placed_by: Literal["opt_state_shardings", "NNX", "Linen"] = "opt_state_shardings",
+) -> Compiled:
+    """The update of `make(specs)`, and adding it, with parameters and state donated."""
     of_params = param_shardings(params, RULES[fsdp], mesh)
+    if placed_by != "opt_state_shardings":
+        params = (by_nnx if placed_by == "NNX" else by_linen)(params, of_params)
+        like = jax.tree.structure(params)
+        specs = jax.tree.unflatten(like, jax.tree.leaves(specs))
+    tx = make(specs)
     state = jax.eval_shape(tx.init, params)
-    of_state = opt_state_shardings(tx, params, of_params)
+    if placed_by == "opt_state_shardings":
+        of_state = opt_state_shardings(tx, params, of_params)
+    elif placed_by == "NNX":
+        of_params, of_state = (nnx.get_named_sharding(tree, mesh) for tree in (params, state))
+    else:
+        of_params, of_state = (linen.get_sharding(tree, mesh) for tree in (params, state))
 
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -181,7 +217,7 @@ def compile_update(tx: Any, params: Any, mesh: jax.sharding.Mesh, fsdp: str) -> 
         .compile()
     )
     seconds = time.perf_counter() - start
-    hlo = compiled.as_text()
+    hlo = compiled.as_text() or ""
     part = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     is_matrix = jax.tree.leaves(decayed(params))
     matrices = [
@@ -213,21 +249,24 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
         devices=case.devices,
     )  # fmt: skip
     params, specs = abstract_llama(MODELS[case.model])
-    optimizers = {
-        "AdamW": optax.adamw(3e-4, weight_decay=0.1),
-        "Adam-mini": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["mean"]),
-        "outer": adam_mini(3e-4, weight_decay=0.1, block_specs=specs["outer"]),
-        "Adam-mini, 8 bits": adam_mini(
-            3e-4, weight_decay=0.1, block_specs=specs["mean"], mu_dtype=jnp.int8
-        ),
-        "outer, 8 bits": adam_mini(
-            3e-4, weight_decay=0.1, block_specs=specs["outer"], mu_dtype=jnp.int8
-        ),
-    }
-    found = {name: compile_update(tx, params, mesh, fsdp) for name, tx in optimizers.items()}
+    adamw = lambda _: optax.adamw(3e-4, weight_decay=0.1)
+    mini = lambda specs: adam_mini(3e-4, weight_decay=0.1, block_specs=specs)
+    mini_int8 = lambda specs: adam_mini(
+        3e-4, weight_decay=0.1, block_specs=specs, mu_dtype=jnp.int8
+    )
+    rounded = lambda specs: stochastic_rounding(mini_int8(specs))
     narrow = jax.eval_shape(ParameterConfig("bfloat16").cast, params)
-    tx = stochastic_rounding(optimizers["outer, 8 bits"])
-    return {**found, "outer, 8 bits; bfloat16": compile_update(tx, narrow, mesh, fsdp)}
+    mean, outer = specs["mean"], specs["outer"]
+    return {
+        "AdamW": compile_update(adamw, params, None, mesh, fsdp),
+        "Adam-mini": compile_update(mini, params, mean, mesh, fsdp),
+        "outer": compile_update(mini, params, outer, mesh, fsdp),
+        "Adam-mini, 8 bits": compile_update(mini_int8, params, mean, mesh, fsdp),
+        "outer, 8 bits": compile_update(mini_int8, params, outer, mesh, fsdp),
+        "outer, 8 bits; bfloat16": compile_update(rounded, narrow, outer, mesh, fsdp),
+        "outer, 8 bits; by NNX": compile_update(mini_int8, params, outer, mesh, fsdp, "NNX"),
+        "outer, 8 bits; by Linen": compile_update(mini_int8, params, outer, mesh, fsdp, "Linen"),
+    }
 
 
 def row_of(case: Case, optimizer: str, found: dict[str, Compiled]) -> dict[str, Any]:
