@@ -197,6 +197,11 @@ FAULTS = {
         "if are_all(acts, ALONE) or np.all(np.equal(acts, UNSEEN)):",
         "if are_all(acts, ALONE):",
     ),
+    "features of an operand that runs through are dropped": (
+        DATAFLOW + "forward.py",
+        "features={**found.features, number: Part(distance, 0, count)},",
+        "features={number: Part(distance, 0, count)},",
+    ),
     "an axis of data does not move": (
         DATAFLOW + "forward.py",
         "value.axes = [(Factor(size, moves=size > 1),) for size in value.shape]\n\n\ndef _pass",

@@ -56,6 +56,16 @@ def glu_by_axis(p, x):
     return (jax.nn.silu(y[:, 0]) * y[:, 1]) @ p["out"]
 
 
+def filtered_glu(p, x):
+    """The parts are taken after a depthwise convolution, as in Mamba-2."""
+    y = jax.lax.conv_general_dilated(
+        (x @ p["w"])[None], p["filters"], (1,), [(3, 0)],
+        dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2 * F,
+    )[0]  # fmt: skip
+    gate, up = jnp.split(y, 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ p["out"]
+
+
 def rotary(p, x):
     q, k = ((x @ p[name]).reshape(T, H, K) for name in "qk")
     turned = [jnp.concatenate([-y[..., K // 2 :], y[..., : K // 2]], -1) for y in (q, k)]
@@ -108,6 +118,9 @@ MODELS = {
                     {"w": ((D, 2), (1, 2 * F)), "out": ((F, 1), (1, D))}),
     "gate and up as an axis": (glu_by_axis, {"w": (D, 2, F), "out": (F, D)}, (X,),
                                {"w": ((D, 2, 1), (1, 2, F)), "out": ((F, 1), (1, D))}),
+    "gate and up after filters": (
+        filtered_glu, {"w": (D, 2 * F), "filters": (4, 1, 2 * F), "out": (F, D)}, (X,),
+        {"w": ((D, 2), (1, 2 * F)), "filters": (4, 1, 2 * F), "out": ((F, 1), (1, D))}),
     "fused, within heads": (fused_within_heads, {"w": (D, H, 3 * K)}, (X,),
                             {"w": ((D, 1, 3), (1, H, 3 * K))}),
     "halves of heads": (rotary, dict.fromkeys("qk", (D, D)), (X,),
