@@ -21,7 +21,10 @@ def test_the_update_moves_six_arrays_of_adamws_seven(name, chip, dtype):
     mini = [optimizer for optimizer in MINI if optimizer in row]
     assert len(mini) == (4 if dtype == "float32" else 3)
     for optimizer in mini:
-        assert row[optimizer]["temporary_share"] <= (0.035 if "8 bits" in optimizer else 0.03)
+        # Rows and columns are float32 whatever the parameters are: some arrays of rows, of which
+        # those of a kernel of heads have 1/128 of its size each.
+        share = row[optimizer]["temporary_share"] * (1 if dtype == "float32" else 0.5)
+        assert share <= (0.04 if "8 bits" in optimizer else 0.03)
     if name == PER_ELEMENT:
         # v is kept in float32, which is two arrays of bfloat16.
         most = adamw + 0.01 if dtype == "float32" else 9.01
