@@ -375,11 +375,8 @@ def test_dropout_depends_on_seed_and_step_alone(tmp_path):
         np.testing.assert_array_equal(leaf, getattr(graphs.load(GraphConfig()), field))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(MODELS[0], marks=pytest.mark.slow), MODELS[1]],
-    ids=lambda options: options["model"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", MODELS, ids=lambda options: options["model"])
 def test_comparison_leaves_everything_in_the_run_folder(options, tmp_path, capsys):
     main(tiny_config(tmp_path, **options))
     folder = only_run(tmp_path)

@@ -298,6 +298,7 @@ def test_resume_is_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
         assert losses(folder / name) == losses(only_run(tmp_path / "whole") / name)
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16_resume_bit_for_bit_and_write_samples(corpus, tmp_path, capsys):
     options = {"optimizer": "adam_mini_int8", "parameters": ParameterConfig("bfloat16")}
     main(tiny_config(corpus, tmp_path / "whole", **options))
