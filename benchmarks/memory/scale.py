@@ -126,7 +126,7 @@ class Compiled(NamedTuple):
     largest: int
     """Bytes of the largest array among these results."""
     smallest_matrix: int
-    """Bytes of the smallest part of a matrix that a device has."""
+    """Bytes of the smallest part of a matrix that a device has, in float32, as sums over it are."""
     seconds: float
     """To trace and compile."""
 
@@ -221,7 +221,7 @@ def compile_update(
     part = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     is_matrix = jax.tree.leaves(decayed(params))
     matrices = [
-        part(leaf, sharding)
+        4 * math.prod(sharding.shard_shape(leaf.shape))
         for leaf, sharding, matrix in zip(
             jax.tree.leaves(params), jax.tree.leaves(of_params), is_matrix, strict=True
         )
