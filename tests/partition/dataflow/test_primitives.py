@@ -805,7 +805,12 @@ def clear(name, message):
         assert int(line) not in range(start, start + len(source)), message
 
 
-@pytest.mark.parametrize("given", GIVEN)
+FIRST, *MORE = GIVEN
+
+
+@pytest.mark.parametrize(
+    "given", [FIRST, *(pytest.param(given, marks=pytest.mark.slow) for given in MORE)]
+)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_blocks_or_a_clear_error(name, given):
     make, w = GIVEN[given]
