@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adam_mini.boxes import with_kept_names
 from optax_adam_mini.hyperparams import (
     check_count,
     check_hyperparams,
@@ -21,6 +22,8 @@ from optax_adam_mini.hyperparams import (
 )
 from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
 from optax_adam_mini.messages import check_mask_leaves
+from optax_adam_mini.quantized import RowCodes, read_row, write_row
+from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
 
@@ -77,6 +80,7 @@ def muon_mini(
             of the rest: a pytree of booleans like the parameters or a prefix of it, or a function
             of the parameters that returns one; None for all.
         mu_dtype: dtype of the momentum, and of Adam-mini's `mu`; None for the parameters'.
+            `jnp.int8` keeps both in 8 bits, an eighth of AdamW's state in all.
         nesterov: whether to use Nesterov momentum, for both.
         adaptive: whether to scale updates by the dual norm of the momentum (arXiv 2409.20325).
         preconditioning: of the Newton-Schulz iteration, as in `optax.contrib.muon`.
@@ -165,12 +169,13 @@ def muon_mini(
         lambda u, n: u * _scale(u.shape, n, consistent_rms), updates, in_tree(updates)
     )
     matrices = optax.chain(
-        _wide(
+        _kept(
             scale_by_muon(
                 ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
                 preconditioning=preconditioning, weight_dimension_numbers=in_tree,
             ),
             dtype,
+            in_tree,
         ),
         optax.stateless(scaled),
         add_decayed_weights(weight_decay, weight_decay_mask),
@@ -187,24 +192,67 @@ def muon_mini(
 _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 
-def _wide(tx: optax.GradientTransformation, mu_dtype: Any) -> optax.GradientTransformation:
+def _kept(
+    tx: optax.GradientTransformation, mu_dtype: Any, in_tree: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     """`scale_by_muon` on gradients in float32, with a momentum that is kept in `mu_dtype`."""
+    is_int8 = mu_dtype == jnp.int8
 
     def init_fn(params: Any) -> Any:
         for keys, p in jax.tree_util.tree_leaves_with_path(params):
-            check_param_dtype(path_str(keys), jnp.result_type(p), mu_dtype)
+            check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
+        mu = jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
+        )
+        if is_int8:
+            rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], widen(jnp.result_type(p)))
+            largest = jax.tree.map(rows, params, in_tree(params))
+            mu = RowCodes(mu, with_kept_names(largest, params))
         state: Any = tx.init(params)
-        return state._replace(mu=optax.tree.cast(state.mu, mu_dtype))
+        return state._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if isinstance(state.mu, RowCodes) != is_int8:
+            raise ValueError(
+                f"the state's mu is {'int8' if not is_int8 else 'not int8'}, but the "
+                f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was "
+                "made with"
+            )
         wide = lambda x: x.astype(widen(x.dtype))
-        new, after = tx.update(
-            jax.tree.map(wide, updates), state._replace(mu=jax.tree.map(wide, state.mu)), params
-        )
-        kept = jax.tree.map(lambda new, old: new.astype(old.dtype), after.mu, state.mu)
-        return new, after._replace(mu=kept)
+        updates, mu = jax.tree.map(wide, updates), _read(state.mu)
+        new, after = tx.update(updates, state._replace(mu=jax.tree.map(wide, mu)), params)
+        return new, after._replace(mu=_written(after.mu, state.mu, after.count, in_tree))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _read(mu: Any) -> Any:
+    """The momentum of a state, in a tree like the parameters."""
+    if not isinstance(mu, RowCodes):
+        return mu
+    codes, treedef = jax.tree.flatten(mu.codes)
+    pairs = zip(codes, jax.tree.leaves(mu.largest), strict=True)
+    return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
+
+
+def _written(mu: Any, old: Any, count: Any, in_tree: Callable[[Any], Any]) -> Any:
+    """What a state keeps of a momentum, in the dtypes and boxes of the one that it had."""
+    if not isinstance(old, RowCodes):
+        return jax.tree.map(lambda m, o: m.astype(o.dtype), mu, old)
+    pairs: list[Any] = []
+    numbers = jax.tree.structure(mu).flatten_up_to(in_tree(mu))
+    for (keys, m), n in zip(jax.tree_util.tree_leaves_with_path(mu), numbers, strict=True):
+        seed = rounding_seed(count, salt_of(path_str(keys)))
+        pairs.append(write_row(m, _rows(m.shape, n)[0], seed))
+    trees = zip(old, zip(*pairs, strict=True), strict=True) if pairs else zip(old, ((), ()))
+    return RowCodes(*(jax.tree.unflatten(jax.tree.structure(t), leaves) for t, leaves in trees))
+
+
+def _rows(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Along which axes a row of a matrix lies, the longer way, and the shape of one for each."""
+    axes = max(_axes(numbers), key=lambda axes: math.prod(shape[axis] for axis in axes))
+    axes = tuple(axis % len(shape) for axis in axes)
+    return axes, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
 def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms: Any) -> Any:
