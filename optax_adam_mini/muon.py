@@ -147,12 +147,18 @@ def muon_mini(
             f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
         )
     if isinstance(ns_coeffs, str):  # as its state has them
-        preset = muon(1.0, ns_coeffs, ns_steps).init(jnp.zeros((1, 1)))
+        preset = muon(1.0, ns_coeffs).init(jnp.zeros((1, 1)))
         ns_coeffs = optax.tree.get(preset, "ns_coeffs")
     elif np.ndim(ns_coeffs) not in (1, 2) or np.shape(ns_coeffs)[-1] != 3:
         raise ValueError(
             "ns_coeffs must be three numbers, or three for each step, got an array of shape "
             f"{np.shape(ns_coeffs)}"
+        )
+
+    if np.ndim(ns_coeffs) == 2 and len(ns_coeffs) > ns_steps:
+        raise ValueError(
+            f"ns_coeffs has coefficients for {len(ns_coeffs)} steps, and ns_steps is {ns_steps}: "
+            "give as many steps"
         )
 
     given = muon_weight_dimension_numbers

@@ -46,7 +46,7 @@ LAYERS = [
 ]  # fmt: skip
 # Within dataflow, module by module.
 DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "taps", "rules", "forward", "backward",
-            "roles", "interpret", "specs", "rows", "explain", "infer"]  # fmt: skip
+            "roles", "interpret", "matrices", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",
          "devices", "loops"]  # fmt: skip
