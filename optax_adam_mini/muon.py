@@ -207,9 +207,7 @@ def _kept(
     def init_fn(params: Any) -> Any:
         for keys, p in jax.tree_util.tree_leaves_with_path(params):
             check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
-        mu = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
-        )
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if is_int8:
             rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], widen(jnp.result_type(p)))
             largest = jax.tree.map(rows, params, in_tree(params))

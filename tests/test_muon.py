@@ -130,8 +130,10 @@ def test_a_running_muon_is_taken_over():
     np.testing.assert_allclose(
         adam.nu.b["table"], list(parts(state))[1].nu["table"].mean(0, keepdims=True), rtol=1e-5
     )
-    found, expected = (t.update(gradients(params, 5), s, params)[0]
-                       for t, s in ((ours(0.02, block_specs=SPECS), switched), (theirs(0.02), state)))
+    found, expected = (
+        t.update(gradients(params, 5), s, params)[0]
+        for t, s in ((ours(0.02, block_specs=SPECS), switched), (theirs(0.02), state))
+    )
     chex.assert_trees_all_close(found["heads"], expected["heads"], rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(found["bias"], expected["bias"], rtol=1e-3)
 
@@ -336,9 +338,7 @@ def test_the_error_of_updates_is_bounded():
 def test_an_eighth_of_adamws_state():
     config = Config(model="gpt2")
     _, params = abstract_model(config)
-    numbers = jax.tree.map(
-        lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params
-    )
+    numbers = jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
     tx = muon_mini(
         0.02, mu_dtype=jnp.int8, muon_weight_dimension_numbers=numbers,
         block_specs=block_specs(config),
