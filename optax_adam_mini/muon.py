@@ -59,8 +59,8 @@ def muon_mini(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices, and [`adam_mini`][] for the rest: half of AdamW's memory.
 
-    As `optax.contrib.muon`, argument for argument, but that its Adam is Adam-mini. A matrix with the
-    gradient `g` is updated by its momentum, orthogonalized:
+    As `optax.contrib.muon`, argument for argument, but that its Adam is Adam-mini. A matrix with
+    the gradient `g` is updated by its momentum, orthogonalized:
 
         m  = beta m + (1 - beta) g
         p -= learning_rate * (scale * orthogonalized(m_hat) + weight_decay * p)
@@ -248,8 +248,8 @@ def _written(mu: Any, old: Any, count: Any, in_tree: Callable[[Any], Any]) -> An
     for (keys, m), n in zip(jax.tree_util.tree_leaves_with_path(mu), numbers, strict=True):
         seed = rounding_seed(count, salt_of(path_str(keys)))
         pairs.append(write_row(m, _rows(m.shape, n)[0], seed))
-    trees = zip(old, zip(*pairs, strict=True), strict=True) if pairs else zip(old, ((), ()))
-    return RowCodes(*(jax.tree.unflatten(jax.tree.structure(t), leaves) for t, leaves in trees))
+    in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
+    return RowCodes(in_tree_of(0), in_tree_of(1))
 
 
 def _rows(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -209,7 +209,7 @@ def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Flo
 def write_row(
     m: Float[Array, "*shape"], axes: tuple[int, ...], seed: UInt32[Array, ""]
 ) -> tuple[Int8[Array, "*shape"], Float[Array, "*row"]]:
-    """The codes of a matrix and the largest magnitude in each row; over many seeds, the mean is `m`.
+    """The codes of a matrix, whose mean over many seeds is `m`, and the largest of each row.
 
     Args:
         m: the matrix.
@@ -218,8 +218,7 @@ def write_row(
 
     Examples:
         >>> from optax_adam_mini.rounding import rounding_seed
-        >>> codes, largest = write_row(jnp.array([16129.0, 4096.0, -1.0]), (0,), rounding_seed(1, 0))
-        >>> codes, largest
+        >>> write_row(jnp.array([16129.0, 4096.0, -1.0]), (0,), rounding_seed(1, 0))
         (Array([127,  64,  -1], dtype=int8), Array([16129.], dtype=float32))
     """
     magnitude = jnp.abs(m)

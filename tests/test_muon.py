@@ -312,7 +312,9 @@ def error_of_updates(scales, signal, steps=100, last=20):
 
     @jax.jit
     def step(states, g):
-        pairs = [tx.update({"w": g}, s, params) for tx, s in zip((exact, coded), states)]
+        pairs = [
+            tx.update({"w": g}, s, params) for tx, s in zip((exact, coded), states, strict=True)
+        ]
         a, b = (u["w"] for u, _ in pairs)
         return [s for _, s in pairs], jnp.sum((a - b) ** 2) / jnp.sum(a**2)
 

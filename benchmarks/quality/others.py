@@ -52,8 +52,8 @@ def chain_of(
 OPTIMIZERS.update(
     {name: chain_of(lambda config, _, scale=scale: scale(config)) for name, scale in SCALES.items()}
 )
-# With a number for each coordinate Adam-mini is Adam: this is `optax.contrib.muon`, with the mask of
-# weight decay for the rest too.
+# With a number for each coordinate Adam-mini is Adam: this is `optax.contrib.muon`, with the mask
+# of weight decay for the rest too.
 OF_MATRICES["muon"] = lambda schedule, config, _, matrices: muon(
     schedule, config, per_element(), matrices
 )
