@@ -209,7 +209,7 @@ def _kept(
             check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if is_int8:
-            rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], widen(jnp.result_type(p)))
+            rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], jnp.bfloat16)
             largest = jax.tree.map(rows, params, in_tree(params))
             mu = RowCodes(mu, with_kept_names(largest, params))
         state: Any = tx.init(params)
@@ -224,6 +224,7 @@ def _kept(
             )
         wide = lambda x: x.astype(widen(x.dtype))
         updates, mu = jax.tree.map(wide, updates), _read(state.mu)
+        after: Any
         new, after = tx.update(updates, state._replace(mu=jax.tree.map(wide, mu)), params)
         return new, after._replace(mu=_written(after.mu, state.mu, after.count, in_tree))
 

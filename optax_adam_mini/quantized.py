@@ -181,7 +181,7 @@ class RowCodes(NamedTuple):
 
     Attributes:
         codes: a tree like the parameters, int8.
-        largest: of each row, float32 or wider, in arrays of the parameters' ranks.
+        largest: of each row, bfloat16, in arrays of the parameters' ranks.
     """
 
     codes: Any
@@ -192,39 +192,45 @@ _LAST = 127
 
 
 def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Float[Array, "*shape"]:
-    """The numbers that codes stand for.
+    """The numbers that codes stand for, in float32.
 
     Args:
         codes: of a matrix.
-        largest: the largest magnitude in each row, of size 1 along the rows' axes.
+        largest: of each row, of size 1 along the rows' axes.
 
     Examples:
         >>> read_row(jnp.array([127, 64, 0, -1], jnp.int8), jnp.array([16129.0]))
         Array([ 1.6129e+04,  4.0960e+03,  0.0000e+00, -1.0000e+00], dtype=float32)
     """
-    number = codes.astype(largest.dtype)
-    return number * jnp.abs(number) * (largest / _LAST**2)
+    number = codes.astype(jnp.float32)
+    return number * jnp.abs(number) * (largest.astype(jnp.float32) / _LAST**2)
 
 
 def write_row(
     m: Float[Array, "*shape"], axes: tuple[int, ...], seed: UInt32[Array, ""]
 ) -> tuple[Int8[Array, "*shape"], Float[Array, "*row"]]:
-    """The codes of a matrix, whose mean over many seeds is `m`, and the largest of each row.
+    """The codes of a matrix, whose mean over many seeds is `m`, and what they are relative to.
 
     Args:
         m: the matrix.
         axes: along which a row lies.
         seed: of the rounding.
 
+    Returns:
+        The codes, and of each row its largest magnitude or a little more, in bfloat16.
+
     Examples:
         >>> from optax_adam_mini.rounding import rounding_seed
-        >>> write_row(jnp.array([16129.0, 4096.0, -1.0]), (0,), rounding_seed(1, 0))
-        (Array([127,  64,  -1], dtype=int8), Array([16129.], dtype=float32))
+        >>> codes, largest = write_row(jnp.ones((2, 5)), (1,), rounding_seed(1, 0))
+        >>> codes.dtype, largest.dtype, largest.shape
+        (dtype('int8'), dtype(bfloat16), (2, 1))
     """
     magnitude = jnp.abs(m)
-    largest = jnp.max(magnitude, axes, keepdims=True)
+    # As much more as bfloat16 may round it down.
+    largest = (jnp.max(magnitude, axes, keepdims=True) * (1 + 2.0**-8)).astype(jnp.bfloat16)
+    top = largest.astype(m.dtype)
     # Of what is too small to have an inverse nothing is kept.
-    square = magnitude * jnp.where(largest > _TINY * _LAST**2, _LAST**2 / largest, 0)
+    square = magnitude * jnp.where(top > _TINY * _LAST**2, _LAST**2 / top, 0)
     code = jnp.floor(jnp.sqrt(square))
     # Between code**2 and (code + 1)**2 up or down at random, in proportion.
     chance = (square - code * code) / (2 * code + 1)

@@ -284,7 +284,11 @@ def test_codes_are_the_two_neighbours_and_their_mean_is_the_number():
     codes, largest = jax.jit(jax.vmap(lambda step: write_row(m, (1,), rounding_seed(step, 7))))(
         jnp.arange(4000)
     )
-    np.testing.assert_array_equal(largest[0], top)
+    assert largest.dtype == jnp.bfloat16
+    largest = np.asarray(largest, np.float32)
+    assert (largest[0] >= top).all()
+    assert (largest[0] <= 1.008 * top).all()
+    top = largest[0]
     # In NumPy, and in float64: what a code stands for.
     table = np.sign(np.arange(-127, 128)) * np.arange(-127.0, 128.0) ** 2 / 127**2
     values = table[np.asarray(codes, int) + 127] * top
@@ -300,7 +304,7 @@ def test_what_is_no_number_stays_so_and_zeros_stay():
         m = jnp.ones((2, 5)).at[0, 2].set(bad)
         read = read_row(*write_row(m, (1,), rounding_seed(1, 0)))
         assert not np.isfinite(read[0]).all()
-        np.testing.assert_array_equal(read[1], 1.0)
+        np.testing.assert_allclose(read[1], 1.0, rtol=0.02)
     assert not np.any(read_row(*write_row(jnp.full((2, 5), 1e-40), (1,), rounding_seed(1, 0))))
 
 

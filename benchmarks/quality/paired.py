@@ -143,7 +143,7 @@ class Comparison:
     def runs(self, contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """What was found with each seed; those that are not there yet are trained."""
         who = CONTENDERS[contender]
-        rates = {"learning_rate": rate}
+        rates: dict[str, Any] = {"learning_rate": rate}
         if contender in self.muon_rates:
             rates["muon_learning_rate"] = self.muon_rates[contender]
         asked = [{"contender": contender, **rates, "seed": seed} for seed in seeds]

@@ -194,11 +194,8 @@ def infer_muon_dimension_numbers(
             unread += [why] if unreadable is ... else []
             numbers += [] if unreadable is ... else [unreadable]
         else:
-            numbers.append(
-                MuonDimensionNumbers(*matrices[index])
-                if isinstance(matrices[index], Matrix)
-                else None
-            )
+            matrix = matrices[index]
+            numbers.append(MuonDimensionNumbers(*matrix) if isinstance(matrix, Matrix) else None)
     _refuse_unread(
         name, unread, "overrides=[(pattern, dimension numbers)], or unreadable=None for Adam"
     )
