@@ -11,6 +11,7 @@ from optax_adam_mini.blocks import (
 )
 from optax_adam_mini.convert import from_adam_state, to_adam_state
 from optax_adam_mini.labels import BlockSpecs
+from optax_adam_mini.muon import muon_mini
 from optax_adam_mini.partition.by_path import by_path
 from optax_adam_mini.partition.dataflow import (
     explain,
@@ -44,6 +45,7 @@ __all__ = [
     "infer_block_specs",
     "infer_muon_dimension_numbers",
     "measure_block_specs",
+    "muon_mini",
     "opt_state_shardings",
     "outer",
     "per_element",

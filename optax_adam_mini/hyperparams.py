@@ -29,7 +29,7 @@ def check_hyperparams(*, are_known: bool = False, **hyperparams: Any) -> dict[st
         TypeError: if one is no number.
         ValueError: if one is out of range, or an array that is no scalar.
     """
-    decays = ("b1", "b2")
+    decays = ("b1", "b2", "beta")
     return {
         name: _checked(name, value, 1.0 if name in decays else math.inf, "a number", are_known)
         for name, value in hyperparams.items()
@@ -48,6 +48,26 @@ def check_is_bool(**hyperparams: Any) -> None:
                 f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
                 + _STATIC_ARGS * isinstance(value, jax.Array)
             )
+
+
+def check_count(name: str, value: Any) -> int:
+    """Refuses what is no whole number of at least 1, known before anything is compiled.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        hint = (
+            f": optax.inject_hyperparams takes it for a hyper-parameter; tell it not to, "
+            f'static_args=("{name}", ...)'
+        )
+        raise TypeError(
+            f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
+            + hint * isinstance(value, jax.Array)
+        )
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:

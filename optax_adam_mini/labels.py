@@ -84,47 +84,66 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     specs = spec_leaves(
         _called(block_specs, params) if is_label_function(block_specs) else block_specs
     )
-
-    leaves: dict[tuple[str, ...], Any] = {}
-    empty: list[tuple[str, ...]] = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty):
-        if is_empty(leaf):
-            empty.append(path_of(keys))
-        else:
-            leaves[path_of(keys)] = leaf
-
     found: list[tuple[str, Spec]] = []
-    used: set[tuple[str, ...]] = set()
-    missing: list[str] = []
     wrong: list[str] = []
-    for path, leaf in leaves.items():
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
-        if prefix is None:
-            missing.append("/".join(path))
-            continue
-        used.add(prefix)
+    for path, leaf, spec in of_leaves("block_specs", "spec", specs, params):
         try:
-            specs[prefix].check(jnp.shape(leaf))
+            spec.check(jnp.shape(leaf))
         except ValueError as error:
-            wrong.append(f"{'/'.join(path) or 'params'}: {error}")
-        found.append(("/".join(path), specs[prefix]))
-    unused = [
-        "/".join(path)
-        for path in specs
-        if path not in used and not any(_overlap(path, other) for other in empty)
-    ]
-    if missing or unused:
-        lacking = [f"no spec for {some(missing)}"] if missing else []
-        surplus = [f"no parameter for the spec at {some(unused)}"] if unused else []
-        raise ValueError(
-            "block_specs must have the structure of the parameters, or be a prefix of it: "
-            + "; ".join(lacking + surplus)
-        )
+            wrong.append(f"{path or 'params'}: {error}")
+        found.append((path, spec))
     if wrong:
         raise ValueError(
             "\n".join(
                 wrong[:_SHOWN] + [f"... and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
             )
+        )
+    return found
+
+
+def of_leaves(
+    what: str, word: str, given: Mapping[tuple[str, ...], T], params: Any
+) -> list[tuple[str, Any, T]]:
+    """What is given for every leaf of `params`, at its path or at a prefix of it.
+
+    Args:
+        what: what was given, to begin the message with.
+        word: one of it.
+        given: by paths.
+        params: pytree of parameters. Where it is empty, nothing is needed and nothing looked at.
+
+    Returns:
+        `(path, leaf, what is given for it)` in the order of the leaves; a path reads `"a/b/c"`.
+
+    Raises:
+        ValueError: if nothing is given for a parameter, or something for none.
+    """
+    found: list[tuple[str, Any, T]] = []
+    empty: list[tuple[str, ...]] = []
+    used: set[tuple[str, ...]] = set()
+    missing: list[str] = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty):
+        path = path_of(keys)
+        if is_empty(leaf):
+            empty.append(path)
+            continue
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in given), None)
+        if prefix is None:
+            missing.append("/".join(path))
+        else:
+            used.add(prefix)
+            found.append(("/".join(path), leaf, given[prefix]))
+    unused = [
+        "/".join(path)
+        for path in given
+        if path not in used and not any(_overlap(path, other) for other in empty)
+    ]
+    if missing or unused:
+        lacking = [f"no {word} for {some(missing)}"] if missing else []
+        surplus = [f"no parameter for the {word} at {some(unused)}"] if unused else []
+        raise ValueError(
+            f"{what} must have the structure of the parameters, or be a prefix of it: "
+            + "; ".join(lacking + surplus)
         )
     return found
 

@@ -173,6 +173,72 @@ def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
     return x
 
 
+class RowCodes(NamedTuple):
+    """Muon's momentum in 8 bits: there is no second moment that codes could be relative to.
+
+    A code `c` stands for `sign(c) (c / 127)**2` of the largest entry of its row: steps are as fine
+    as the number is small.
+
+    Attributes:
+        codes: a tree like the parameters, int8.
+        largest: of each row, bfloat16, in arrays of the parameters' ranks.
+    """
+
+    codes: Any
+    largest: Any
+
+
+_LAST = 127
+
+
+def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Float[Array, "*shape"]:
+    """The numbers that codes stand for, in float32.
+
+    Args:
+        codes: of a matrix.
+        largest: of each row, of size 1 along the rows' axes.
+
+    Examples:
+        >>> read_row(jnp.array([127, 64, 0, -1], jnp.int8), jnp.array([16129.0]))
+        Array([ 1.6129e+04,  4.0960e+03,  0.0000e+00, -1.0000e+00], dtype=float32)
+    """
+    number = codes.astype(jnp.float32)
+    return number * jnp.abs(number) * (largest.astype(jnp.float32) / _LAST**2)
+
+
+def write_row(
+    m: Float[Array, "*shape"], axes: tuple[int, ...], seed: UInt32[Array, ""]
+) -> tuple[Int8[Array, "*shape"], Float[Array, "*row"]]:
+    """The codes of a matrix, whose mean over many seeds is `m`, and what they are relative to.
+
+    Args:
+        m: the matrix.
+        axes: along which a row lies.
+        seed: of the rounding.
+
+    Returns:
+        The codes, and of each row its largest magnitude or a little more, in bfloat16.
+
+    Examples:
+        >>> from optax_adam_mini.rounding import rounding_seed
+        >>> codes, largest = write_row(jnp.ones((2, 5)), (1,), rounding_seed(1, 0))
+        >>> codes.dtype, largest.dtype, largest.shape
+        (dtype('int8'), dtype(bfloat16), (2, 1))
+    """
+    magnitude = jnp.abs(m)
+    # As much more as bfloat16 may round it down.
+    largest = (jnp.max(magnitude, axes, keepdims=True) * (1 + 2.0**-8)).astype(jnp.bfloat16)
+    top = largest.astype(m.dtype)
+    # Of what is too small to have an inverse nothing is kept.
+    square = magnitude * jnp.where(top > _TINY * _LAST**2, _LAST**2 / top, 0)
+    code = jnp.floor(jnp.sqrt(square))
+    # Between code**2 and (code + 1)**2 up or down at random, in proportion.
+    chance = (square - code * code) / (2 * code + 1)
+    code += chance * 2.0**_CUT > random_bits(_CUT, m.shape, seed)
+    code = jnp.minimum(code, _LAST).astype(jnp.int8)
+    return jnp.where(m < _ZERO, -code, code), largest
+
+
 def in_state(mu: Any, mu_dtype: Any) -> Any:
     """The `mu` of a state, of a tree like the parameters."""
     return Codes(mu) if mu_dtype == jnp.int8 else mu

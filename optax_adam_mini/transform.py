@@ -118,7 +118,7 @@ def scale_by_adam_mini(
         >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
         ['0.463', '0.926', '1.000'] (1,)
     """
-    return _in_dtypes(
+    return in_dtypes(
         _wide_adam_mini(
             **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
             block_specs=_check_block_specs(block_specs),
@@ -201,13 +201,13 @@ def adam_mini(
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
     check_mask_leaves(mask)
-    return _in_dtypes(
+    return in_dtypes(
         optax.chain(
             _wide_adam_mini(
                 **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
                 block_specs=_check_block_specs(block_specs),
             ),
-            _add_decayed_weights(weight_decay, mask),
+            add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
@@ -224,7 +224,7 @@ def _checked(
     return {**decays, "mu_dtype": mu_dtype, "nesterov": nesterov, "bounded": bounded}
 
 
-def _in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Everything is computed in float32 and cast once, last: to the parameters' dtypes."""
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -250,7 +250,8 @@ def _with_gradients(updates: Any, params: Any) -> Any:
         return params
 
 
-def _add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` for numbers and schedules, with errors that say what to do."""
     if not isinstance(weight_decay, jax.Array) and not callable(weight_decay) and weight_decay == 0:
         return optax.identity()  # so that params may be left out of update
 

@@ -42,11 +42,11 @@ LAYERS = [
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
      "dataflow", "report", "sharding", "hessian"],
     ["transform"],
-    ["convert"],
+    ["convert", "muon"],
 ]  # fmt: skip
 # Within dataflow, module by module.
 DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "taps", "rules", "forward", "backward",
-            "roles", "interpret", "specs", "rows", "explain", "infer"]  # fmt: skip
+            "roles", "interpret", "matrices", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",
          "devices", "loops"]  # fmt: skip
@@ -88,7 +88,7 @@ def test_public_interface():
     assert sorted(optax_adam_mini.__all__) == [
         "BlockSpec", "BlockSpecs", "ScaleByAdamMiniState", "StochasticRoundingState", "adam_mini", "block_table", "by_logical_axes",
         "by_path", "explain", "flax_layers", "from_adam_state", "fused", "infer_block_specs",
-        "infer_muon_dimension_numbers", "measure_block_specs", "opt_state_shardings", "outer",
+        "infer_muon_dimension_numbers", "measure_block_specs", "muon_mini", "opt_state_shardings", "outer",
         "per_element", "per_head",
         "per_neuron", "per_tensor", "per_token", "scale_by_adam_mini", "stochastic_rounding",
         "to_adam_state",

@@ -121,6 +121,8 @@ def write_summary(output: Path) -> str:
 
     def seeds(row: Mapping[str, Any]) -> str:
         counts = {len(row[name]["values"]) for name in SUMMARIZED if name in row}
+        if not counts:  # others alone
+            return ""
         return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
     which: Columns = {

@@ -11,7 +11,8 @@ from typing import Any
 import optax
 
 from benchmarks.quality.came import scale_by_came
-from examples.common.optimizers import OPTIMIZERS, OptimizerConfig, decayed
+from examples.common.optimizers import OF_MATRICES, OPTIMIZERS, OptimizerConfig, decayed, muon
+from optax_adam_mini import per_element
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -50,4 +51,9 @@ def chain_of(
 
 OPTIMIZERS.update(
     {name: chain_of(lambda config, _, scale=scale: scale(config)) for name, scale in SCALES.items()}
+)
+# With a number for each coordinate Adam-mini is Adam: this is `optax.contrib.muon`, with the mask
+# of weight decay for the rest too.
+OF_MATRICES["muon"] = lambda schedule, config, _, matrices: muon(
+    schedule, config, per_element(), matrices
 )

@@ -13,7 +13,7 @@ tables and plots are made; after an interruption the same command goes on.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from benchmarks.quality.workloads import WORKLOADS, Workload
 from benchmarks.results import Results
 from examples.common.cli import check_counts, exit_status
 from examples.common.interrupts import end_on_interrupt
-from examples.common.optimizers import ParameterConfig
+from examples.common.optimizers import OF_MATRICES, ParameterConfig
 
 
 class Contender(NamedTuple):
@@ -69,6 +69,11 @@ CONTENDERS = {
     ),
     "adafactor": Contender("Adafactor, momentum", "adafactor"),
     "came": Contender("CAME", "came", start=0.1),
+    "muon": Contender("Muon, AdamW for the rest", "muon"),
+    "muon_mini": Contender("Muon, Adam-mini outer for the rest", "muon_mini", "outer"),
+    "muon_mini, 8 bits": Contender(
+        "Muon, Adam-mini outer for the rest, 8 bits", "muon_mini_int8", "outer"
+    ),
     **{name: Contender(name, name, "outer") for name in (*VARIANTS, *ORDERS)},
 }
 # Where AdamW's walk begins: the best of the coarse grid.
@@ -94,8 +99,11 @@ class Options:
     """How many of them choose the rate."""
     rate: float | None = None
     """AdamW's best rate, where it is known: there is no walk."""
+    muon_rate: float = 2e-2
+    """That of Muon's matrices; the other rates are of what is no matrix."""
     own_rates: bool = False
-    """The others at their own best rates too."""
+    """The others at their own best rates too: with Muon first the matrices' rate is walked, at
+    AdamW's best one for the rest, and then that of the rest."""
     output: str = str(intervals.DEFAULT_OUTPUT)
     """Folder of the results."""
     together: bool | None = None
@@ -115,7 +123,17 @@ class Comparison:
             config = dataclasses.replace(config, steps=options.steps)
         self.config = shortened(config) if options.quick else config
         self.file = f"{name}_{self.config.steps}"
+        self.muon_rates = dict.fromkeys(
+            (name for name in options.contenders if CONTENDERS[name].optimizer in OF_MATRICES),
+            options.muon_rate,
+        )
         self.results = Results(Path(options.output) / f"{self.file}.json", settings(self.config))
+
+    def title(self, contender: str) -> str:
+        """With Muon's rate, where it has one."""
+        title = CONTENDERS[contender].title
+        rate = self.muon_rates.get(contender)
+        return title if rate is None else f"{title} (matrices {rate:g})"
 
     def values(self, contender: str, rate: float, seeds: int) -> list[float]:
         """The held-out loss, or the accuracy, of the first seeds."""
@@ -125,10 +143,13 @@ class Comparison:
     def runs(self, contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """What was found with each seed; those that are not there yet are trained."""
         who = CONTENDERS[contender]
-        asked = [{"contender": contender, "learning_rate": rate, "seed": seed} for seed in seeds]
+        rates: dict[str, Any] = {"learning_rate": rate}
+        if contender in self.muon_rates:
+            rates["muon_learning_rate"] = self.muon_rates[contender]
+        asked = [{"contender": contender, **rates, "seed": seed} for seed in seeds]
         known = [run["asked"] for run in self.results.runs]
         missing = [one["seed"] for one in asked if one not in known]
-        hyper = dataclasses.replace(self.config.hyper, learning_rate=rate)
+        hyper = dataclasses.replace(self.config.hyper, **rates)
         config = dataclasses.replace(self.config, hyper=hyper, v=who.v or self.config.v)
         if who.parameters != ParameterConfig():
             config = dataclasses.replace(config, parameters=who.parameters)
@@ -148,19 +169,19 @@ class Comparison:
             return train_together(config, load_task, optimizer, seeds, in_turns=in_turns)
         return train_seeds(config, load_task, optimizer, seeds)
 
-    def best_rate(self, contender: str) -> float:
-        """Where the walk along the grid ends."""
-        index, start = 0, STARTS[self.name] * CONTENDERS[contender].start
+    def best_rate(self, contender: str, adamws: float | None = None) -> float:
+        """Where the walk along the grid ends; Muon's first walks that of its matrices."""
+        start = STARTS[self.name] * CONTENDERS[contender].start
         sweep = min(self.options.sweep_seeds, self.options.seeds)
 
-        def score(index: int) -> float:
-            return self._score(contender, _rounded(start * FACTOR**index), sweep)
+        def muons_score(rate: float) -> float:
+            self.muon_rates[contender] = rate
+            return self._score(contender, start, sweep)
 
-        while True:
-            best = min((index, index - 1, index + 1), key=score)
-            if best == index:
-                return _rounded(start * FACTOR**index)
-            index = best
+        if contender in self.muon_rates:
+            start = adamws or start
+            self.muon_rates[contender] = _walk(self.muon_rates[contender], muons_score)
+        return _walk(start, lambda rate: self._score(contender, rate, sweep))
 
     def _score(self, contender: str, rate: float, seeds: int) -> float:
         """What is smaller is better; among equal accuracies the loss decides."""
@@ -174,6 +195,16 @@ class Comparison:
         return sorted({one["learning_rate"] for one in asked if one["contender"] == contender})
 
 
+def _walk(start: float, score: Callable[[float], float]) -> float:
+    """The rate of the grid through `start` whose neighbours are both worse."""
+    index, rate = 0, lambda index: _rounded(start * FACTOR**index)
+    while True:
+        best = min((index, index - 1, index + 1), key=lambda index: score(rate(index)))
+        if best == index:
+            return rate(index)
+        index = best
+
+
 def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
@@ -185,7 +216,7 @@ def compare(comparison: Comparison) -> None:
     best = known or comparison.best_rate("adamw")
     entries = [(name, best) for name in options.contenders]
     if options.own_rates:
-        own = [(name, comparison.best_rate(name)) for name in options.contenders[1:]]
+        own = [(name, comparison.best_rate(name, best)) for name in options.contenders[1:]]
         entries += [entry for entry in own if entry not in entries]
     rows = []
     for name, rate in entries:
@@ -193,7 +224,7 @@ def compare(comparison: Comparison) -> None:
         rows.append(
             {
                 "contender": name,
-                "title": CONTENDERS[name].title,
+                "title": comparison.title(name),
                 "learning_rate": rate,
                 "values": [comparison.workload.value(run) for run in runs],
                 "optimizer_bytes": runs[0]["optimizer_bytes"],

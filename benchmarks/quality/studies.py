@@ -165,7 +165,7 @@ def settings(config: TrainingConfig) -> dict[str, Any]:
     """All that a run is made of beside what its record says."""
     stored = dataclasses.asdict(config)
     hyper = stored["hyper"]
-    del hyper["learning_rate"], hyper["warmup_share"]
+    del hyper["learning_rate"], hyper["muon_learning_rate"], hyper["warmup_share"]
     hyper["warmup_steps"] = config.hyper.warmup(config.steps)
     return {name: value for name, value in stored.items() if name not in NO_MATTER}
 

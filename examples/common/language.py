@@ -31,7 +31,13 @@ from examples.common.training import (
     load_config,
     refuse_others,
 )
-from optax_adam_mini import BlockSpec, block_table, infer_block_specs, opt_state_shardings
+from optax_adam_mini import (
+    BlockSpec,
+    block_table,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+    opt_state_shardings,
+)
 
 Architecture = TypeVar("Architecture")
 
@@ -217,6 +223,12 @@ def block_specs(config: LanguageConfig) -> Any:
     )
 
 
+def matrices(config: LanguageConfig) -> Any:
+    """Muon's dimension numbers, read off in the same way."""
+    _, params = abstract_model(config)
+    return infer_muon_dimension_numbers(make_logits(config), params, abstract_tokens(config))
+
+
 def overrides(config: LanguageConfig, v: str) -> Sequence[tuple[str, BlockSpec]]:
     """The rules of the configuration for the paper's blocks; the others have none."""
     return config.overrides if v == "mean" else ()
@@ -251,6 +263,7 @@ def make_program(config: LanguageConfig, optimizer: str) -> Program:
         config.hyper,
         config.steps,
         block_specs(config),
+        lambda: matrices(config),
         rounds_at_random=config.parameters.rounds_at_random,
     )
 

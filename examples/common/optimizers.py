@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.common.cli import ConfigError
-from optax_adam_mini import adam_mini, stochastic_rounding
+from optax_adam_mini import adam_mini, muon_mini, stochastic_rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,9 @@ class OptimizerConfig:
     """Hyper-parameters; every optimizer gets the same."""
 
     learning_rate: float = 1e-3
-    """Highest learning rate, reached after the warmup."""
+    """Highest learning rate, reached after the warmup; with Muon, that of what is no matrix."""
+    muon_learning_rate: float = 2e-2
+    """The same of Muon's matrices."""
     warmup_steps: int | None = None
     """Steps in which the learning rate rises from 0; it then falls on a cosine. Without it, the
     part of --steps that --warmup-share says, and no more than 100."""
@@ -57,7 +59,11 @@ class OptimizerConfig:
         for option, value in (("b1", self.b1), ("b2", self.b2)):
             if not 0 <= value < 1:
                 raise ConfigError(f"--{option} is {value}, but must be from 0 to less than 1.")
-        for option, value in (("learning-rate", self.learning_rate), ("eps", self.eps)):
+        for option, value in (
+            ("learning-rate", self.learning_rate),
+            ("muon-learning-rate", self.muon_learning_rate),
+            ("eps", self.eps),
+        ):
             if not value > 0:
                 raise ConfigError(f"--{option} is {value}, but must be more than 0.")
         for option, value in (
@@ -135,10 +141,42 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def muon(
+    schedule: optax.Schedule,
+    config: OptimizerConfig,
+    block_specs: Any,
+    matrices: Any,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformation:
+    """Muon for `matrices`, Adam-mini for the rest, with a rate of its own for each."""
+    ratio = config.muon_learning_rate / config.learning_rate
+    return muon_mini(
+        lambda count: ratio * schedule(count),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        mu_dtype=mu_dtype,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        adam_learning_rate=schedule,
+        muon_weight_dimension_numbers=matrices,
+        block_specs=block_specs,
+    )
+
+
+# Those that are told, too, what is a matrix.
+OF_MATRICES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "muon_mini": muon,
+    "muon_mini_int8": functools.partial(muon, mu_dtype=jnp.int8),
+}
+
+
 def check_name(name: str, option: str = "optimizer") -> None:
     """Refuse an optimizer that is not known."""
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"--{option} is {name}, but must be one of {', '.join(OPTIMIZERS)}.")
+    known = [*OPTIMIZERS, *OF_MATRICES]
+    if name not in known:
+        raise ConfigError(f"--{option} is {name}, but must be one of {', '.join(known)}.")
 
 
 def make_optimizer(
@@ -146,11 +184,13 @@ def make_optimizer(
     config: OptimizerConfig,
     steps: int,
     block_specs: Any = None,
+    matrices: Callable[[], Any] = dict,
     *,
     rounds_at_random: bool = False,
 ) -> optax.GradientTransformation:
     """Clip, then the optimizer `name` on a warmup and cosine schedule over `steps` steps.
-    `block_specs` is Adam-mini's; the others do not look at it. With `rounds_at_random` all of it
+    `block_specs` is Adam-mini's; the others do not look at it. `matrices()` gives Muon's
+    dimension numbers, and is called for Muon alone. With `rounds_at_random` all of it
     is done in float32, for parameters in bfloat16."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -159,7 +199,10 @@ def make_optimizer(
         decay_steps=steps,
         end_value=config.final_learning_rate * config.learning_rate,
     )
-    optimizer = OPTIMIZERS[name](schedule, config, block_specs)
+    if name in OF_MATRICES:
+        optimizer = OF_MATRICES[name](schedule, config, block_specs, matrices())
+    else:
+        optimizer = OPTIMIZERS[name](schedule, config, block_specs)
     if config.clip_norm != 0:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return stochastic_rounding(optimizer) if rounds_at_random else optimizer

@@ -28,9 +28,12 @@ METRICS_FILE = "metrics.jsonl"
 class TrainingConfig:
     """The options that every example has. An example adds its own, and may give other defaults."""
 
-    optimizer: Literal["adamw", "adam_mini", "adam_mini_int8"] | None = None
-    """Train with this one alone; adam_mini_int8 keeps the first moment in 8 bits. Without it, with
-    AdamW and with Adam-mini, one after the other."""
+    optimizer: Literal[
+        "adamw", "adam_mini", "adam_mini_int8", "muon_mini", "muon_mini_int8"
+    ] | None = None  # fmt: skip
+    """Train with this one alone; int8 keeps the first moment in 8 bits, and muon_mini is Muon for
+    the matrices and Adam-mini for the rest. Without it, with AdamW and with Adam-mini, one after
+    the other."""
     steps: int = 500
     """Optimizer steps."""
     batch_size: int = 16

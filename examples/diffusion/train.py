@@ -30,7 +30,7 @@ from examples.common.training import (
 )
 from examples.diffusion.model import CONFIGS, UNet, UNetConfig
 from examples.diffusion.process import add_noise, make_alpha_bars, sample
-from optax_adam_mini import block_table, infer_block_specs
+from optax_adam_mini import block_table, infer_block_specs, infer_muon_dimension_numbers
 
 # A held-out image is evaluated at so many times, one in each equal part of them.
 EVAL_TIMES = 8
@@ -201,20 +201,32 @@ def make_predict(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Ar
     return predict
 
 
-def block_specs(config: Config) -> Any:
-    """Adam-mini's partition, read off what the model computes."""
+def predicted(config: Config) -> tuple[Any, ...]:
+    """What the model computes: a function, and shapes of its arguments."""
     image_shape = config.data.facts.image_shape
     _, params = abstract_model(config.architecture, image_shape[0])
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     times = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return infer_block_specs(make_predict(config), params, images, times, v=config.v)
+    return make_predict(config), params, images, times
+
+
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes."""
+    return infer_block_specs(*predicted(config), v=config.v)
+
+
+def matrices(config: Config) -> Any:
+    """Muon's dimension numbers, read off in the same way."""
+    return infer_muon_dimension_numbers(*predicted(config))
 
 
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     predict = make_predict(config)
     alpha_bars = make_alpha_bars(config.schedule, config.diffusion_steps)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
+    tx = optimizers.make_optimizer(
+        optimizer, config.hyper, config.steps, block_specs(config), lambda: matrices(config)
+    )
 
     def init(seed: Any = config.seed) -> Training:
         size = config.data.facts.image_shape[0]

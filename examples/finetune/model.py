@@ -15,7 +15,7 @@ from examples.common.text import Tokenizer
 from examples.common.training import load_config, read_config
 from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
-from optax_adam_mini import infer_block_specs
+from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers
 
 FAMILIES: tuple[type[LanguageConfig], ...] = (llama.Config, gpt2.Config)
 
@@ -121,12 +121,17 @@ class Model:
     def block_specs(self, v: Literal["mean", "outer"]) -> Any:
         """Adam-mini's partition of what is trained, read off what the model computes. Of an
         adapter's two matrices, the second has its layer's outputs and is cut as its kernel is."""
-        trained, frozen = self.abstract_weights
         return infer_block_specs(
-            lambda trained, frozen, tokens: self.logits(Weights(trained, frozen), tokens),
-            trained,
-            frozen,
-            abstract_tokens(self.pretrained),
+            *self._predicted(),
             overrides=() if self.architecture.lora_rank else overrides(self.pretrained, v),
             v=v,
         )
+
+    def matrices(self) -> Any:
+        """Muon's dimension numbers, read off in the same way."""
+        return infer_muon_dimension_numbers(*self._predicted())
+
+    def _predicted(self) -> tuple[Any, ...]:
+        """What the model computes: a function, and shapes of its arguments."""
+        logits = lambda trained, frozen, tokens: self.logits(Weights(trained, frozen), tokens)
+        return logits, *self.abstract_weights, abstract_tokens(self.pretrained)

@@ -114,6 +114,7 @@ def make_program(config: Config, optimizer: str, pretrained: Pretrained) -> Prog
         config.hyper,
         config.steps,
         model.block_specs(config.v),
+        model.matrices,
         rounds_at_random=config.parameters.rounds_at_random,
     )
 

@@ -18,7 +18,7 @@ from examples.common.graphs import Graph, GraphConfig
 from examples.common.optimizers import OptimizerConfig
 from examples.common.training import Program, Task, TrainingConfig, compare
 from examples.gnn.model import CONFIGS, GNN, GNNConfig
-from optax_adam_mini import block_table, infer_block_specs
+from optax_adam_mini import block_table, infer_block_specs, infer_muon_dimension_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,22 +120,34 @@ def abstract_params(config: Config) -> Any:
     return jax.eval_shape(lambda: init_params(config))
 
 
-def block_specs(config: Config) -> Any:
-    """Adam-mini's partition, read off what the model computes."""
+def predicted(config: Config) -> tuple[Any, ...]:
+    """What the model computes: a function, and shapes of its arguments."""
 
     def logits(params: Any, x: jax.Array, edges: jax.Array) -> jax.Array:
         return GNN(config.architecture).apply({"params": params}, x, edges, edges, train=False)
 
     x = jax.ShapeDtypeStruct((2, config.data.facts.num_features), jnp.float32)
     edges = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return infer_block_specs(logits, abstract_params(config), x, edges, v=config.v)
+    return logits, abstract_params(config), x, edges
+
+
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes."""
+    return infer_block_specs(*predicted(config), v=config.v)
+
+
+def matrices(config: Config) -> Any:
+    """Muon's dimension numbers, read off in the same way."""
+    return infer_muon_dimension_numbers(*predicted(config))
 
 
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     model = GNN(config.architecture)
     specs = block_specs(config)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, specs)
+    tx = optimizers.make_optimizer(
+        optimizer, config.hyper, config.steps, specs, lambda: matrices(config)
+    )
 
     def init(seed: Any = config.seed) -> TrainState:
         params = init_params(config, seed)

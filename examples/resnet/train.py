@@ -19,7 +19,12 @@ from examples.common.images import Batch, ImageConfig
 from examples.common.optimizers import OptimizerConfig
 from examples.common.training import Program, Task, TrainingConfig, compare
 from examples.resnet.model import CONFIGS, ResNet, ResNetConfig
-from optax_adam_mini import block_table, infer_block_specs, per_tensor
+from optax_adam_mini import (
+    block_table,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+    per_tensor,
+)
 
 EVAL_BATCH_SIZE = 512
 
@@ -109,26 +114,36 @@ def abstract_variables(config: Config) -> Any:
     return jax.eval_shape(lambda: init_variables(config))
 
 
-def block_specs(config: Config) -> Any:
-    """Adam-mini's partition, read off what the model computes: each output channel of a convolution
-    is a block. With --conv tensor, each convolution."""
+def predicted(config: Config) -> tuple[Any, ...]:
+    """What the model computes: a function, and shapes of its arguments."""
 
     def logits(params: Any, rest: Any, images: jax.Array) -> jax.Array:
         return ResNet(config.architecture).apply({"params": params, **rest}, images, train=False)
 
     rest = dict(abstract_variables(config))
     images = jax.ShapeDtypeStruct((1, *config.data.facts.image_shape), jnp.float32)
+    return logits, rest.pop("params"), rest, images
+
+
+def block_specs(config: Config) -> Any:
+    """Adam-mini's partition, read off what the model computes: each output channel of a convolution
+    is a block. With --conv tensor, each convolution."""
     overrides = [("conv[^/]*/kernel$", per_tensor())] if config.conv == "tensor" else []
-    return infer_block_specs(
-        logits, rest.pop("params"), rest, images, overrides=overrides, v=config.v
-    )
+    return infer_block_specs(*predicted(config), overrides=overrides, v=config.v)
+
+
+def matrices(config: Config) -> Any:
+    """Muon's dimension numbers, read off in the same way."""
+    return infer_muon_dimension_numbers(*predicted(config))
 
 
 def make_program(config: Config, optimizer: str) -> Program:
     """Model, loss, gradient and update as plain functions of arrays."""
     facts = config.data.facts
     model = ResNet(config.architecture)
-    tx = optimizers.make_optimizer(optimizer, config.hyper, config.steps, block_specs(config))
+    tx = optimizers.make_optimizer(
+        optimizer, config.hyper, config.steps, block_specs(config), lambda: matrices(config)
+    )
 
     def init(seed: Any = config.seed) -> TrainState:
         variables = init_variables(config, seed)

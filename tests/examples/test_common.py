@@ -7,15 +7,23 @@ import signal
 import subprocess
 import time
 
+import jax
+import optax
+import optax.contrib
 import pytest
 
 from examples.common import runs, text
 from examples.common.cli import ConfigError
-from examples.common.optimizers import OptimizerConfig
+from examples.common.optimizers import OptimizerConfig, state_bytes
 from examples.common.text import TextConfig
-from examples.common.training import load_config
+from examples.common.training import METRICS_FILE, load_config
+from examples.diffusion import train as diffusion
+from examples.gnn import train as gnn
 from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
+from examples.resnet import train as resnet
+from optax_adam_mini import ScaleByAdamMiniState
+from optax_adam_mini.labels import path_str
 from tests.examples.language import TINY_RUN, write_corpus
 from tests.examples.running import REPOSITORY, command, only_run, run_command
 
@@ -138,9 +146,63 @@ def test_what_is_no_text_is_refused(content, message, tmp_path):
             text.documents(TextConfig(text=str(given)))
 
 
+MODULES = {"gpt2": gpt2, "llama": llama, "resnet": resnet, "diffusion": diffusion, "gnn": gnn}
+# Tied or not, tables and output heads are Adam-mini's, and so are gains and biases.
+ADAM_MINIS = {
+    "gpt2": {"wte", "wpe"},
+    "llama": {"embed", "head"},
+    "resnet": {"fc"},
+    "diffusion": {"conv_out"},
+    "gnn": set(),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_muon_has_the_matrices_and_adam_mini_the_rest(name):
+    config = MODULES[name].Config()
+    program = MODULES[name].make_program(config, "muon_mini_int8")
+    state = program.abstract_state().opt_state
+    (muon,) = (s for s in jax.tree.leaves(state, is_leaf=_is_muon) if _is_muon(s))
+    paths = lambda tree: {path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    (adam,) = (s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
+    of_muon, of_adam = paths(muon.mu.codes), paths(adam.mu.codes)
+    assert of_muon.isdisjoint(of_adam)
+    assert all(path.endswith("kernel") for path in of_muon)
+    assert of_muon or name == "gnn"
+    kernels = {
+        path.rsplit("/", 2)[-2] for path in of_adam if path.endswith(("kernel", "embedding"))
+    }
+    assert kernels >= ADAM_MINIS[name], kernels
+    # In small models a row is short, and its largest entry adds up.
+    assert state_bytes(state) < (0.2 if name == "gnn" else 0.14) * 8 * sum(
+        x.size for x in jax.tree.leaves((muon.mu.codes, adam.mu.codes))
+    )
+
+
+def _is_muon(x):
+    return isinstance(x, optax.contrib.MuonState)
+
+
+def _is_adam(x):
+    return isinstance(x, ScaleByAdamMiniState)
+
+
+def test_muon_trains(corpus, tmp_path):
+    losses = {}
+    for rate in (2e-2, 1e-9):
+        hyper = OptimizerConfig(warmup_steps=2, muon_learning_rate=rate)
+        data = TextConfig(text=str(corpus))
+        options = {**TINY_RUN, "data": data, "hyper": hyper, "optimizer": "muon_mini_int8"}
+        root = tmp_path / str(rate)
+        gpt2.main(gpt2.Config(**{**options, "runs": str(root)}))
+        file = only_run(root) / "muon_mini_int8" / METRICS_FILE
+        losses[rate] = [r["held_out_loss"] for r in runs.read_metrics(file) if "held_out_loss" in r]
+    assert losses[2e-2][-1] < losses[1e-9][-1] < losses[1e-9][0]
+
+
 def test_the_optimizers_are_listed():
     shown = " ".join(run_command("gpt2", "--help").stdout.split())
-    assert "{None,adamw,adam_mini,adam_mini_int8}" in shown
+    assert "{None,adamw,adam_mini,adam_mini_int8,muon_mini,muon_mini_int8}" in shown
     refused = run_command("gpt2", "--optimizer=adem")
     assert refused.returncode == 2
     assert "adam_mini" in refused.stderr

@@ -14,6 +14,7 @@ from optax_adam_mini.labels import check_used, path_str, some
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
+from optax_adam_mini.partition.dataflow.matrices import Matrix, find_matrices
 from optax_adam_mini.partition.dataflow.program import LAYOUT, LINEAR, Step
 from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
@@ -30,6 +31,7 @@ def explain(
     *args: Any,
     parameter: str,
     v: Literal["mean", "outer"] = "mean",
+    muon: bool = False,
     **kwargs: Any,
 ) -> str:
     """Why a parameter is cut as `infer_block_specs` cuts it.
@@ -40,6 +42,8 @@ def explain(
         *args: further arguments of `fn`.
         parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.
         v: what is kept of each block, as in `infer_block_specs`.
+        muon: whether to say, too, which axes are a matrix for Muon, or why it leaves the parameter
+            to Adam-mini.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
@@ -75,6 +79,8 @@ def explain(
     if v == "outer":
         kept = _kept(outer_of(shape, result, index), shape)
         lines = [f"{parameter} {shape}: kept: {kept}", f"  the paper's cut: {blocks}"]
+    if muon:
+        lines.append(f"  Muon: {_for_muon(find_matrices(result)[index])}")
     lines += _uses(shape, result, index)
     coupled = dict.fromkeys(
         f"{step.name} at {place(step)}, of {_shapes(result.facts, step)}"
@@ -88,6 +94,13 @@ def explain(
         lines.append("  meets no data in fn that an output depends on")
     lines += [f"  passed over: {words}" for words in dict.fromkeys(_passed_over(result, index))]
     return "\n".join(lines)
+
+
+def _for_muon(matrix: Matrix | str) -> str:
+    if isinstance(matrix, str):
+        return f"left to Adam-mini, {matrix}"
+    inputs, outputs = (_axes(axes, "axis") for axes in matrix)
+    return f"a matrix, {inputs} of inputs and {outputs} of outputs"
 
 
 def _kept(spec: Spec, shape: Sequence[int]) -> str:

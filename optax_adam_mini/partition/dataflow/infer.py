@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
-from optax_adam_mini.partition.dataflow.domain import Role
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
+from optax_adam_mini.partition.dataflow.matrices import Matrix, find_matrices
 from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 from optax_adam_mini.product import Spec
@@ -141,16 +141,16 @@ def infer_muon_dimension_numbers(
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         *args: further arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`s.
         overrides: `(pattern, dimension numbers or None)`: the first rule whose regular expression
-            is found (`re.search`) in a parameter's path gives its numbers. The usual recipe leaves
-            the output head to Adam: `[("head", None)]`.
+            is found (`re.search`) in a parameter's path gives its numbers.
         unreadable: numbers of the parameters that cannot be read, `None` to leave them to Adam;
             they are an error without it.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
         A pytree with the structure of `params`, of `optax.contrib.MuonDimensionNumbers`, and of
-        `None` for what is no matrix and is left to Adam: gains, biases, embeddings, grouped
-        convolutions, and parameters that are inputs in one use and outputs in another.
+        `None` for what is left to Adam: gains, biases, embeddings, output heads (kernels whose
+        outputs meet no further kernel on their way to the loss), grouped convolutions, and
+        parameters that are inputs in one use and outputs in another.
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
@@ -160,12 +160,13 @@ def infer_muon_dimension_numbers(
             `unreadable` is neither, or if a leaf of `params` is no array.
 
     Examples:
-        >>> params = {"w": jnp.ones((4, 16, 2, 8)), "g": jnp.ones(16)}
-        >>> def loss(p, x):  # four experts, each with outputs of two axes
-        ...     return jnp.einsum("ebd,edhk->ebhk", x * p["g"], p["w"]).sum()
+        >>> params = {"w": jnp.ones((4, 16, 2, 8)), "g": jnp.ones(16), "head": jnp.ones((2, 8, 3))}
+        >>> def loss(p, x):  # four experts, each with outputs of two axes, and a head
+        ...     x = jnp.einsum("ebd,edhk->ebhk", x * p["g"], p["w"])
+        ...     return jnp.einsum("ebhk,hkc->ebc", jnp.tanh(x), p["head"]).sum()
         >>> found = infer_muon_dimension_numbers(loss, params, jnp.ones((4, 5, 16)))
-        >>> found["w"]
-        MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3))
+        >>> found["w"], found["head"]
+        (MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2, 3)), None)
         >>> optimizer = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=found)
     """
     from optax.contrib import MuonDimensionNumbers
@@ -181,6 +182,7 @@ def infer_muon_dimension_numbers(
     for rule, _ in rules:
         check_used(f"{name}: the override {rule.pattern!r}", rule.search, rule.pattern, params)
     result = interpret(name, fn, params, *args, **kwargs)
+    matrices = find_matrices(result)
     numbers: list[Any] = []
     unread: list[str] = []
     for index, (keys, leaf) in enumerate(leaves):
@@ -192,12 +194,8 @@ def infer_muon_dimension_numbers(
             unread += [why] if unreadable is ... else []
             numbers += [] if unreadable is ... else [unreadable]
         else:
-            reduction, output = (
-                tuple(axis for axis, found in enumerate(result.roles[index]) if role in found)
-                for role in (Role.REDUCTION, Role.OUTPUT)
-            )
-            is_matrix = reduction and output and all(len(f) < 2 for f in result.roles[index])
-            numbers.append(MuonDimensionNumbers(reduction, output) if is_matrix else None)
+            matrix = matrices[index]
+            numbers.append(MuonDimensionNumbers(*matrix) if isinstance(matrix, Matrix) else None)
     _refuse_unread(
         name, unread, "overrides=[(pattern, dimension numbers)], or unreadable=None for Adam"
     )

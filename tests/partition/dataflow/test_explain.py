@@ -154,14 +154,14 @@ def test_swapped_arguments(function, params):
 
 
 def test_dimension_numbers_of_what_cannot_be_read():
-    fn = lambda p, x: x @ jnp.sort(p["w"]) @ p["u"]
-    params = {"w": shape(32, 5), "u": shape(5, 3)}
+    fn = lambda p, x: x @ jnp.sort(p["w"]) @ p["u"] @ p["head"]
+    params = {"w": shape(32, 5), "u": shape(5, 3), "head": shape(3, 2)}
     with pytest.raises(ValueError, match="unreadable=None"):
         infer_muon_dimension_numbers(fn, params, X)
     given = optax.contrib.MuonDimensionNumbers((0,), (1,))
     for unreadable in (None, given):
         found = infer_muon_dimension_numbers(fn, params, X, unreadable=unreadable)
-        assert found == {"w": unreadable, "u": given}
+        assert found == {"w": unreadable, "u": given, "head": None}
     with pytest.raises(TypeError, match="unreadable must be MuonDimensionNumbers, or None"):
         infer_muon_dimension_numbers(fn, params, X, unreadable="adam")
 

@@ -16,7 +16,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers, per_head
+from optax_adam_mini import explain, infer_block_specs, infer_muon_dimension_numbers, per_head
 from optax_adam_mini.labels import path_str
 
 B, T, D, H, N, V = 2, 6, 32, 4, 8, 11  # batch, time, width, heads, head_dim, tokens
@@ -544,18 +544,52 @@ def test_muon_leaves_what_is_no_matrix_to_adam():
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
         # x (a b) is (x a) b.
-        return x @ p["w"].T, patches, x @ p["head"], x @ (p["a"] @ p["b"].T)
+        return x @ p["w"].T, patches, jnp.tanh(x @ (p["a"] @ p["b"].T)) @ p["head"]
 
     params = {"tokens": shape(V, D), "w": shape(D, 7), "gain": shape(7), "bias": shape(7),
-              "conv": shape(2, 2, 3, 5), "depthwise": shape(3, 3, 1, 5), "head": shape(7, V), "a": shape(7, 2), "b": shape(9, 2)}  # fmt: skip
-    found = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE, overrides=[("head", None)])
+              "conv": shape(2, 2, 3, 5), "depthwise": shape(3, 3, 1, 5), "head": shape(9, V), "a": shape(7, 2), "b": shape(9, 2)}  # fmt: skip
+    found = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE)
     assert {name for name, numbers in found.items() if numbers is not None} == {
         "conv", "a", "b",
     }  # fmt: skip
     assert tuple(found["conv"]) == ((0, 1, 2), (3,))
     assert (tuple(found["a"]), tuple(found["b"])) == (((0,), (1,)), ((1,), (0,)))
-    again = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE)
-    assert tuple(again["head"]) == ((0,), (1,))
+    numbers = found["conv"]
+    again = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE, overrides=[("head", numbers)])
+    assert again["head"] is numbers
+
+
+def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
+    """However often they are used, in loops, behind gains, through the loss; and tied tables."""
+
+    def fn(p, tokens):
+        x = p["tokens"][tokens]
+        x, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["layers"])
+        h = (x * jax.nn.sigmoid((x @ p["router"])[..., :1])) @ p["last"]
+        # A frozen copy of a head's outputs goes on, through which no gradient comes back.
+        target = jax.lax.stop_gradient(x @ p["value"]) @ p["frozen"]
+        chunks = jax.lax.map(lambda h: jax.nn.log_softmax(h @ p["head"] * p["gain"])[0], h)
+        logits = h @ p["tokens"].T
+        by_hand = (h[..., None] * p["written"]).sum(-2)
+        losses = chunks.sum(), logits.sum(), (x @ p["value"]).sum(), target.sum(), by_hand.sum()
+        return sum(losses)
+
+    params = {"tokens": shape(V, D), "layers": shape(3, D, D), "router": shape(D, 4), "last": shape(D, D), "value": shape(D, 9),
+              "frozen": shape(9, 2), "head": shape(D, V), "gain": shape(V), "written": shape(D, 5)}  # fmt: skip
+    found = infer_muon_dimension_numbers(fn, params, TOKENS)
+    assert {name for name, numbers in found.items() if numbers is not None} == {
+        "layers", "router", "last",
+    }  # fmt: skip
+    assert tuple(found["layers"]) == ((1,), (2,))
+    said = {name: explain(fn, params, TOKENS, parameter=name, muon=True) for name in params}
+    for name, text in {
+        "tokens": "Muon: left to Adam-mini, a table, of which rows are chosen",
+        "head": "Muon: left to Adam-mini, an output head: its outputs meet no further kernel",
+        "layers": "Muon: a matrix, axis 1 of inputs and axis 2 of outputs",
+        "gain": "Muon: left to Adam-mini, no kernel",
+    }.items():
+        assert text in said[name]
+    assert "Muon" not in explain(fn, params, TOKENS, parameter="head")
 
 
 @pytest.mark.parametrize(

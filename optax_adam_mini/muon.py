@@ -1,0 +1,318 @@
+"""Muon for the matrices, Adam-mini for the rest: one moment of every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adam_mini.boxes import with_kept_names
+from optax_adam_mini.hyperparams import (
+    check_count,
+    check_hyperparams,
+    check_is_bool,
+    check_mu_dtype,
+    check_param_dtype,
+    check_scalar_or_schedule,
+)
+from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
+from optax_adam_mini.messages import check_mask_leaves
+from optax_adam_mini.quantized import RowCodes, read_row, write_row
+from optax_adam_mini.rounding import rounding_seed, salt_of
+from optax_adam_mini.sums import widen
+from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
+    from optax.contrib import MuonDimensionNumbers
+
+MUON, ADAM = "muon", "adam"  # the parts of the state, as `optax.contrib.muon` calls them
+
+
+def muon_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    ns_coeffs: Any = (3.4445, -4.7750, 2.0315),
+    ns_steps: int = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: PyTree[bool] | Callable[[Any], Any] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    bounded: bool = True,
+    block_specs: BlockSpecs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices, and [`adam_mini`][] for the rest: half of AdamW's memory.
+
+    As `optax.contrib.muon`, argument for argument, but that its Adam is Adam-mini. A matrix with
+    the gradient `g` is updated by its momentum, orthogonalized:
+
+        m  = beta m + (1 - beta) g
+        p -= learning_rate * (scale * orthogonalized(m_hat) + weight_decay * p)
+
+    with Nesterov's momentum `m_hat`, and `scale = sqrt(max(1, outputs / inputs))`. Everything is
+    computed in float32 and cast once, last: to the parameters' dtypes.
+
+    Args:
+        learning_rate: of the matrices, a number or a schedule `count -> number`.
+        ns_coeffs: three coefficients of the Newton-Schulz iteration, or three for each step, or
+            the name of a preset of `optax.contrib.muon`.
+        ns_steps: iterations.
+        beta: decay rate of the matrices' momentum, in [0, 1).
+        eps: added to denominators, at least 0.
+        weight_decay: of the matrices, at least 0, multiplied by the learning rate; or a schedule.
+        weight_decay_mask: which parameters decay, of the matrices and, unlike `optax.contrib.muon`,
+            of the rest: a pytree of booleans like the parameters or a prefix of it, or a function
+            of the parameters that returns one; None for all.
+        mu_dtype: dtype of the momentum, and of Adam-mini's `mu`; None for the parameters'.
+            `jnp.int8` keeps both in 8 bits, an eighth of AdamW's state in all.
+        nesterov: whether to use Nesterov momentum, for both.
+        adaptive: whether to scale updates by the dual norm of the momentum (arXiv 2409.20325).
+        preconditioning: of the Newton-Schulz iteration, as in `optax.contrib.muon`.
+        adam_b1: `b1` of [`adam_mini`][].
+        adam_b2: its `b2`.
+        adam_eps_root: its `eps_root`.
+        adam_weight_decay: its `weight_decay`.
+        adam_learning_rate: its `learning_rate`; None for that of the matrices.
+        muon_weight_dimension_numbers: which axes of a matrix are inputs and outputs: a pytree of
+            `optax.contrib.MuonDimensionNumbers` like the parameters or a prefix of it, with `None`
+            for what goes to Adam-mini, or a function of the parameters that returns one;
+            [`infer_muon_dimension_numbers`][] reads them off the model. None for all parameters of
+            two axes.
+        consistent_rms: with a number, `scale = sqrt(max(inputs, outputs)) * consistent_rms`
+            (Moonlight; 0.2 is about the size of AdamW's updates).
+        bounded: as in [`adam_mini`][].
+        block_specs: as in [`adam_mini`][]; specs of the whole tree may be given, and those of the
+            matrices are not looked at.
+
+    Returns:
+        The transformation; its state is an `optax.transforms.PartitionState` of `"muon"`, with an
+        `optax.contrib.MuonState`, and of `"adam"`, with a [`ScaleByAdamMiniState`][].
+
+    Raises:
+        TypeError, ValueError: here for hyper-parameters out of range; in `init` for dimension
+            numbers or block specs that do not fit the parameters; in `update` if weight decay needs
+            `params` and there are none.
+
+    Examples:
+        >>> params = {"kernel": jnp.ones((4, 3)), "head": jnp.ones((3, 8)), "bias": jnp.zeros(8)}
+        >>> loss = lambda p, x: jnp.sum((jnp.tanh(x @ p["kernel"]) @ p["head"] + p["bias"]) ** 2)
+        >>> x = jnp.ones((5, 4))
+        >>> numbers = infer_muon_dimension_numbers(loss, params, x)
+        >>> specs = infer_block_specs(loss, params, x, v="outer")
+        >>> tx = muon_mini(
+        ...     2e-2,
+        ...     adam_learning_rate=4e-3,
+        ...     muon_weight_dimension_numbers=numbers,
+        ...     block_specs=specs,
+        ... )
+        >>> updates, state = tx.update(jax.grad(loss)(params, x), tx.init(params), params)
+        >>> jax.tree.map(jnp.shape, state.inner_states["muon"].inner_state[0].mu["kernel"])
+        (4, 3)
+
+    References:
+        Jordan et al., [Muon: An optimizer for hidden layers in neural
+        networks](https://kellerjordan.github.io/posts/muon/), 2024; Liu et al., [Muon is Scalable
+        for LLM Training](https://arxiv.org/abs/2502.16982) (Moonlight), for `consistent_rms`; Zhang
+        et al., [Adam-mini](https://arxiv.org/abs/2406.16793).
+    """
+    from optax.contrib import muon, scale_by_muon
+
+    learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
+    weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
+    check_mask_leaves(weight_decay_mask)
+    check_hyperparams(beta=beta, eps=eps)
+    if consistent_rms is not None:
+        check_hyperparams(consistent_rms=consistent_rms)
+    ns_steps = check_count("ns_steps", ns_steps)
+    dtype = check_mu_dtype(mu_dtype)
+    check_is_bool(nesterov=nesterov, adaptive=adaptive)
+    if preconditioning not in _PRECONDITIONINGS:
+        raise ValueError(
+            f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
+        )
+    if isinstance(ns_coeffs, str):  # as its state has them
+        preset = muon(1.0, ns_coeffs).init(jnp.zeros((1, 1)))
+        ns_coeffs = optax.tree.get(preset, "ns_coeffs")
+    elif np.ndim(ns_coeffs) not in (1, 2) or np.shape(ns_coeffs)[-1] != 3:
+        raise ValueError(
+            "ns_coeffs must be three numbers, or three for each step, got an array of shape "
+            f"{np.shape(ns_coeffs)}"
+        )
+
+    if np.ndim(ns_coeffs) == 2 and len(ns_coeffs) > ns_steps:
+        raise ValueError(
+            f"ns_coeffs has coefficients for {len(ns_coeffs)} steps, and ns_steps is {ns_steps}: "
+            "give as many steps"
+        )
+
+    given = muon_weight_dimension_numbers
+
+    def in_tree(params: Any) -> Any:
+        """The dimension numbers of a tree of matrices, as `scale_by_muon` takes them."""
+        return jax.tree.unflatten(jax.tree.structure(params), _dimension_numbers(given, params))
+
+    def part_of(params: Any) -> Any:
+        names = [ADAM if numbers is None else MUON for numbers in _dimension_numbers(given, params)]
+        return jax.tree.unflatten(jax.tree.structure(params), names)
+
+    scaled = lambda updates, _: jax.tree.map(
+        lambda u, n: u * _scale(u.shape, n, consistent_rms), updates, in_tree(updates)
+    )
+    matrices = optax.chain(
+        _kept(
+            scale_by_muon(
+                ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
+                preconditioning=preconditioning, weight_dimension_numbers=in_tree,
+            ),
+            dtype,
+            in_tree,
+        ),
+        optax.stateless(scaled),
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )  # fmt: skip
+    rest = adam_mini(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay, weight_decay_mask,
+        nesterov=nesterov, bounded=bounded, block_specs=block_specs,
+    )  # fmt: skip
+    return optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+
+
+_PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
+
+
+def _kept(
+    tx: optax.GradientTransformation, mu_dtype: Any, in_tree: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """`scale_by_muon` on gradients in float32, with a momentum that is kept in `mu_dtype`."""
+    is_int8 = mu_dtype == jnp.int8
+
+    def init_fn(params: Any) -> Any:
+        for keys, p in jax.tree_util.tree_leaves_with_path(params):
+            check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
+        if is_int8:
+            rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], jnp.bfloat16)
+            largest = jax.tree.map(rows, params, in_tree(params))
+            mu = RowCodes(mu, with_kept_names(largest, params))
+        state: Any = tx.init(params)
+        return state._replace(mu=mu)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if isinstance(state.mu, RowCodes) != is_int8:
+            raise ValueError(
+                f"the state's mu is {'int8' if not is_int8 else 'not int8'}, but the "
+                f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was "
+                "made with"
+            )
+        wide = lambda x: x.astype(widen(x.dtype))
+        updates, mu = jax.tree.map(wide, updates), _read(state.mu)
+        after: Any
+        new, after = tx.update(updates, state._replace(mu=jax.tree.map(wide, mu)), params)
+        return new, after._replace(mu=_written(after.mu, state.mu, after.count, in_tree))
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _read(mu: Any) -> Any:
+    """The momentum of a state, in a tree like the parameters."""
+    if not isinstance(mu, RowCodes):
+        return mu
+    codes, treedef = jax.tree.flatten(mu.codes)
+    pairs = zip(codes, jax.tree.leaves(mu.largest), strict=True)
+    return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
+
+
+def _written(mu: Any, old: Any, count: Any, in_tree: Callable[[Any], Any]) -> Any:
+    """What a state keeps of a momentum, in the dtypes and boxes of the one that it had."""
+    if not isinstance(old, RowCodes):
+        return jax.tree.map(lambda m, o: m.astype(o.dtype), mu, old)
+    pairs: list[Any] = []
+    numbers = jax.tree.structure(mu).flatten_up_to(in_tree(mu))
+    for (keys, m), n in zip(jax.tree_util.tree_leaves_with_path(mu), numbers, strict=True):
+        seed = rounding_seed(count, salt_of(path_str(keys)))
+        pairs.append(write_row(m, _rows(m.shape, n)[0], seed))
+    in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
+    return RowCodes(in_tree_of(0), in_tree_of(1))
+
+
+def _rows(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Along which axes a row of a matrix lies, the longer way, and the shape of one for each."""
+    axes = max(_axes(numbers), key=lambda axes: math.prod(shape[axis] for axis in axes))
+    axes = tuple(axis % len(shape) for axis in axes)
+    return axes, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms: Any) -> Any:
+    """Of the update of a matrix of this shape."""
+    inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in _axes(numbers))
+    if consistent_rms is None:
+        return math.sqrt(max(1, outputs / inputs))
+    return math.sqrt(max(inputs, outputs)) * consistent_rms
+
+
+def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
+    return [(axes,) if isinstance(axes, int) else tuple(axes) for axes in numbers]
+
+
+def _dimension_numbers(given: Any, params: Any) -> list[Any]:
+    """The dimension numbers of every leaf of `params`, None for what goes to Adam-mini.
+
+    Raises:
+        TypeError: if something else is given.
+        ValueError: if a parameter has none, if there are some for no parameter, or if they do not
+            fit the parameter's shape.
+    """
+    from optax.contrib import MuonDimensionNumbers
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if given is None:
+        is_matrix = lambda p: jnp.ndim(p) == 2 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+        return [MuonDimensionNumbers() if is_matrix(p) else None for _, p in leaves]
+    is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    name = "muon_weight_dimension_numbers"
+    by_path = {
+        path_of(keys): numbers
+        for keys, numbers in jax.tree_util.tree_leaves_with_path(
+            given(params) if callable(given) else given, is_leaf=is_one
+        )
+    }
+    for path, numbers in by_path.items():
+        if not is_one(numbers):
+            raise TypeError(
+                f"{name}: {'/'.join(path)}: expected optax.contrib.MuonDimensionNumbers, or None "
+                f"for Adam-mini, got {numbers!r} of type {type(numbers).__name__}"
+            )
+    found = of_leaves(name, "entry", by_path, params)
+    for path, leaf, numbers in found:
+        if numbers is not None:
+            _check_fits(path or "params", numbers, jnp.shape(leaf))
+    return [numbers for _, _, numbers in found]
+
+
+def _check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:
+    axes = [axis for part in _axes(numbers) for axis in part]
+    distinct = {axis % len(shape) for axis in axes if -len(shape) <= axis < len(shape)}
+    if not all(_axes(numbers)) or len(distinct) < len(axes):
+        raise ValueError(
+            f"{path} {shape}: {numbers} does not fit: expected axes of the parameter, each once, "
+            "at least one of inputs (reduction_axis) and one of outputs (output_axis); give None "
+            "to leave the parameter to Adam-mini"
+        )

@@ -1,0 +1,76 @@
+"""What is a matrix for Muon: kernels between two others, and neither tables nor output heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from optax_adam_mini.partition.dataflow.domain import Relation, Role
+from optax_adam_mini.partition.dataflow.interpret import Result
+from optax_adam_mini.partition.dataflow.program import Step
+
+
+class Matrix(NamedTuple):
+    """Which axes of a parameter are inputs and which outputs; along the others it is several."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def find_matrices(result: Result) -> list[Matrix | str]:
+    """Of every parameter its matrix, or why it is none.
+
+    An output head is a kernel whose outputs meet no further kernel on their way to the loss.
+    """
+    met = _meeting_kernels(result)
+    found: list[Matrix | str] = []
+    for index, roles in enumerate(result.roles):
+        inputs, outputs = (
+            tuple(axis for axis, found in enumerate(roles) if role in found)
+            for role in (Role.REDUCTION, Role.OUTPUT)
+        )
+        if any(use.is_lookup for use in result.uses.get(index, ())):
+            found.append("a table, of which rows are chosen")
+        elif not (inputs and outputs):
+            found.append("no kernel: it has no inputs and outputs")
+        elif any(len(axis) > 1 for axis in roles):
+            found.append("no one matrix: an axis is of inputs in one use and of outputs in another")
+        elif all(met.isdisjoint(step.outputs) for step in _used_in(result, index)):
+            found.append("an output head: its outputs meet no further kernel")
+        else:
+            found.append(Matrix(inputs, outputs))
+    return found
+
+
+def _used_in(result: Result, index: int) -> list[Step]:
+    """The steps in which a parameter, or what is made of it, is a kernel."""
+    return [
+        step
+        for step, relation in result.trail
+        for operand in _kernels(result, step, relation)
+        if index in result.facts.values[step.inputs[operand]].params
+    ]
+
+
+def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
+    """The operands that are kernels in a step: parameters that are contracted with data."""
+    if relation.is_lookup:
+        return []
+    found: list[int] = []
+    for operand in relation.uses:
+        shape = result.facts.values[step.inputs[operand]].shape
+        linked = {a for link in relation.links if link.operand == operand for a in link.axes}
+        if relation.partner.get(operand) is not None and set(range(len(shape))) - linked:
+            found.append(operand)
+    return found
+
+
+def _meeting_kernels(result: Result) -> set[int]:
+    """The values that meet a kernel, or of which something is made that does."""
+    found, count = set[int](), -1
+    while count != (count := len(found)):
+        for step, relation in reversed(result.trail):
+            if step.is_backward:
+                continue
+            if _kernels(result, step, relation) or not found.isdisjoint(step.outputs):
+                found.update(step.inputs)
+    return found

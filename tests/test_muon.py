@@ -1,0 +1,418 @@
+"""`muon_mini`: against `optax.contrib.muon`, and whatever is wrapped around it."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+from examples.common.language import abstract_model, block_specs
+from examples.gpt2.train import Config
+from optax_adam_mini import (
+    from_adam_state,
+    infer_block_specs,
+    infer_muon_dimension_numbers,
+    muon_mini,
+    opt_state_shardings,
+    outer,
+    per_element,
+    per_neuron,
+)
+from optax_adam_mini.quantized import RowCodes, read_row, write_row
+from optax_adam_mini.rounding import rounding_seed
+from tests import sharded_training as training
+
+SHAPES = {"kernel": (8, 12), "heads": (3, 12, 2, 4), "conv": (3, 3, 2, 5), "table": (20, 8),
+          "bias": (12,)}  # fmt: skip
+NUMBERS = {
+    "kernel": MuonDimensionNumbers(),
+    "heads": MuonDimensionNumbers(1, (2, 3)),
+    "conv": MuonDimensionNumbers((0, 1, -2), -1),
+    "table": None,
+    "bias": None,
+}
+MATRIX = outer(per_neuron(axis=0), per_neuron())
+SPECS = {name: MATRIX if len(shape) == 2 else per_element() for name, shape in SHAPES.items()}
+ours = functools.partial(muon_mini, muon_weight_dimension_numbers=NUMBERS)
+theirs = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=NUMBERS)
+mini = functools.partial(ours, 0.02, adam_learning_rate=4e-3, block_specs=SPECS)
+
+
+def make_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
+
+
+def gradients(params, step):
+    """Of a quadratic, with noise."""
+    rng = np.random.default_rng(1 + step)
+    return jax.tree.map(lambda p: (p + rng.normal(size=p.shape)).astype(p.dtype), params)
+
+
+def train(tx, params, steps, jit=True, state=None):
+    state = tx.init(params) if state is None else state
+    update = jax.jit(tx.update) if jit else tx.update
+    for step in range(steps):
+        updates, state = update(gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def parts(state):
+    """The state of Muon's part, and Adam-mini's."""
+    return (state.inner_states[name].inner_state[0] for name in ("muon", "adam"))
+
+
+# --- Against optax.contrib.muon ------------------------------------------------------------------
+
+OPTIONS = {
+    "default": {},
+    "heavy ball": {"nesterov": False, "beta": 0.9},
+    "Moonlight's scale, decay, two rates": {
+        "consistent_rms": 0.2, "weight_decay": 0.1, "adam_weight_decay": 0.2,
+        "adam_learning_rate": 4e-3,
+    },
+    "a preset": {"ns_coeffs": "dion"},
+    "adaptive": {"adaptive": True, "preconditioning": "aol", "ns_steps": 3},
+    "mask": {"weight_decay": 0.1, "weight_decay_mask": lambda p: {k: k != "conv" for k in p}},
+    "schedule": {"adam_b2": 0.95, "adam_eps_root": 1e-6, "eps": 1e-7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_a_number_for_each_coordinate_it_is_optax_contrib_muon(name):
+    rate = optax.linear_schedule(0.05, 0.0, 40) if name == "schedule" else 0.02
+    # At Adam's 0.999 Optax's 1 - b2**t has five digits fewer than ours.
+    options = {"adam_b2": 0.95, "adam_learning_rate": 4e-3, **OPTIONS[name]}
+    found, expected = (
+        train(make(rate, **options, **more), make_params(), 50)[0]
+        for make, more in ((ours, {"block_specs": per_element()}), (theirs, {}))
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(found["heads"], make_params()["heads"], atol=1e-2)
+
+
+@pytest.mark.parametrize("given", ["none", "prefix", "function"])
+def test_the_ways_to_give_dimension_numbers(given):
+    params = {"a": make_params(), "b": jnp.ones((4, 6))}
+    numbers = {"a": NUMBERS, "b": MuonDimensionNumbers()}
+    if given == "none":
+        numbers, params = None, {"a": jnp.ones((4, 6)), "b": jnp.ones((3, 4, 5))}
+    elif given == "prefix":
+        numbers, params = {"a": None, "b": MuonDimensionNumbers()}, params
+    make = {"function": lambda p: numbers}.get(given, numbers)
+    found, expected = (
+        train(f(0.02, muon_weight_dimension_numbers=make, **more), params, 3)[0]
+        for f, more in (
+            (muon_mini, {"block_specs": per_element()}),
+            (optax.contrib.muon, {}),
+        )
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_running_muon_is_taken_over():
+    """Of its Adam the second moment becomes Adam-mini's, and nothing else changes."""
+    params, state = train(theirs(0.02), make_params(), 5)
+    tx = mini()
+    switched = from_adam_state(state, params, SPECS)
+    assert jax.tree.structure(switched) == jax.tree.structure(tx.init(params))
+    muon, adam = parts(switched)
+    chex.assert_trees_all_equal(muon, next(parts(state)))
+    np.testing.assert_allclose(
+        adam.nu.b["table"], list(parts(state))[1].nu["table"].mean(0, keepdims=True), rtol=1e-5
+    )
+    found, expected = (
+        t.update(gradients(params, 5), s, params)[0]
+        for t, s in ((ours(0.02, block_specs=SPECS), switched), (theirs(0.02), state))
+    )
+    chex.assert_trees_all_close(found["heads"], expected["heads"], rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(found["bias"], expected["bias"], rtol=1e-3)
+
+
+# --- Adam-mini's part ----------------------------------------------------------------------------
+
+
+def test_specs_of_the_whole_tree_and_decay_by_the_mask():
+    mask = {name: name == "table" for name in SHAPES}
+    tx = mini(adam_weight_decay=0.5, weight_decay=0.5, weight_decay_mask=mask)
+    params = make_params()
+    muon, adam = parts(tx.init(params))
+    assert adam.nu.a["table"].shape == (20, 1)
+    assert {name for name in SHAPES if jax.tree.leaves(muon.mu[name])} == {
+        "kernel", "heads", "conv",
+    }  # fmt: skip
+    plain, _ = train(mini(), params, 1)
+    decayed, _ = train(tx, params, 1)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), plain, decayed)
+    assert moved == {name: name == "table" for name in SHAPES}
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.float32, jnp.int8])
+def test_parameters_in_bfloat16(mu_dtype):
+    params = make_params(jnp.bfloat16)
+    tx = mini(mu_dtype=mu_dtype, weight_decay=0.1)
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(gradients(params, 0), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, gradients(params, 0)))
+    expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda u: u.astype(jnp.float32), updates), expected, rtol=1e-2, atol=2e-4
+    )
+
+
+# --- What is wrapped around it -------------------------------------------------------------------
+
+WRAPPERS = {
+    "clip": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "masked": lambda tx: optax.masked(tx, {name: name != "conv" for name in SHAPES}),
+    "partition": lambda tx: optax.partition(
+        {"train": tx, "freeze": optax.set_to_zero()},
+        {name: "freeze" if name in ("conv", "bias") else "train" for name in SHAPES},
+    ),
+    "if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrapped_it_is_as_optax_contrib_muon_wrapped(name):
+    found, expected = (
+        train(WRAPPERS[name](make(0.02, **more)), make_params(), 5)[0]
+        for make, more in ((ours, {"block_specs": per_element()}), (theirs, {}))
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+STATIC = ("ns_steps", "ns_coeffs", "muon_weight_dimension_numbers", "block_specs", "mu_dtype")
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_injected_hyperparams(mu_dtype):
+    inject = optax.inject_hyperparams(ours, static_args=STATIC)
+    rate = optax.linear_schedule(0.05, 0.0, 40)
+    tx = inject(rate, adam_learning_rate=4e-3, block_specs=SPECS, mu_dtype=mu_dtype)
+    params, state = train(tx, make_params(), 3)
+    plain = ours(rate, adam_learning_rate=4e-3, block_specs=SPECS, mu_dtype=mu_dtype)
+    chex.assert_trees_all_close(params, train(plain, make_params(), 3)[0], rtol=1e-4, atol=1e-4)
+    state.hyperparams["adam_learning_rate"] = jnp.float32(0.0)
+    updates, _ = jax.jit(tx.update)(gradients(params, 3), state, params)
+    assert not np.any(updates["table"])
+    assert np.any(updates["kernel"])
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_jit_is_eager(mu_dtype):
+    jitted, eager = (train(mini(mu_dtype=mu_dtype), make_params(), 4, jit)[0] for jit in (1, 0))
+    chex.assert_trees_all_close(jitted, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
+    tx = mini(mu_dtype=mu_dtype)
+    params, state = train(tx, make_params(), 3)
+    seen = []
+    mapped = optax.tree.map_params(tx, lambda x: seen.append(x.shape) or -x, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert seen.count(SHAPES["conv"]) == 1
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(*(train(tx, params, 2, state=s)[0] for s in (restored, state)))
+
+
+# --- On meshes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_8_devices_give_the_numbers_of_one(mu_dtype):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    of_params = {name: NamedSharding(mesh, spec) for name, spec in training.SPECS.items()}
+    params, tokens = training.init_params(), jax.ShapeDtypeStruct((16, 9), "int32")
+    tx = muon_mini(
+        0.02,
+        adam_learning_rate=4e-3,
+        weight_decay=0.1,
+        mu_dtype=mu_dtype,
+        muon_weight_dimension_numbers=infer_muon_dimension_numbers(
+            training.loss_fn, params, tokens
+        ),
+        block_specs=infer_block_specs(training.loss_fn, params, tokens, v="outer"),
+    )
+    of_state = opt_state_shardings(tx, params, of_params)
+    muon = of_state.inner_states["muon"].inner_state[0].mu
+    codes = muon if mu_dtype is None else muon.codes
+    assert codes["qkv"].spec == P("fsdp", "tensor")
+    if mu_dtype is not None:
+        assert muon.largest["qkv"].spec == P("fsdp", None)
+    step = functools.partial(training.train_step, tx=tx)
+    sharded = jax.jit(
+        step,
+        in_shardings=(of_params, of_state, NamedSharding(mesh, P("fsdp"))),
+        out_shardings=(of_params, of_state, NamedSharding(mesh, P())),
+    )
+    alone = jax.jit(step)
+    one = params, tx.init(params)
+    many = jax.device_put(one, (of_params, of_state))
+    for tokens in list(training.batches())[:8]:
+        *one, expected = alone(*one, tokens)
+        *many, found = sharded(*many, tokens)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- 8 bits --------------------------------------------------------------------------------------
+
+
+def test_codes_are_the_two_neighbours_and_their_mean_is_the_number():
+    rng = np.random.default_rng(0)
+    m = np.float32(rng.normal(size=(4, 50)) * np.exp(3 * rng.normal(size=(4, 50))))
+    m[0] = 0.0
+    m[1, 3] = 0.0
+    top = np.abs(m).max(1, keepdims=True)
+    codes, largest = jax.jit(jax.vmap(lambda step: write_row(m, (1,), rounding_seed(step, 7))))(
+        jnp.arange(4000)
+    )
+    assert largest.dtype == jnp.bfloat16
+    largest = np.asarray(largest, np.float32)
+    assert (largest[0] >= top).all()
+    assert (largest[0] <= 1.008 * top).all()
+    top = largest[0]
+    # In NumPy, and in float64: what a code stands for.
+    table = np.sign(np.arange(-127, 128)) * np.arange(-127.0, 128.0) ** 2 / 127**2
+    values = table[np.asarray(codes, int) + 127] * top
+    step = np.diff(table)[np.clip(np.searchsorted(table, m / np.maximum(top, 1e-30)), 1, 254) - 1]
+    assert np.all(np.abs(values - m) <= (step * top) * (1 + 1e-3))
+    error = np.abs(values.mean(0) - m) / np.maximum(step * top, 1e-30)
+    assert error.max() < 5 * 0.5 / np.sqrt(4000)
+    np.testing.assert_allclose(read_row(codes[0], largest[0]), values[0], rtol=1e-6)
+
+
+def test_what_is_no_number_stays_so_and_zeros_stay():
+    for bad in (np.nan, np.inf):
+        m = jnp.ones((2, 5)).at[0, 2].set(bad)
+        read = read_row(*write_row(m, (1,), rounding_seed(1, 0)))
+        assert not np.isfinite(read[0]).all()
+        np.testing.assert_allclose(read[1], 1.0, rtol=0.02)
+    assert not np.any(read_row(*write_row(jnp.full((2, 5), 1e-40), (1,), rounding_seed(1, 0))))
+
+
+def error_of_updates(scales, signal, steps=100, last=20):
+    """Root of the mean square, of the updates', against momentum in float32."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros(scales.shape)}
+    exact, coded = (muon_mini(1.0, mu_dtype=dtype) for dtype in (None, jnp.int8))
+
+    @jax.jit
+    def step(states, g):
+        pairs = [
+            tx.update({"w": g}, s, params) for tx, s in zip((exact, coded), states, strict=True)
+        ]
+        a, b = (u["w"] for u, _ in pairs)
+        return [s for _, s in pairs], jnp.sum((a - b) ** 2) / jnp.sum(a**2)
+
+    states, found = [tx.init(params) for tx in (exact, coded)], []
+    for _ in range(steps):
+        g = signal + scales * rng.normal(size=scales.shape)
+        states, error = step(states, jnp.asarray(g, jnp.float32))
+        found.append(error)
+    return float(np.sqrt(np.mean(found[-last:])))
+
+
+def test_the_error_of_updates_is_bounded():
+    """After Newton-Schulz, whatever the scales are."""
+    rng = np.random.default_rng(1)
+    shape = (64, 256)
+    ones, spread = np.ones(shape), np.exp(1.5 * rng.normal(size=shape))
+    assert 0.01 < error_of_updates(ones, 0.0) < 0.045
+    assert error_of_updates(spread, 0.0) < 0.055
+    assert error_of_updates(np.exp(1.5 * rng.normal(size=(64, 1))) * ones, 0.0) < 0.045
+    assert error_of_updates(ones, rng.normal(size=(64, 4)) @ rng.normal(size=(4, 256))) < 0.35
+
+
+def test_an_eighth_of_adamws_state():
+    config = Config(model="gpt2")
+    _, params = abstract_model(config)
+    numbers = jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
+    tx = muon_mini(
+        0.02, mu_dtype=jnp.int8, muon_weight_dimension_numbers=numbers,
+        block_specs=block_specs(config),
+    )  # fmt: skip
+    size = lambda tx: sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(tx.init, params))
+    )
+    assert size(tx) <= 0.128 * size(optax.adamw(1e-3))
+
+
+def test_a_state_of_the_other_kind_is_refused():
+    params = make_params()
+    for one, other in ((None, "int8"), ("int8", None)):
+        state = mini(mu_dtype=one).init(params)
+        with pytest.raises(ValueError, match="pass the mu_dtype that the state was made with"):
+            mini(mu_dtype=other).update(params, state, params)
+    assert isinstance(next(parts(mini(mu_dtype="int8").init(params))).mu, RowCodes)
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+WRONG = {
+    "a rate that is none": ({"learning_rate": -1.0}, ValueError, "learning_rate must be"),
+    "beta": ({"beta": 1.0}, ValueError, r"beta must be in \[0, 1\), got 1.0"),
+    "steps": ({"ns_steps": 0}, ValueError, "ns_steps must be at least 1, got 0"),
+    "traced steps": ({"ns_steps": jnp.int32(5)}, TypeError, r'static_args=\("ns_steps"'),
+    "coefficients": ({"ns_coeffs": (1.0, 2.0)}, ValueError, "ns_coeffs must be three numbers"),
+    "too many coefficients": ({"ns_coeffs": "dion", "ns_steps": 3}, ValueError, "5 steps, and"),
+    "a preset": ({"ns_coeffs": "newton"}, ValueError, "newton"),
+    "preconditioning": ({"preconditioning": "l2"}, ValueError, "must be one of .*got 'l2'"),
+    "dtype": ({"mu_dtype": "int16"}, TypeError, "mu_dtype must be a floating-point dtype or"),
+    "mask": ({"weight_decay_mask": {"kernel": 1}}, TypeError, "mask at kernel: expected True"),
+    "scale": ({"consistent_rms": -0.2}, ValueError, "consistent_rms must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_hyperparameters_are_one_clear_error(name):
+    given, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        muon_mini(**{"learning_rate": 0.02, **given})
+
+
+D = MuonDimensionNumbers
+WRONG_NUMBERS = {
+    "missing": ({"kernel": D()}, ValueError, "must have the structure .*: no entry for bias, conv"),
+    "surplus": ({**NUMBERS, "kernle": D()}, ValueError, "no parameter for the entry at kernle"),
+    "no numbers": ({**NUMBERS, "kernel": (0, 1)}, TypeError, "kernel/0: expected .*got 0 of type"),
+    "no such axis": ({**NUMBERS, "kernel": D(0, 2)}, ValueError, r"kernel \(8, 12\): .*not fit"),
+    "an axis twice": ({**NUMBERS, "kernel": D(1, -1)}, ValueError, r"kernel \(8, 12\): .*each once"),
+    "no inputs": ({**NUMBERS, "kernel": D((), 1)}, ValueError, r"kernel \(8, 12\): .*not fit"),
+    "a vector": ({**NUMBERS, "bias": D()}, ValueError, r"bias \(12,\): .*give None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_NUMBERS)
+def test_wrong_dimension_numbers_are_one_clear_error_of_init(name):
+    numbers, error, message = WRONG_NUMBERS[name]
+    tx = muon_mini(0.02, muon_weight_dimension_numbers=numbers)
+    with pytest.raises(error, match=message):
+        tx.init(make_params())
+
+
+def test_integers_are_no_parts():
+    params = {"w": jnp.ones((3, 4)), "indices": jnp.ones((3, 4), jnp.int32)}
+    tx = muon_mini(0.02, block_specs=per_element())
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not np.any(updates["indices"])
+    complex_params = {"w": jnp.ones((3, 4), jnp.complex64)}
+    with pytest.raises(TypeError, match="w: mu_dtype=int8 keeps real numbers"):
+        muon_mini(0.02, mu_dtype="int8").init(complex_params)
