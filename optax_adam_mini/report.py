@@ -29,10 +29,10 @@ def block_table(
 
     Args:
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
+        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
             function that returns one.
         mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its state. Without it `mu`
-            is counted in the parameters' dtypes; inside [`stochastic_rounding`][] it is float32.
+            is counted in the parameters' dtypes; inside `stochastic_rounding` it is float32.
 
     Returns:
         A `rich.table.Table`, which `print` and `rich.print` fit to the terminal. It has a row for

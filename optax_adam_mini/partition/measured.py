@@ -59,7 +59,7 @@ def measure_block_specs(
         tolerance: the largest spread that is taken for explained, where there is no budget.
 
     Returns:
-        A pytree of specs like `params`. Their notes, which [`block_table`][] shows, have the spread
+        A pytree of specs like `params`. Their notes, which `block_table` shows, have the spread
         of the one that was taken and of those that are cheaper.
 
     Raises:

@@ -35,7 +35,7 @@ def explain(
     """Why a parameter is cut as `infer_block_specs` cuts it.
 
     Args:
-        fn: as in [`infer_block_specs`][], with its arguments.
+        fn: as in `infer_block_specs`, with its arguments.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         *args: further arguments of `fn`.
         parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.

@@ -46,15 +46,15 @@ def infer_block_specs(
             in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
         unreadable: spec of the parameters that cannot be read, which are an error without it.
         v: what is kept: `"mean"`, the paper's one number for each block; or `"outer"`, a row and a
-            column ([`outer`][optax_adam_mini.outer]): one number for each output and, in each part
+            column (`outer`): one number for each output and, in each part
             of a fused kernel, one for each input. A table has one for each token and each feature;
             gains and biases are kept per coordinate. Without it, it is the paper's number; pass
             `"outer"` unless you want to reproduce the paper.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree with the structure of `params`, of [`BlockSpec`][optax_adam_mini.BlockSpec], and
-        with `v="outer"` of [`Outer`][optax_adam_mini.product.Outer].
+        A pytree with the structure of `params`, of `BlockSpec`, and
+        with `v="outer"` of `Outer`.
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
@@ -133,7 +133,7 @@ def infer_muon_dimension_numbers(
 
     Muon orthogonalizes the matrices of a model and has to be told which axes of a parameter are a
     matrix's inputs, which its outputs, and along which there are several matrices. What
-    [`infer_block_specs`][] reads tells it: where a parameter meets data, the contracted axes are
+    `infer_block_specs` reads tells it: where a parameter meets data, the contracted axes are
     inputs and the free axes outputs; the others are stacked layers, experts, groups.
 
     Args:
