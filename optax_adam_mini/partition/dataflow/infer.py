@@ -73,7 +73,7 @@ def infer_block_specs(
         >>> infer_block_specs(attention, params, x)["a"]
         outer(per_neuron(axis=0), per_neuron(axis=(1, 2)))
         >>> infer_block_specs(attention, params, x, v="mean")
-        {'a': per_head(4, axis=1), 'b': per_head(4, axis=1), 'c': per_neuron(axis=(1, 2))}
+        {'a': per_neuron(axis=1), 'b': per_neuron(axis=1), 'c': per_neuron(axis=(1, 2))}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
     leaves = jax.tree_util.tree_leaves_with_path(params)

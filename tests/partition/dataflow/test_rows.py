@@ -165,7 +165,7 @@ def test_outer_is_the_default():
     params = {name: S((D, D), "float32") for name in "qkv"}
     default = infer_block_specs(separate, params, X)
     assert default == infer_block_specs(separate, params, X, v="outer")
-    assert default["q"] == outer(per_neuron(axis=0), per_neuron())
+    assert default["q"] == outer(per_neuron(axis=0), per_neuron(axis=1))
     text = explain(separate, params, X, parameter="q")
     assert text == explain(separate, params, X, parameter="q", v="outer")
 
