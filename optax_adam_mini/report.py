@@ -95,8 +95,7 @@ def block_table(
         f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}\n"
         f"parameters, gradients and state: 2 x {param_bytes:,} + {state:,} bytes, "
         f"{training / max(v_before, 1):.2f} a parameter; of AdamW in float32, 16"
-        + f"\nmu is counted in {' and '.join(dtypes)}; if adam_mini has another mu_dtype, pass it "
-        "here too: block_table(params, specs, mu_dtype=jnp.int8)"
+        + f"\nmu: {' and '.join(dtypes)}; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
         * (mu_dtype is None and bool(leaves))
     )
     table.caption_justify = "left"
