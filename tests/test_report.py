@@ -129,7 +129,7 @@ def test_caption_says_what_mu_is_counted_in():
     """A run in 8 bits would be said to take half of AdamW's state, without a word."""
     params = {"kernel": jnp.ones((4, 8), jnp.bfloat16), "bias": jnp.ones(8)}
     assert block_table(params, per_neuron()).caption.endswith(
-        "mu: float32 and bfloat16; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
+        "mu: bfloat16 and float32; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
     )
     caption = block_table(params, per_neuron(), mu_dtype=jnp.int8).caption
     assert "for 8 bits" not in caption
