@@ -106,4 +106,10 @@ def devices(topology: str) -> list[Any]:
 
 def versions() -> dict[str, str]:
     """Of the compilers: XLA for GPUs is part of JAX."""
-    return {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}
+    try:
+        return {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "the compiler for TPUs, libtpu, is not installed: benchmarks/chips.py says how to "
+            "install it."
+        ) from error

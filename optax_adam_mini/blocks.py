@@ -1,6 +1,6 @@
 """Block specs: where a parameter is cut into blocks.
 
-A [`BlockSpec`][] cuts an array into a rectilinear grid: along every axis it says where the cuts
+A `BlockSpec` cuts an array into a rectilinear grid: along every axis it says where the cuts
 are. `nu` (the `v` of the paper) of that parameter has the parameter's rank, and its shape is the
 number of blocks along each axis.
 """
@@ -31,8 +31,8 @@ class BlockSpec:
     """Cuts an array into a rectilinear grid of blocks.
 
     A spec is static, hashable, comparable, and a leaf of a pytree of specs. Build one with
-    [`per_tensor`][], [`per_element`][], [`per_neuron`][], [`per_head`][], [`per_token`][] or
-    [`fused`][].
+    `per_tensor`, `per_element`, `per_neuron`, `per_head`, `per_token` or
+    `fused`.
 
     Attributes:
         cuts: pairs `(axis, cut)`; a negative axis counts from the last one. A cut is the number of
@@ -114,7 +114,7 @@ class BlockSpec:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`BlockSpec.runs`][].
+            ValueError: as `BlockSpec.runs`.
 
         Examples:
             >>> fused(-1, [(768, per_head(12)), (768, per_head(12)), (768, per_neuron())]).grid(
@@ -131,7 +131,7 @@ class BlockSpec:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`BlockSpec.runs`][].
+            ValueError: as `BlockSpec.runs`.
         """
         self.grid(shape)
 
@@ -142,7 +142,7 @@ class BlockSpec:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`BlockSpec.runs`][].
+            ValueError: as `BlockSpec.runs`.
 
         Examples:
             >>> per_head(12).size((768, 768))
@@ -157,7 +157,7 @@ class BlockSpec:
     def factors(
         self, nu: Inexact[Array, "*grid"], shape: Sequence[int]
     ) -> list[tuple[Array, tuple[Runs, ...]]]:
-        """As of [`outer`][optax_adam_mini.outer]: small arrays whose product is `v`; here `nu`."""
+        """As of `outer`: small arrays whose product is `v`; here `nu`."""
         return [(nu, self.runs(shape))]
 
     def block_mean(
@@ -176,7 +176,7 @@ class BlockSpec:
             An array of shape `self.grid(x.shape)`.
 
         Raises:
-            ValueError: as [`BlockSpec.runs`][].
+            ValueError: as `BlockSpec.runs`.
 
         Examples:
             >>> per_neuron().block_mean(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
@@ -202,7 +202,7 @@ class BlockSpec:
             built; the rest is a broadcast, which fuses with what reads it.
 
         Raises:
-            ValueError: if `nu` has not the grid's shape, and as [`BlockSpec.runs`][].
+            ValueError: if `nu` has not the grid's shape, and as `BlockSpec.runs`.
 
         Examples:
             >>> per_head(2).spread(jnp.array([[1.0, 2.0]]), (1, 4))
@@ -214,6 +214,31 @@ class BlockSpec:
                 f"an array of shape {nu.shape}"
             )
         return sums.spread(nu if of is None else of(nu), self.runs(shape), shape)
+
+    def __repr__(self) -> str:
+        """What one could type, but for `unit` and `note`, which take no part in comparisons."""
+        numbers = [axis for axis, cut in self.cuts if cut is None]
+        if self.cuts and isinstance(self.cuts[0][1], int):
+            (axis, heads), *each = self.cuts
+            if self.rest == 1 and heads > 1 and len(numbers) == len(each):
+                where = f", axis={axis}" if axis != -1 else ""
+                return f"per_head({heads}{where}{_said('stacked', numbers)})"
+        if self.cuts and isinstance(self.cuts[0][1], tuple):
+            (axis, parts), *each = self.cuts
+            others = [pair for pair in parts[0][1].cuts if pair[0] != axis]
+            stacked = each[len(others) :]
+            is_fused = each[: len(others)] == others and all(cut is None for _, cut in stacked)
+            if is_fused and parts[0][1].rest == self.rest:
+                stacks = _said("stacked", [a for a, _ in stacked])
+                return f"fused({axis}, {list(parts)!r}{stacks})"
+        if not self.cuts and self.rest is None:
+            return "per_element()"
+        if self.rest == 1 and len(numbers) == len(self.cuts):
+            name = {"token": "per_token", "tensor": "per_tensor"}.get(self.unit, "per_neuron")
+            name = name if numbers else "per_tensor"
+            argument = "stacked" if name == "per_tensor" else "axis"
+            return f"{name}({_said(argument, numbers)[2:]})"
+        return f"BlockSpec(cuts={self.cuts!r}, rest={self.rest!r}, unit={self.unit!r})"
 
     def __str__(self) -> str:
         def word(cut: Cut) -> str:
@@ -362,6 +387,11 @@ def stacked_along(spec: BlockSpec, stacked: int | Sequence[int]) -> BlockSpec:
 def _each(axis: int | Sequence[int], stacked: int | Sequence[int]) -> tuple[tuple[int, None], ...]:
     axes = [(a,) if isinstance(a, int) else tuple(a) for a in (axis, stacked)]
     return tuple((a, None) for a in itertools.chain(*axes))
+
+
+def _said(name: str, axes: Sequence[int]) -> str:
+    """An argument that names axes, as it is typed; nothing for none."""
+    return f", {name}={axes[0] if len(axes) == 1 else tuple(axes)!r}" if axes else ""
 
 
 def _check_int(name: str, value: Any, minimum: int | None = None) -> None:

@@ -5,7 +5,7 @@ is part of the tree's structure. An optimizer's state is in the same boxes, so t
 on a mesh as it places the parameters. The package imports no Flax: a box is told by what it has.
 
 One rule says how an array of the state is placed, here and in
-[`opt_state_shardings`][optax_adam_mini.opt_state_shardings]: **along an axis that it has in the
+`opt_state_shardings`: **along an axis that it has in the
 parameter's size it has the parameter's name (or mesh axes), and along any other it has none.**
 """
 

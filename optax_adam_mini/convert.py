@@ -42,7 +42,7 @@ def from_adam_state(
         mu_dtype: its `mu_dtype`; None keeps `mu` as it is.
 
     Returns:
-        The same structure with a [`ScaleByAdamMiniState`][] in place of each `ScaleByAdamState`;
+        The same structure with a `ScaleByAdamMiniState` in place of each `ScaleByAdamState`;
         `nu` has the means over blocks, float32 or wider. It is the state of the same optimizer
         with `scale_by_adam_mini` for `scale_by_adam`; so `adam_mini` takes over from `adamw`.
 
@@ -78,7 +78,7 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
     """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `v`.
 
     Args:
-        state: optimizer state that holds one [`ScaleByAdamMiniState`][] or more.
+        state: optimizer state that holds one `ScaleByAdamMiniState` or more.
         params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
         block_specs: specs, or label function, that it was made with.
 

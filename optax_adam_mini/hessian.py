@@ -56,11 +56,11 @@ def block_shares(
     Args:
         loss: `loss(params, *args)`, a scalar, twice differentiable.
         params: pytree of arrays.
-        block_specs: pytree of [`BlockSpec`][] like the parameters, or a label function.
+        block_specs: pytree of `BlockSpec` like the parameters, or a label function.
         *args: further arguments of the loss.
 
     Returns:
-        By path, a [`BlockShare`][] of every parameter whose blocks can hold something: those with
+        By path, a `BlockShare` of every parameter whose blocks can hold something: those with
         one coordinate a block have nothing off the diagonal inside, and one block holds it all.
         Integers are no parameters of a Hessian and are left out as well.
 
@@ -108,12 +108,12 @@ def block_share(matrix: Float[Array, "n n"], block_spec: Spec, shape: Sequence[i
     """How much of the Hessian of one parameter lies inside its blocks.
 
     Args:
-        matrix: array `(n, n)`, in the order of the raveled parameter, as [`hessians`][] gives it.
+        matrix: array `(n, n)`, in the order of the raveled parameter, as `hessians` gives it.
         block_spec: how the parameter is cut.
         shape: the parameter's shape, of `n` coordinates.
 
     Returns:
-        A [`BlockShare`][].
+        A `BlockShare`.
 
     Raises:
         ValueError: if the spec or the matrix does not fit the shape.
@@ -141,7 +141,7 @@ def block_numbers(block_spec: Spec, shape: Sequence[int]) -> np.ndarray:
     """The number of the block that each coordinate is in.
 
     Args:
-        block_spec: how a parameter is cut; of an [`outer`][optax_adam_mini.outer], the blocks
+        block_spec: how a parameter is cut; of an `outer`, the blocks
             that hold a row and a column each.
         shape: the parameter's shape, of `n` coordinates.
 

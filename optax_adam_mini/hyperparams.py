@@ -102,7 +102,7 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
         The number, as one of Python's, or the schedule.
 
     Raises:
-        TypeError, ValueError: as [`check_hyperparams`][].
+        TypeError, ValueError: as `check_hyperparams`.
     """
     if not callable(value):
         return _checked(name, value, math.inf, "a number or a schedule", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 import weakref
@@ -21,6 +22,25 @@ T = TypeVar("T")
 
 LabelFn = Callable[[Any], Any]
 """A label function: params (arrays or `jax.ShapeDtypeStruct`s) -> pytree of `BlockSpec`."""
+
+
+class Label(functools.partial[Any]):
+    """A label function of this package: it can go to another process, and says how it was made."""
+
+    made_by: tuple[str, tuple[Any, ...], dict[str, Any]]  # constructor, arguments, options
+
+    def __repr__(self) -> str:
+        name, args, options = self.made_by
+        said = [*map(repr, args), *(f"{key}={value!r}" for key, value in options.items())]
+        return f"{name}({', '.join(said)})"
+
+
+def label(name: str, args: Sequence[Any], options: Mapping[str, Any], bound: LabelFn) -> Label:
+    """`bound`, a partial, as the label function that `name(*args, **options)` made."""
+    made = Label(bound)
+    made.made_by = (name, tuple(args), {k: v for k, v in options.items() if v is not None})
+    return made
+
 
 BlockSpecs: TypeAlias = Spec | LabelFn | Mapping[Any, Any] | tuple[Any, ...] | list[Any]
 """What `block_specs=` takes: a spec for all parameters, a pytree of specs like the parameters or a
@@ -77,7 +97,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
 
     Examples:
         >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
-        [('scale', BlockSpec(cuts=(), rest=1, unit='tensor'))]
+        [('scale', per_tensor())]
     """
     check_called(block_specs)
     check_arrays(params)

@@ -1,7 +1,7 @@
 """The product of two grids as a spec: one row and one column inside each block.
 
-Where [`BlockSpec`][optax_adam_mini.BlockSpec] keeps one number for each block,
-[`outer`][optax_adam_mini.outer] keeps the means over two grids, and `v` is their product: what a
+Where `BlockSpec` keeps one number for each block,
+`outer` keeps the means over two grids, and `v` is their product: what a
 matrix needs that is not alike along its outputs only, at the price of one number for each input.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """`nu` of a state where some parameter is cut by an [`outer`][optax_adam_mini.outer].
+    """`nu` of a state where some parameter is cut by an `outer`.
 
     Attributes:
         a: a tree like the parameters: one number for each block of the first grid, or of the only
@@ -42,7 +42,7 @@ class OuterMoments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """What [`outer`][optax_adam_mini.outer] makes: a spec, as `BlockSpec` is one.
+    """What `outer` makes: a spec, as `BlockSpec` is one.
 
     Static, hashable, comparable, a leaf of a pytree of specs.
 
@@ -72,7 +72,7 @@ class Outer:
 
         Returns:
             For every axis, its runs of equal blocks, as
-            [`BlockSpec.runs`][optax_adam_mini.BlockSpec.runs] gives them.
+            `BlockSpec.runs` gives them.
 
         Raises:
             ValueError: if one of the grids does not fit the shape.
@@ -91,7 +91,7 @@ class Outer:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`Outer.runs`][].
+            ValueError: as `Outer.runs`.
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).grid((4096, 11008))
@@ -106,7 +106,7 @@ class Outer:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`Outer.runs`][]; and if all blocks of one grid lie inside those of the
+            ValueError: as `Outer.runs`; and if all blocks of one grid lie inside those of the
                 other, but for vectors and the like, where it cannot be otherwise.
 
         Examples:
@@ -132,7 +132,7 @@ class Outer:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as [`Outer.runs`][].
+            ValueError: as `Outer.runs`.
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).size((4096, 11008))
@@ -153,7 +153,7 @@ class Outer:
             Two arrays of the shapes in `self.grid(x.shape)`, float32 or wider.
 
         Raises:
-            ValueError: as [`Outer.runs`][].
+            ValueError: as `Outer.runs`.
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).block_mean(jnp.array([[1.0, 3.0]]))
@@ -190,7 +190,7 @@ class Outer:
             what reads it.
 
         Raises:
-            ValueError: if `nu` has not the shapes of the grids, and as [`Outer.runs`][].
+            ValueError: if `nu` has not the shapes of the grids, and as `Outer.runs`.
 
         Examples:
             >>> spec = outer(per_neuron(axis=0), per_neuron())
@@ -231,6 +231,10 @@ class Outer:
         ratio = nu[1] * in_b(scale) / in_b(v_ab * scale)
         return [(jnp.maximum(nu[0], tiny), a), (jnp.maximum(ratio, tiny), b)]
 
+    def __repr__(self) -> str:
+        """What one could type, but for the note."""
+        return f"outer({self.a!r}, {self.b!r})"
+
     def __str__(self) -> str:
         return f"outer({self.a}, {self.b})"
 
@@ -252,7 +256,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     block, and where one grid is the other's coarsening it is the finer one's mean; so `init`
     refuses `outer(per_head(12), per_neuron())` of a kernel, whose rows say nothing. Two arrays are
     kept, 15,104 numbers for a kernel of 4096 x 11008: `nu` is an
-    [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two trees like the parameters. A plain
+    `OuterMoments` of two trees like the parameters. A plain
     kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row of its own for each head it is
     `outer(per_head(12, stacked=0), per_neuron())`, whose first grid cuts the inputs at each index
     and the outputs into heads.
@@ -270,7 +274,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         stacked: axes along which layers are stacked: a block at each of its indices, in both.
 
     Returns:
-        A spec, as [`per_neuron`][] and the others give; `fused` takes no such part: say
+        A spec, as `per_neuron` and the others give; `fused` takes no such part: say
         `outer(fused(...), per_neuron())`.
 
     Raises:

@@ -14,8 +14,8 @@ inequality of Cauchy and Schwarz
     |m|  <=  (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)) * sqrt(n v)
 
 for every coordinate of a block of `n` with the second moment `v`. Decay rates with a factor of more
-than 32 are refused ([`check_decays`][]), or brought to the nearest that have one
-([`allowed_b2`][]): the bound then holds after every step, whatever the rates were before. The
+than 32 are refused (`check_decays`), or brought to the nearest that have one
+(`allowed_b2`): the bound then holds after every step, whatever the rates were before. The
 largest code is 2**17 roots, which is 32 sqrt(n v) in blocks of up to 2**24; in larger ones the root
 is scaled by sqrt(n) / 2**12.
 

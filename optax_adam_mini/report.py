@@ -29,16 +29,16 @@ def block_table(
 
     Args:
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
+        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
             function that returns one.
-        mu_dtype: that of the `adam_mini`, for the bytes of its state; inside
-            [`stochastic_rounding`][] it is float32 if it is not said.
+        mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its state. Without it `mu`
+            is counted in the parameters' dtypes; inside `stochastic_rounding` it is float32.
 
     Returns:
-        A `rich.table.Table`, which `print` shows as `rich.print` does: a row for each parameter
-        (path, shape, cut, numbers in `nu` and their bytes), repeated layers in one row with their
-        number, and totals: numbers in `v` before (Adam) and after, percent removed, bytes of the
-        optimizer's state against AdamW's, and bytes of a whole training.
+        A `rich.table.Table`, which `print` and `rich.print` fit to the terminal. It has a row for
+        each parameter (path, shape, cut, numbers in `nu`, their bytes); equal layers share a row.
+        Below are the totals: numbers in `v` with Adam and here, bytes of the optimizer's state
+        against AdamW's, and bytes of a whole training.
 
     Raises:
         TypeError, ValueError: if the specs do not fit the parameters.
@@ -60,7 +60,7 @@ def block_table(
         alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec, spec.note)
         rows.setdefault(alike, []).append(path)
 
-    table.add_column("parameter", no_wrap=True)  # in a narrow terminal, the others are wrapped
+    table.add_column("parameter")
     table.add_column("shape")
     table.add_column("cut")
     table.add_column("numbers", justify="right", no_wrap=True)
@@ -86,6 +86,7 @@ def block_table(
         adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()
     table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
+    dtypes = sorted({str(mu_dtype or leaf.dtype) for leaf in leaves})
     removed = 1 - v_after / max(v_before, 1)
     state = mu_bytes + nu_bytes
     training = 2 * param_bytes + state
@@ -94,6 +95,8 @@ def block_table(
         f"optimizer state: {state:,} bytes, {state / max(adamw, 1):.2%} of AdamW's {adamw:,}\n"
         f"parameters, gradients and state: 2 x {param_bytes:,} + {state:,} bytes, "
         f"{training / max(v_before, 1):.2f} a parameter; of AdamW in float32, 16"
+        + f"\nmu: {' and '.join(dtypes)}; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
+        * (mu_dtype is None and bool(leaves))
     )
     table.caption_justify = "left"
     return table
@@ -101,8 +104,8 @@ def block_table(
 
 @functools.cache
 def _printable_table() -> type[Table]:
-    """A table of rich's that `print` shows too. Rich is slow to import, and no need of training."""
-    from rich.console import Console
+    """A table that fits its terminal, and that `print` shows too. Rich is slow to import."""
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
     class BlockTable(Table):
@@ -112,7 +115,88 @@ def _printable_table() -> type[Table]:
                 console.print(self)
             return capture.get().rstrip("\n")
 
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            cells = [[str(cell) for cell in column.cells] for column in self.columns]
+            heads = [str(column.header) for column in self.columns]
+            fitted = Table(title=self.title, caption=self.caption)
+            fitted.title_justify = fitted.caption_justify = "left"
+            heads, columns, widths = _fit(heads, cells, options.max_width)
+            for head, width in zip(heads, widths, strict=True):
+                is_number = head in ("numbers", "bytes of v")
+                fitted.add_column(
+                    head, width=width, overflow="fold", justify="right" if is_number else "left"
+                )
+            for section, row in zip(self.rows, zip(*columns, strict=True), strict=True):
+                fitted.add_row(*row, end_section=section.end_section)
+            yield from fitted.__rich_console__(console, options)
+
     return BlockTable
+
+
+def _fit(
+    heads: list[str], columns: list[list[str]], width: int
+) -> tuple[list[str], list[list[str]], list[int]]:
+    """Headings, columns and widths of a table of at most `width` characters, borders and all.
+
+    Paths fold at "/" and cuts at "+". Where that is too little, a line below the path has the shape
+    and the cut. Numbers are never folded.
+    """
+    lengths = [max(map(len, [head, *cells])) for head, cells in zip(heads, columns, strict=True)]
+    (paths, shapes, cuts), numbers = columns[:3], columns[3:]
+    text, fixed = lengths[:3], lengths[3:]
+    room = width - sum(fixed) - 3 * len(columns) - 1  # of 3 characters between columns
+    least = [
+        min(max(len(p) for path in paths for p in _AT_SLASH.findall(path)), _PATH),
+        max(len(p.strip()) for shape in shapes for p in _AT_SPACE.findall(shape)),
+        max(len(p.strip()) for cut in cuts for p in _AT_PLUS.findall(cut) or [heads[2]]),
+    ]
+    least = [max(n, len(head)) for n, head in zip(least, heads, strict=False)]
+    if sum(least) <= room:
+        while sum(text) > room:  # narrow the widest column that can be narrower
+            text[max(range(3), key=lambda i: (text[i] > least[i], text[i]))] -= 1
+        folded = [
+            [_from_end(path, text[0]) for path in paths],
+            [_filled(_AT_SPACE.findall(shape), text[1]) for shape in shapes],
+            [_filled(_AT_PLUS.findall(cut), text[2]) for cut in cuts],
+        ]
+        return heads, folded + numbers, text + fixed
+    room = max(room + 2 * 3, 1)  # two columns are gone
+    joined = [
+        [_from_end(path, room), *_filled(_AT_SPACE.findall(line), room - 2).split("\n")]
+        for path, line in zip(paths, map(": ".join, zip(shapes, cuts, strict=True)), strict=True)
+    ]
+    first = ["\n  ".join(lines).rstrip(": ") for lines in joined]
+    return (
+        ["\n  ".join([heads[0], ": ".join(heads[1:3])]), *heads[3:]],
+        [first, *numbers],
+        [room, *fixed],
+    )
+
+
+_PATH = 36  # a name longer than this is broken before shape and cut go below the path
+_AT_SLASH = re.compile(r"[^/]*/|[^/]+")
+_AT_SPACE = re.compile(r"(?:\([^)]*\)|\S)+ ?")  # but not inside brackets
+_AT_PLUS = re.compile(r"(?:\+ )?[^+]+")
+
+
+def _filled(pieces: list[str], width: int) -> str:
+    """Lines of at most `width`, as full as can be."""
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _from_end(path: str, width: int) -> str:
+    """A path folded at "/", filled from its end, which is thus in one line."""
+    lines = [""]
+    for piece in reversed(_AT_SLASH.findall(path)):
+        if lines[0] and len(piece + lines[0]) > width:
+            lines.insert(0, "")
+        lines[0] = piece + lines[0]
+    return "\n".join(lines)
 
 
 def describe(spec: Spec, shape: tuple[int, ...]) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StochasticRoundingState(NamedTuple):
-    """State of [`stochastic_rounding`][].
+    """State of `stochastic_rounding`.
 
     Attributes:
         count: number of updates made, shape `()`, int32: the random numbers depend on it.
@@ -58,7 +58,7 @@ def stochastic_rounding(
 
     Returns:
         The transformation; its state is a
-        [`StochasticRoundingState`][].
+        `StochasticRoundingState`.
 
     Raises:
         TypeError: in `init`, if a parameter is in float16 or narrower.

@@ -37,7 +37,7 @@ def block_mean(
     Args:
         x: an array of any inexact dtype.
         axes: for each of its axes, the runs of equal blocks along it, as
-            [`BlockSpec.runs`][optax_adam_mini.BlockSpec.runs] gives them.
+            `BlockSpec.runs` gives them.
         of: an elementwise function whose values are averaged; they are not kept.
 
     Examples:

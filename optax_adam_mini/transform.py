@@ -1,5 +1,7 @@
 """Adam-mini as Optax gradient transformations (Zhang et al., arXiv 2406.16793, Algorithm 1)."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
@@ -52,13 +54,12 @@ from optax_adam_mini.quantized import (
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 
-# Annotations are objects here, not strings: Optax's tests look learning_rate's up.
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
 
 
 class ScaleByAdamMiniState(NamedTuple):
-    """State of [`scale_by_adam_mini`][].
+    """State of `scale_by_adam_mini`.
 
     Attributes:
         count: number of updates made, shape `()`, int32.
@@ -66,13 +67,13 @@ class ScaleByAdamMiniState(NamedTuple):
             codes relative to a bound that `nu` gives.
         nu: mean of the squared gradient's moving average over each block, a pytree like the
             parameters, float32 or wider; each array has the rank of its parameter and the shape
-            of its grid of blocks. Where a spec is an [`outer`][optax_adam_mini.outer], an
-            [`OuterMoments`][optax_adam_mini.product.OuterMoments] of two such pytrees.
+            of its grid of blocks. Where a spec is an `outer`, an
+            `OuterMoments` of two such pytrees.
     """
 
-    count: 'Int[Array, ""]'  # pyright: ignore[reportIncompatibleMethodOverride]
-    mu: "PyTree"
-    nu: "PyTree"
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_adam_mini(
@@ -88,7 +89,7 @@ def scale_by_adam_mini(
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment for each block.
 
-    As `optax.scale_by_adam`, argument for argument, but for `block_specs`. See [`adam_mini`][].
+    As `optax.scale_by_adam`, argument for argument, but for `block_specs`. See `adam_mini`.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
@@ -96,15 +97,15 @@ def scale_by_adam_mini(
         eps: added to the square root of `nu`, at least 0.
         eps_root: added to `nu` under the square root, at least 0; greater than 0 where gradients
             are taken through the update.
-        mu_dtype: dtype of `mu`, as in [`adam_mini`][].
+        mu_dtype: dtype of `mu`, as in `adam_mini`.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether each coordinate is held to the longest step that Adam could make; `False`
             is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
-        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
-            function that returns one; None for [`flax_layers`][]`()`.
+        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
+            function that returns one; None for `flax_layers()`.
 
     Returns:
-        The transformation; its state is a [`ScaleByAdamMiniState`][].
+        The transformation; its state is a `ScaleByAdamMiniState`.
 
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
@@ -134,7 +135,7 @@ def adam_mini(
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: "PyTree[bool] | Callable[[Any], Any] | None" = None,
+    mask: PyTree[bool] | Callable[[Any], Any] | None = None,
     *,
     nesterov: bool = False,
     bounded: bool = True,
@@ -149,7 +150,7 @@ def adam_mini(
         p -= learning_rate * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
 
     with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. Where the spec is an
-    [`outer`][optax_adam_mini.outer], `v` of a block is the product of a row and a column.
+    `outer`, `v` of a block is the product of a row and a column.
     Hyper-parameters carry over from AdamW unchanged. Where many coordinates share one `v`, a
     coordinate that is louder than its block could move further than Adam ever does. It is held to
     Adam's longest step, unless `bounded=False`.
@@ -169,8 +170,8 @@ def adam_mini(
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether each coordinate is held to the longest step that Adam could make; `False`
             is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
-        block_specs: pytree of [`BlockSpec`][] like the parameters, or a prefix of it, or a label
-            function that returns one; None for [`flax_layers`][]`()`.
+        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
+            function that returns one; None for `flax_layers()`.
 
     Returns:
         The transformation. Updates have the parameters' dtypes.
@@ -373,8 +374,8 @@ class _Step(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _update_parameter(
     spec: Spec, dtype: np.dtype, nesterov: bool, bounded: bool,
-    g: "Array", m: "Array", v: Any, t: _Step, count: "Array", salt: Any,
-) -> tuple["Array", "Array", Any]:  # fmt: skip
+    g: Array, m: Array, v: Any, t: _Step, count: Array, salt: Any,
+) -> tuple[Array, Array, Any]:  # fmt: skip
     """Algorithm 1 for one parameter: its update, and what is kept as `m` and as `v`."""
     g = jnp.asarray(g)
     squares = spec.block_mean(g, _abs_sq)
@@ -393,7 +394,7 @@ def _update_parameter(
     return _held(update, t.longest) if bounded else update, kept, nu
 
 
-def _held(update: "Array", longest: Any) -> "Array":
+def _held(update: Array, longest: Any) -> Array:
     """No coordinate further than `longest`."""
     if jnp.issubdtype(update.dtype, jnp.complexfloating):
         return update * jnp.minimum(1, longest / jnp.abs(update))
@@ -401,7 +402,7 @@ def _held(update: "Array", longest: Any) -> "Array":
 
 
 def _step(
-    count: "Array", b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, bounded: bool,
+    count: Array, b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, bounded: bool,
     is_int8: bool,
 ) -> _Step:  # fmt: skip
     if is_int8 and not all(isinstance(b, (int, float)) for b in (b1, b2)):
@@ -415,7 +416,7 @@ def _step(
     return _Step(b1, 1 - b1, b2, 1 - b2, c2, eps, eps_root, mu_weight, g_weight, longest)
 
 
-def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: Any) -> "Array":
+def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: Any) -> Array:
     """The longest step that Adam can make, by the inequality of Cauchy and Schwarz.
 
     With `m = sum a_i g_i` and `v = sum b_i g_i**2`, where `a_i = (1 - b1) b1**i` and `b_i = (1 -
@@ -436,7 +437,7 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     return jnp.where(jnp.isfinite(longest), longest * (1 + 1e-5), jnp.inf)
 
 
-def _bias_correction(decay: Any, count: "Array") -> "Array":
+def _bias_correction(decay: Any, count: Array) -> Array:
     """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
     return -jnp.expm1(count * _log(decay))
 
@@ -447,7 +448,7 @@ def _log(decay: Any) -> Any:
     return jnp.log(decay)
 
 
-def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> "Array":
+def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:
     """Zeros like `block`; where its sharding is explicit, on the devices that a parameter is on."""
     mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
     if not (isinstance(block.sharding, NamedSharding) and isinstance(mesh, Mesh)):
@@ -459,7 +460,7 @@ def _is_inexact(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _abs_sq(x: "Array") -> "Array":
+def _abs_sq(x: Array) -> Array:
     return jnp.real(x * jnp.conj(x))
 
 

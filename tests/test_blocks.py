@@ -1,10 +1,12 @@
 import math
+import pickle
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
+import optax_adam_mini
 from optax_adam_mini import (
     BlockSpec,
     fused,
@@ -137,3 +139,30 @@ def test_errors(make, error, text):
     with pytest.raises(error) as raised:
         make()
     assert text in str(raised.value)
+
+
+def test_repr_can_be_typed():
+    """A spec or label function in an error or a log says how to make it."""
+    names = {name: getattr(optax_adam_mini, name) for name in optax_adam_mini.__all__}
+    for text in [
+        "per_tensor()", "per_tensor(stacked=0)", "per_element()", "per_neuron(axis=-1)",
+        "per_neuron(axis=(-2, -1))", "per_token(axis=0)", "per_head(12)",
+        "per_head(12, axis=-2, stacked=(0, 1))",
+        "fused(-1, [(8, per_head(2)), (8, per_neuron(axis=-1))], stacked=0)",
+        "fused(-1, [(8, per_neuron(axis=(0, -1))), (8, per_neuron(axis=(0, -1)))])",
+        "outer(per_head(4, stacked=0), per_neuron(axis=-1))",
+        "BlockSpec(cuts=((0, 3), (1, 4)), rest=1, unit='block')",
+        "BlockSpec(cuts=((0, 1),), rest=None, unit='block')",
+    ]:  # fmt: skip
+        spec = eval(text, names)
+        assert eval(repr(spec), names) == spec
+        if "per_neuron(axis=(0" not in text:
+            assert repr(spec) == text
+    for text in [
+        "flax_layers()", "flax_layers(num_heads=4, stacked={'layers': 0}, default=per_element())",
+        "by_path([('mlp', per_neuron(axis=-1))])",
+        "by_path([('mlp', per_neuron(axis=-1))], default=flax_layers())",
+        "by_logical_axes([(('embed', 'mlp'), ('mlp',))], stacked=('layers', 'stages'))",
+    ]:  # fmt: skip
+        assert repr(eval(text, names)) == text
+        assert repr(pickle.loads(pickle.dumps(eval(text, names)))) == text

@@ -111,7 +111,7 @@ def test_inferred_blocks_of_attention_hold_more_than_chance():
         mixed = jnp.einsum("bhts,bshn->bthn", weights, v).reshape(x.shape)
         return jnp.mean((mixed @ p["o"] - y) ** 2)
 
-    shares = block_shares(loss, params, infer_block_specs(loss, params, x, y), x, y)
+    shares = block_shares(loss, params, infer_block_specs(loss, params, x, y, v="mean"), x, y)
     assert shares["o"].inside == pytest.approx(1)  # the neurons of a squared error do not meet
     for name in "qk":
         assert shares[name].ratio > 2
@@ -193,7 +193,7 @@ SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in (cnn, gpt2)]
 @pytest.mark.parametrize("make", [mlp, *SLOW])
 def test_inferred_blocks_hold_more_than_random_ones(make):
     loss, params, args = make()
-    specs = infer_block_specs(loss, params, *args)
+    specs = infer_block_specs(loss, params, *args, v="mean")
     after = trained(loss, params, args, 3e-3)
     assert loss(after, *args) < loss(params, *args) / 2
     for at in (params, after):

@@ -6,6 +6,7 @@ ours, and the test classes they define are collected here.
 
 import ast
 import functools
+import inspect
 import pathlib
 import types
 import unittest
@@ -45,9 +46,19 @@ def other_cases(learning_rate: float) -> list[dict]:
 
 def factory(*args: object) -> object:
     """What Optax's tests look an optimizer up with (the name is the last argument)."""
-    ours = {"adam_mini": adam_mini, "adam_mini_int8": in_8_bits}
+    ours = {"adam_mini": resolved(adam_mini), "adam_mini_int8": resolved(in_8_bits)}
     name = str(args[-1])
     return ours[name] if name in ours else getattr(optax, name)
+
+
+def resolved(build: Any) -> Any:
+    """The same with `learning_rate`'s annotation as an object: Optax's tests look for schedules by it."""
+    own = functools.wraps(build)(lambda *args, **kwargs: build(*args, **kwargs))
+    signature = inspect.signature(build)
+    rate = signature.parameters["learning_rate"].replace(annotation=optax.ScalarOrSchedule)
+    others = [p for name, p in signature.parameters.items() if name != "learning_rate"]
+    own.__signature__ = signature.replace(parameters=[rate, *others])
+    return own
 
 
 @functools.wraps(adam_mini)

@@ -3,6 +3,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 import rich.console
 
 from optax_adam_mini import (
@@ -11,6 +12,7 @@ from optax_adam_mini import (
     by_path,
     flax_layers,
     fused,
+    outer,
     per_element,
     per_head,
     per_neuron,
@@ -97,3 +99,37 @@ def test_print_prints_the_table(capsys):
     assert "8 neurons x (4, 1)" in printed
     assert "of AdamW's" in printed
     assert "\x1b" not in printed
+
+
+LONG = "/".join(["encoder", "x" * 60, "multi_head_dot_product_attention", "y" * 35, "query/kernel"])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_print_fits_the_terminal(width, monkeypatch):
+    """No path, shape or cut is lost at any width, and 200 equal layers are one row."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    params = {
+        LONG: jax.ShapeDtypeStruct((24, 3, 8), jnp.float32),
+        "h": [{"qkv": jax.ShapeDtypeStruct((768, 2304), jnp.float32)} for _ in range(200)],
+    }
+    matrix = outer(per_neuron(axis=0), per_neuron())
+    lines = str(block_table(params, {LONG: per_head(3, axis=-2), "h": matrix})).splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum("qkv" in line for line in lines) == 1
+    for text in ("query/kernel", "(24, 3, 8)", "200 x", "(768, 2304)", "614,400", "2,457,600"):
+        assert any(text in line for line in lines), text
+    rows = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+    words = " ".join(row[0 if len(row) == 3 else 2].strip() for row in rows)
+    assert "3 heads x (24, 1, 8)" in words
+    assert "768 rows + 2,304 columns" in words
+    assert LONG in "".join(row[0].strip() for row in rows)
+
+
+def test_caption_says_what_mu_is_counted_in():
+    """A run in 8 bits would be said to take half of AdamW's state, without a word."""
+    params = {"kernel": jnp.ones((4, 8), jnp.bfloat16), "bias": jnp.ones(8)}
+    assert block_table(params, per_neuron()).caption.endswith(
+        "mu: bfloat16 and float32; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
+    )
+    caption = block_table(params, per_neuron(), mu_dtype=jnp.int8).caption
+    assert "for 8 bits" not in caption

@@ -1,5 +1,7 @@
 """Command lines: one clear sentence for a wrong configuration, progress bars, tables."""
 
+import errno
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,7 +36,26 @@ def exit_status(main: Callable[[], None]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            "error: the disk is full: make room and go on with --resume, or give a --runs on "
+            "another disk.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is of a disk without room."""
+    if error is None:
+        return False
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # NumPy says how much was written, Orbax what its file system said.
+    is_said = re.search(r"no space left|\d+ requested and \d+ written", str(error), re.I)
+    return is_full or bool(is_said) or is_disk_full(error.__cause__ or error.__context__)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,30 +217,29 @@ def documents(config: TextConfig) -> list[Document]:
         found = [Document(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
     except OSError as error:
         raise ConfigError(f"the text in {root} cannot be read: {error}.") from error
-    if config.text is not None:
-        for document in found:
-            _check_is_text(root, document)
+    if config.text is not None and root.is_file():
+        if why := _why_no_text(found[0]):
+            raise ConfigError(
+                f"--text {root} is no text{why}: give files of text alone, converted to UTF-8."
+            )
+    elif config.text is not None:
+        passed_over = {document.name: why for document in found if (why := _why_no_text(document))}
+        found = [document for document in found if document.name not in passed_over]
+        for name, why in sorted(passed_over.items()):
+            print(f"passed over: {root / name} is no text{why}", file=sys.stderr)
     found = sorted(document for document in found if document.text)
     if not found:
         raise ConfigError(f"there is no text in {root}: give a --text with files that hold some.")
     return found
 
 
-def _check_is_text(root: Path, document: Document) -> None:
-    """Refuse a file of something else than text."""
-    path = root if root.is_file() else root / document.name
+def _why_no_text(document: Document) -> str:
+    """Why it is something else than text; empty if it is text."""
     try:
         document.text.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--text {path} is no text in UTF-8 (byte {error.start} is "
-            f"0x{document.text[error.start]:02x}): give files of text alone, converted to UTF-8."
-        ) from error
-    if b"\0" in document.text:
-        raise ConfigError(
-            f"--text {path} is no text (byte {document.text.index(0)} is 0): give files of text "
-            "alone."
-        )
+        return f" in UTF-8 (byte {error.start} is 0x{document.text[error.start]:02x})"
+    return f" (byte {document.text.index(0)} is 0)" if b"\0" in document.text else ""
 
 
 def _stream(dataset: str, size: int) -> list[Document]:

@@ -197,6 +197,8 @@ def refuse_others(config: TrainingConfig, mode: str, allowed: set[str]) -> None:
         options = ", ".join("--" + name.rstrip("_").replace("_", "-") for name in given)
         raise ConfigError(
             f"{mode} goes by the options that the run was started with: leave out {options}."
+            + " For more steps start a new run: the learning rate falls as planned for the "
+            "steps of the old one." * ("steps" in given)
         )
 
 
@@ -218,7 +220,10 @@ def train(
     with runs.open_checkpoints(folder / "checkpoints", to_write=True) as checkpoints:
         start = checkpoints.latest_step() or 0
         if start == config.steps:
-            console.print(f"{optimizer}: has finished its {config.steps} steps already")
+            console.print(
+                f"{optimizer}: has finished its {config.steps} steps already; for more, "
+                f"start a new run: the learning rate has fallen as planned for {config.steps}"
+            )
             return
         if start:
             state = runs.restore_checkpoint(checkpoints, program.abstract_state())
@@ -307,7 +312,10 @@ def train_and_compare(config: TrainingConfig, task: Task, folder: Path, console:
     table."""
     console.print(f"{task.description}; run folder {folder}")
     interrupts.end_on_interrupt(lambda: where_it_goes_on(folder, config.optimizer_names))
-    for optimizer in config.optimizer_names:
+    count = len(config.optimizer_names)
+    for number, optimizer in enumerate(config.optimizer_names, 1):
+        if count > 1:
+            console.print(f"Training {number}/{count}, with {optimizer}")
         train(config, optimizer, task, folder / optimizer, console)
     if not mesh.is_first():
         return

@@ -134,7 +134,7 @@ def measure(
     targets = jnp.asarray(problem.targets[: problem.measured])
     loss = make_loss(problem.model)
     start = problem.model.init(jax.random.key(config.seed), inputs)["params"]
-    specs = flatten_dict(infer_block_specs(loss, start, inputs, targets), sep="/")
+    specs = flatten_dict(infer_block_specs(loss, start, inputs, targets, v="mean"), sep="/")
     end = trained(config, problem, start)
     before, after = (flatten_dict(params, sep="/") for params in (start, end))
     report(

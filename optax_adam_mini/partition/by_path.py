@@ -17,6 +17,7 @@ from optax_adam_mini.labels import (
     check_used,
     compiled_rules,
     completed,
+    label,
     path_str,
 )
 from optax_adam_mini.product import Spec
@@ -53,7 +54,8 @@ def by_path(
     compiled = compiled_rules("by_path", rules)
     check_default("by_path", default)
 
-    return functools.partial(_label, compiled, default)
+    made = functools.partial(_label, compiled, default)
+    return label("by_path", [list(rules)], {"default": default}, made)
 
 
 def _label(

@@ -28,6 +28,7 @@ from optax_adam_mini.labels import (
     check_only_params,
     check_used,
     has_masked,
+    label,
     path_of,
     some,
 )
@@ -126,7 +127,9 @@ def flax_layers(
     }  # fmt: skip
     usual = inspect.signature(flax_layers).parameters
     given = {name for name, option in options.items() if option != usual[name].default}
-    return functools.partial(_label, options, given, stacks, default)
+    made = functools.partial(_label, options, given, stacks, default)
+    said = {name: option for name, option in options.items() if name in given}
+    return label("flax_layers", [], {**said, "stacked": stacked, "default": default}, made)
 
 
 def _label(

@@ -17,6 +17,7 @@ from optax_adam_mini.labels import (
     check_is_params,
     completed,
     has_masked,
+    label,
     path_of,
     path_str,
     some,
@@ -69,7 +70,9 @@ def by_logical_axes(
     table = _checked(rules, stacked)
     check_default("by_logical_axes", default)
 
-    return functools.partial(_label, table, stacked, default)
+    made = functools.partial(_label, table, stacked, default)
+    options = {"default": default, "stacked": stacked if stacked != ("layers",) else None}
+    return label("by_logical_axes", [list(rules)], options, made)
 
 
 def _label(

@@ -50,7 +50,7 @@ def measure_block_specs(
             wrappers of any kind.
         params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
         candidates: by name, specs or label functions, such as
-            `{"mean": infer_block_specs(...), "outer": infer_block_specs(..., v="outer")}`. None
+            `{"outer": infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`. None
             for those that a shape alone gives: one block, a block at each index of the last axis or
             of the others, and the outer of these two. Per coordinate, as in Adam, is always one.
         budget: the largest number of entries in `nu`, as a fraction of those of Adam's. Taken are
@@ -59,7 +59,7 @@ def measure_block_specs(
         tolerance: the largest spread that is taken for explained, where there is no budget.
 
     Returns:
-        A pytree of specs like `params`. Their notes, which [`block_table`][] shows, have the spread
+        A pytree of specs like `params`. Their notes, which `block_table` shows, have the spread
         of the one that was taken and of those that are cheaper.
 
     Raises:

@@ -1,7 +1,9 @@
 """What all examples do alike when something is asked of them that cannot be, or they are stopped."""
 
 import dataclasses
+import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import optax
 import optax.contrib
 import pytest
 
-from examples.common import runs, text
+from examples.common import cli, runs, text
 from examples.common.cli import ConfigError
 from examples.common.optimizers import OptimizerConfig, state_bytes
 from examples.common.text import TextConfig
@@ -138,12 +140,40 @@ def test_wrong_warmups_are_refused():
         ("fa\u00e7ade".encode("latin-1"), r"is no text in UTF-8 \(byte 2 is 0xe7\)"),
     ],
 )
-def test_what_is_no_text_is_refused(content, message, tmp_path):
+def test_what_is_no_text_is_refused_alone_and_passed_over_in_a_folder(
+    content, message, tmp_path, capsys
+):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        text.documents(TextConfig(text=str(picture)))
+    with pytest.raises(ConfigError, match="there is no text"):
+        text.documents(TextConfig(text=str(tmp_path)))
     (tmp_path / "good.txt").write_text("good")
-    (tmp_path / "picture.png").write_bytes(content)
-    for given in (tmp_path, tmp_path / "picture.png"):
-        with pytest.raises(ConfigError, match=message):
-            text.documents(TextConfig(text=str(given)))
+    capsys.readouterr()
+    assert text.documents(TextConfig(text=str(tmp_path))) == [text.Document("good.txt", b"good")]
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("9276679 requested and 2092928 written"),  # NumPy's
+        ValueError("RESOURCE_EXHAUSTED: ... No space left on device [type.googleapis.com]"),
+    ],
+)
+def test_a_full_disk_is_one_line(error, capsys):
+    def main():
+        try:
+            raise error
+        except Exception as found:
+            raise RuntimeError("in a thread") from found
+
+    assert cli.exit_status(main) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full: ")
+    with pytest.raises(KeyError):
+        cli.exit_status(lambda: {}["no such"])
 
 
 MODULES = {"gpt2": gpt2, "llama": llama, "resnet": resnet, "diffusion": diffusion, "gnn": gnn}

@@ -72,7 +72,7 @@ def test_training_starts_from_the_seed_alone():
 def test_blocks_of_the_transformer():
     model, tokens = Transformer(vocab_size=11), jax.ShapeDtypeStruct((2, 16), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    specs = infer_block_specs(make_loss(model), params, tokens, tokens)
+    specs = infer_block_specs(make_loss(model), params, tokens, tokens, v="mean")
     grids = jax.tree.map(lambda spec, x: spec.grid(x.shape), specs, params)
     assert {name: grids["attention"][name]["kernel"] for name in grids["attention"]} == {
         "query": (1, 4, 1), "key": (1, 4, 1), "value": (1, 4, 4), "out": (1, 1, 16),

@@ -30,28 +30,27 @@ def explain(
     params: Any,
     *args: Any,
     parameter: str,
-    v: Literal["mean", "outer"] = "mean",
+    v: Literal["outer", "mean"] = "outer",
     muon: bool = False,
     **kwargs: Any,
 ) -> str:
     """Why a parameter is cut as `infer_block_specs` cuts it.
 
     Args:
-        fn: as in [`infer_block_specs`][], with its arguments.
+        fn: as in `infer_block_specs`, with its arguments.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         *args: further arguments of `fn`.
         parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.
-        v: what is kept of each block, as in `infer_block_specs`.
+        v: `"outer"` or `"mean"`, as in `infer_block_specs`.
         muon: whether to say, too, which axes are a matrix for Muon, or why it leaves the parameter
             to Adam-mini.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A few lines of text: the grid, or what is kept and the paper's grid; each place where the
-        parameter meets data, with what, which of its axes are contracted there, and which of
-        several uses made the finest cut; each inner product that couples its outputs; and what was
-        passed over, as unused or as the backward
-        pass of a derivative. With file and line in your code.
+        A few lines of text, with file and line in your code. They list what is kept and the paper's
+        cut; each use of the parameter, and which of its axes are contracted there; each inner
+        product that couples its outputs; and the code that was passed over because it is unused or
+        is the backward pass of a derivative.
 
     Raises:
         ValueError: if there is no parameter of this path.
@@ -60,7 +59,8 @@ def explain(
     Examples:
         >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
         ...               parameter="w"))  # doctest: +ELLIPSIS
-        w (2, 3): 1 x 3 blocks
+        w (2, 3): kept: 2 rows and 3 columns, of which v is made
+          the paper's cut: 1 x 3 blocks
           used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
     """
     check_kept("explain", v)

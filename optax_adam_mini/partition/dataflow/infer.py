@@ -24,7 +24,7 @@ def infer_block_specs(
     *args: Any,
     overrides: Sequence[tuple[str, Spec]] = (),
     unreadable: Spec | None = None,
-    v: Literal["mean", "outer"] = "mean",
+    v: Literal["outer", "mean"] = "outer",
     **kwargs: Any,
 ) -> Any:
     """The blocks of every parameter, read off the computation; no layer is known by its name.
@@ -45,16 +45,15 @@ def infer_block_specs(
         overrides: `(pattern, spec)`: the first rule whose regular expression is found (`re.search`)
             in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
         unreadable: spec of the parameters that cannot be read, which are an error without it.
-        v: what is kept: `"mean"`, the paper's one number for each block; or `"outer"`, a row and a
-            column ([`outer`][optax_adam_mini.outer]): one number for each output and, in each part
-            of a fused kernel, one for each input. A table has one for each token and each feature;
-            gains and biases are kept per coordinate. Without it, it is the paper's number; pass
-            `"outer"` unless you want to reproduce the paper.
+        v: `"outer"` keeps a row and a column (see `outer`): one number for each output and, in each
+            part of a fused kernel, one for each input. An embedding has one for each token and one
+            for each feature; gains and biases keep `v` per coordinate. `"mean"` keeps one number
+            for each block, as in the paper; its loss on language models is 2 to 4% worse.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree with the structure of `params`, of [`BlockSpec`][optax_adam_mini.BlockSpec], and
-        with `v="outer"` of [`Outer`][optax_adam_mini.product.Outer].
+        A pytree with the structure of `params`, of specs: `Outer` or, for gains and biases and
+        with `v="mean"`, `BlockSpec`.
 
     Raises:
         ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
@@ -70,9 +69,11 @@ def infer_block_specs(
         ...     weights = jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k))
         ...     return jnp.einsum("hts,shk->thk", weights, v)
         >>> params = {name: jax.ShapeDtypeStruct((16, 4, 8), "float32") for name in "abc"}
-        >>> specs = infer_block_specs(attention, params, jax.ShapeDtypeStruct((5, 16), "float32"))
-        >>> {name: spec.grid((16, 4, 8)) for name, spec in specs.items()}
-        {'a': (1, 4, 1), 'b': (1, 4, 1), 'c': (1, 4, 8)}
+        >>> x = jax.ShapeDtypeStruct((5, 16), "float32")
+        >>> infer_block_specs(attention, params, x)["a"]
+        outer(per_neuron(axis=0), per_neuron(axis=(1, 2)))
+        >>> infer_block_specs(attention, params, x, v="mean")
+        {'a': per_neuron(axis=1), 'b': per_neuron(axis=1), 'c': per_neuron(axis=(1, 2))}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -133,7 +134,7 @@ def infer_muon_dimension_numbers(
 
     Muon orthogonalizes the matrices of a model and has to be told which axes of a parameter are a
     matrix's inputs, which its outputs, and along which there are several matrices. What
-    [`infer_block_specs`][] reads tells it: where a parameter meets data, the contracted axes are
+    `infer_block_specs` reads tells it: where a parameter meets data, the contracted axes are
     inputs and the free axes outputs; the others are stacked layers, experts, groups.
 
     Args:

@@ -48,6 +48,7 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     groups = _conv_groups(result, index)
     if groups > 1 and len(outputs) == 1:
         parts = {outputs[0]: [shape[outputs[0]] // groups] * groups}
+    parts = {axis: sizes for axis, sizes in parts.items() if len(sizes) > 1}
     cuts = [(axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in parts.items()]
     rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
     columns = BlockSpec(tuple((a, None) for a in outputs), unit="column")

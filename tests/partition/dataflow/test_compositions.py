@@ -185,7 +185,7 @@ def wired(part, wire, stack, params, x):
 
 def check(model):
     params, expected, forward = model
-    specs = infer_block_specs(forward, params, shape(B, T, W), shape(B, W))
+    specs = infer_block_specs(forward, params, shape(B, T, W), shape(B, W), v="mean")
     grids = {name: specs[name].grid(params[name].shape) for name in params}
     coarser = {
         name: (grids[name], expected[name])
@@ -227,7 +227,7 @@ def towers(depth, is_read):
 @pytest.mark.parametrize(("depth", "is_read"), list(itertools.product([1, 2, 3], [False, True])))
 def test_a_stream_that_ends_in_an_inner_product(depth, is_read):
     params, forward = towers(depth, is_read)
-    specs = infer_block_specs(forward, params, shape(B, T, W), shape(B, 3))
+    specs = infer_block_specs(forward, params, shape(B, T, W), shape(B, 3), v="mean")
     grids = {name: specs[name].grid(params[name].shape) for name in params}
     expected = dict.fromkeys(params, (1, W)) | {"t": (1, 1)}
     if not is_read:

@@ -43,7 +43,7 @@ def tied(p, tokens):
 
 
 def test_what_is_contracted_and_what_is_passed_over():
-    text = explain(forces, {"w": shape(32, 7), "u": shape(7, 1)}, X, parameter="w")
+    text = explain(forces, {"w": shape(32, 7), "u": shape(7, 1)}, X, parameter="w", v="mean")
     here = line_of("# the energy")
     assert text.splitlines()[0] == "w (32, 7): 1 x 7 blocks"
     assert re.search(
@@ -57,7 +57,7 @@ def test_what_is_contracted_and_what_is_passed_over():
 
 
 def test_the_finest_cut_and_what_has_no_gradient():
-    text = explain(tied, {"e": shape(11, 32)}, shape(3, dtype="int32"), parameter="e")
+    text = explain(tied, {"e": shape(11, 32)}, shape(3, dtype="int32"), parameter="e", v="mean")
     for where, said in {
         "# rows": "used in gather at {}: rows are chosen along axis 0",
         "# the head": "used in dot_general at {}: with (3, 32), axis 1 is contracted, axis 0 is free",
@@ -70,16 +70,16 @@ def test_the_finest_cut_and_what_has_no_gradient():
     twice = lambda p, x: (
         jnp.tanh(x @ p["w"]).sum() + (x.mean((0, 1)) @ p["w"].reshape(32, 2, 8)[:, 0])[0]
     )
-    lines = explain(twice, {"w": shape(32, 16)}, X, parameter="w").splitlines()
+    lines = explain(twice, {"w": shape(32, 16)}, X, parameter="w", v="mean").splitlines()
     assert [line for line in lines if "(the finest cut)" in line], lines
 
 
 def test_numbers_and_parameters_that_meet_no_data():
-    text = explain(lambda p, x: x * p["s"], {"s": shape()}, X, parameter="s")
+    text = explain(lambda p, x: x * p["s"], {"s": shape()}, X, parameter="s", v="mean")
     assert text.startswith("s (): 1 block: a number has one\n  used in mul at ")
     compared = lambda p, x: (x @ p["w"]).sum() + (p["lost"] > 0).sum()  # compared
     params = {"w": shape(32, 5), "lost": shape(4)}
-    assert "meets no data in fn" in explain(compared, params, X, parameter="lost")
+    assert "meets no data in fn" in explain(compared, params, X, parameter="lost", v="mean")
     with pytest.raises(ValueError, match="meets no data in fn") as error:
         infer_block_specs(compared, params, X)
     where = rf"goes into gt at \S*test_explain.py:{line_of('# compared')}\n"
@@ -113,7 +113,7 @@ def test_what_is_no_array_is_named(name, function):
 
 def test_explain_names_what_is_no_array():
     with pytest.raises(TypeError, match=r"explain: name: .*got 'a' of type str"):
-        explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w")
+        explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w", v="mean")
 
 
 def test_what_the_refusal_of_a_whole_model_advises():
@@ -143,7 +143,7 @@ def test_a_misspelt_path():
         r"explain: parameter='a.w' matches no parameter; the closest paths are a/w \(a path reads"
     )
     with pytest.raises(ValueError, match=text):
-        explain(fn, params, X, parameter="a.w")
+        explain(fn, params, X, parameter="a.w", v="mean")
 
 
 @pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
@@ -170,7 +170,7 @@ def test_a_tree_of_specs_that_is_callable_is_a_tree():
     params, static = eqx.partition(MLP, eqx.is_inexact_array)
     loss = lambda p, x: jnp.tanh(jax.vmap(eqx.combine(p, static))(x)).sum()
     x = jnp.ones((3, 4))
-    specs = infer_block_specs(loss, params, x)
+    specs = infer_block_specs(loss, params, x, v="mean")
     assert callable(specs)
     tx = adam_mini(1e-3, block_specs=specs)
     state = tx.init(params)

@@ -299,7 +299,7 @@ OPAQUE = {"lost": shape(D, 7), "found": shape(7, 5), "direct": shape(5)}
 
 def test_what_cannot_be_read_is_an_error_for_all_at_once():
     with pytest.raises(ValueError, match="cannot read") as error:
-        infer_block_specs(opaque, OPAQUE, X)
+        infer_block_specs(opaque, OPAQUE, X, v="mean")
     message = str(error.value)
     where = r"pure_callback at \S*test_infer.py:\d+"
     assert re.search(rf"lost \(32, 7\): goes into {where}", message)
@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_an_error_for_all_at_once():
 def test_what_cannot_be_read_can_be_settled():
     settled = {"overrides": [("lost", per_neuron())], "unreadable": per_element()}
     assert grids(opaque, OPAQUE, X, **settled) == {"lost": (1, 7), "found": (1, 5), "direct": (5,)}
-    specs = infer_block_specs(opaque, OPAQUE, X, **settled)
+    specs = infer_block_specs(opaque, OPAQUE, X, **settled, v="mean")
     assert (specs["lost"].unit, specs["lost"].note) == ("neuron", "override")
     cells = list(block_table(OPAQUE, specs).columns[2].cells)
     assert cells[:3] == [
@@ -337,14 +337,14 @@ def test_a_parameter_that_meets_no_data_is_an_error(fn):
         ValueError,
         match=r"cannot read .*\nlost \(32, 5\): meets no data in fn that an output depends on\b",
     ):
-        infer_block_specs(fn, params, X)
+        infer_block_specs(fn, params, X, v="mean")
     settled = grids(fn, params, X, overrides=[("lost", per_neuron())])
     assert settled == {"w": (1, 5), "lost": (1, 5), "scalar": ()}
 
 
 def test_override_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="override 'nothing'"):
-        infer_block_specs(opaque, OPAQUE, X, overrides=[("nothing", per_tensor())])
+        infer_block_specs(opaque, OPAQUE, X, overrides=[("nothing", per_tensor())], v="mean")
 
 
 @pytest.mark.parametrize(
@@ -380,21 +380,21 @@ UNREAD = {
 def test_never_guessed(name):
     fn, params, primitive = UNREAD[name]
     with pytest.raises(ValueError, match=rf"w \(.*goes into {primitive} at"):
-        infer_block_specs(fn, params, X)
+        infer_block_specs(fn, params, X, v="mean")
 
 
 def test_blocks_are_called_what_they_are():
     fn, params, args, _ = TABLE_OF_MODELS["tied language model"]
-    specs = infer_block_specs(fn, params, *args)
+    specs = infer_block_specs(fn, params, *args, v="mean")
     assert {name: spec.unit for name, spec in specs.items()} == {
         "q": "head", "k": "head", "v": "neuron", "o": "neuron", "e": "token", "pos": "token",
         "g": "tensor", "b": "element",
     }  # fmt: skip
     stacked = {"g": shape(3, D), "w": shape(3, D, D)}
     body = lambda x, p: (x * p["g"] @ p["w"], None)
-    specs = infer_block_specs(lambda p, x: lax.scan(body, x, p)[0], stacked, X)
+    specs = infer_block_specs(lambda p, x: lax.scan(body, x, p)[0], stacked, X, v="mean")
     assert (specs["g"].unit, specs["w"].unit) == ("tensor", "neuron")
-    specs = infer_block_specs(fused, FUSED, X)
+    specs = infer_block_specs(fused, FUSED, X, v="mean")
     assert [part.unit for _, part in specs["qkv"].cuts[0][1]] == ["head", "neuron"]
 
 
@@ -491,7 +491,7 @@ def test_what_shard_map_hides_is_an_error(name):
     sizes = (D, 2, 4) if "axis dropped" in name else (D, 8)
     fn = on_devices(lambda p, x: body(p["w"], x), {"w": cut}, out=out)
     with pytest.raises(ValueError, match=rf"w \(32, .*\): goes into {primitive} at"):
-        infer_block_specs(fn, {"w": shape(*sizes)}, X)
+        infer_block_specs(fn, {"w": shape(*sizes)}, X, v="mean")
 
 
 CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
@@ -515,7 +515,7 @@ def test_attention_of_cudnn():
     assert "dot_product_attention_fwd" in str(jax.make_jaxpr(fn)(GROUPED, X))
     assert grids(fn, GROUPED, X) == GROUPED_GRIDS
     source = pathlib.Path(__file__).read_text().splitlines()
-    why = explain(fn, GROUPED, X, parameter="q")
+    why = explain(fn, GROUPED, X, parameter="q", v="mean")
     line = int(re.search(r"inner product in \S+ at \S*test_infer.py:(\d+)", why)[1])
     assert "dot_product_attention" in source[line - 1]
 
@@ -538,12 +538,12 @@ def test_attention_of_cudnn_with_a_bias_of_positions(layout):
 
 
 def test_explain_names_uses_and_couplings():
-    text = explain(dense_attention, DENSE, X, parameter="q")
+    text = explain(dense_attention, DENSE, X, parameter="q", v="mean")
     assert text.startswith("q (32, 32): 1 x 4 blocks\n")
     assert re.search(r"used in dot_general at \S*parts.py:\d+", text)
     source = pathlib.Path(parts.__file__).read_text().splitlines()
     line = int(re.search(r"inner product in \S+ at \S*parts.py:(\d+)", text)[1])
     assert "bthn,bshn->bhts" in source[line - 1]
-    assert "inner product" not in explain(dense_attention, DENSE, X, parameter="v")
+    assert "inner product" not in explain(dense_attention, DENSE, X, parameter="v", v="mean")
     with pytest.raises(ValueError, match="explain: parameter"):
-        explain(dense_attention, DENSE, X, parameter="z")
+        explain(dense_attention, DENSE, X, parameter="z", v="mean")

@@ -31,7 +31,7 @@ X, TOKENS, IMAGE = shape(B, T, D), shape(B, T, dtype="int32"), shape(B, 8, 8, 3)
 
 def grids(fn, params, *args):
     """The grid of every parameter, by its path."""
-    specs = jax.tree.leaves(infer_block_specs(fn, params, *args))
+    specs = jax.tree.leaves(infer_block_specs(fn, params, *args, v="mean"))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {
         path_str(keys): spec.grid(leaf.shape)
@@ -354,7 +354,9 @@ def test_layouts_of_one_model_have_the_same_blocks(layout):
     store, forward = LAYOUTS[layout]
     numbers = np.arange(4 * D * D).reshape(4, D, D)
     stored = store(dict(zip("qkvo", numbers, strict=True)))
-    specs = infer_block_specs(forward, {name: shape(*x.shape) for name, x in stored.items()}, X)
+    specs = infer_block_specs(
+        forward, {name: shape(*x.shape) for name, x in stored.items()}, X, v="mean"
+    )
     found = np.empty(4 * D * D, int)  # the first number of each one's block
     for name, own in stored.items():
         grid = specs[name].grid(own.shape)

@@ -299,7 +299,7 @@ def trouble(model, name, here, where):
         return ""
     fn = with_noop(model, NOOPS[name], here)
     try:
-        specs = infer_block_specs(fn, params, *args)
+        specs = infer_block_specs(fn, params, *args, v="mean")
     except Exception as error:  # whatever it is, it has to say where it comes from
         return f"{model}, {name} on {where}: {type(error).__name__}: {error}"
     found = {path: specs[path].grid(params[path].shape) for path in params}

@@ -762,10 +762,10 @@ def results(fn, params, *args):
             return str(error)
 
     return (
-        of(infer_block_specs),
-        of(infer_block_specs, unreadable=per_element()),
+        of(infer_block_specs, v="mean"),
+        of(infer_block_specs, v="mean", unreadable=per_element()),
         of(infer_muon_dimension_numbers),
-        of(explain, parameter="w"),
+        of(explain, parameter="w", v="mean"),
     )
 
 

@@ -36,7 +36,7 @@ stop = lax.stop_gradient
 
 
 def grids(fn, params, *args, **options):
-    specs = infer_block_specs(fn, params, *args, **options)
+    specs = infer_block_specs(fn, params, *args, **{"v": "mean", **options})
     return {name: specs[name].grid(params[name].shape) for name in params}
 
 
