@@ -356,12 +356,12 @@ def test_an_eighth_of_adamws_state():
 
 
 def test_a_state_of_the_other_kind_is_refused():
-    params = make_params()
+    params = {"kernel": jnp.ones((3, 4))}  # nothing for Adam-mini, which refuses as well
     for one, other in ((None, "int8"), ("int8", None)):
-        state = mini(mu_dtype=one).init(params)
+        state = muon_mini(0.02, mu_dtype=one).init(params)
         with pytest.raises(ValueError, match="pass the mu_dtype that the state was made with"):
-            mini(mu_dtype=other).update(params, state, params)
-    assert isinstance(next(parts(mini(mu_dtype="int8").init(params))).mu, RowCodes)
+            muon_mini(0.02, mu_dtype=other).update(params, state, params)
+    assert isinstance(next(parts(muon_mini(0.02, mu_dtype="int8").init(params))).mu, RowCodes)
 
 
 # --- What is refused -----------------------------------------------------------------------------

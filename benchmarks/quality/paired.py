@@ -148,7 +148,7 @@ class Comparison:
             rates["muon_learning_rate"] = self.muon_rates[contender]
         asked = [{"contender": contender, **rates, "seed": seed} for seed in seeds]
         known = [run["asked"] for run in self.results.runs]
-        missing = [one["seed"] for one in asked if one not in known]
+        missing = [seed for seed, one in zip(seeds, asked, strict=True) if one not in known]
         hyper = dataclasses.replace(self.config.hyper, **rates)
         config = dataclasses.replace(self.config, hyper=hyper, v=who.v or self.config.v)
         if who.parameters != ParameterConfig():

@@ -53,8 +53,6 @@ def _used_in(result: Result, index: int) -> list[Step]:
 
 def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
     """The operands that are kernels in a step: parameters that are contracted with data."""
-    if relation.is_lookup:
-        return []
     found: list[int] = []
     for operand in relation.uses:
         shape = result.facts.values[step.inputs[operand]].shape

@@ -77,6 +77,32 @@ def test_own_rates(trained, tmp_path):
     ]  # fmt: skip
 
 
+def test_muons_rate_is_walked_before_that_of_the_rest(monkeypatch, tmp_path):
+    best = {"adamw": 3e-3, "muon_mini": 6.75e-3}
+    seen = []
+
+    def train(config, load_task, optimizer, seeds):
+        rate, muons = config.hyper.learning_rate, config.hyper.muon_learning_rate
+        for _ in seeds:
+            seen.append((optimizer, rate, muons))
+            value = 1 + abs(np.log(rate / best[optimizer]))
+            value += abs(np.log(muons / 3e-2)) if optimizer == "muon_mini" else 0
+            yield {"held_out_loss": value, "parameters": 10, "optimizer_bytes": 80, "seconds": 0.0}
+
+    monkeypatch.setattr(paired, "train_seeds", train)
+    paired.main(options(tmp_path, contenders=("adamw", "muon_mini"), own_rates=True))
+    content = json.loads((tmp_path / "gpt2_500.json").read_text())
+    assert [(row["contender"], row["learning_rate"]) for row in content["rows"]] == [
+        ("adamw", 3e-3), ("muon_mini", 3e-3), ("muon_mini", 6.75e-3),
+    ]  # fmt: skip
+    assert content["rows"][-1]["title"].endswith("(matrices 0.03)")
+    assert content["rows"][-1]["values"] == [1.0] * 3
+    muons = [one for one in seen if one[0] == "muon_mini"]
+    assert {one[1] for one in muons[:8]} == {3e-3}  # four rates of two seeds
+    assert content["runs"][-1]["asked"]["muon_learning_rate"] == 3e-2
+    assert "muon_learning_rate" not in content["settings"]["hyper"]
+
+
 def test_what_was_trained_is_remembered(trained, tmp_path):
     paired.main(options(tmp_path))
     count = len(trained)
