@@ -57,10 +57,10 @@ FAULTS = {
     ),
     "decay not scaled by the learning rate": (
         "transform.py",
-        """            _add_decayed_weights(weight_decay, mask),
+        """            add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),""",
         """            optax.scale_by_learning_rate(learning_rate),
-            _add_decayed_weights(weight_decay, mask),""",
+            add_decayed_weights(weight_decay, mask),""",
     ),
     "nesterov looks back": ("transform.py", "b1 / c1_next, (1 - b1) / c1", "b1 / c1, (1 - b1) / c1"),
     "count not advanced": (
