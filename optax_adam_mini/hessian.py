@@ -48,9 +48,9 @@ def block_shares(
 ) -> dict[str, BlockShare]:
     """How much of the Hessian of each parameter lies inside its blocks.
 
-    The paper's case for one second moment a block is that Hessians are close to block diagonal
-    (section 2.1). This measures it: the exact Hessian of the loss with respect to one parameter at
-    a time, and the share of its absolute values off the diagonal, where both coordinates are in
+    The paper justifies one second moment per block by Hessians that are nearly block diagonal
+    (section 2.1). This computes the exact Hessian of the loss with respect to one parameter at a
+    time. Of its absolute values off the diagonal, it returns the share with both coordinates in
     one block.
 
     Args:
