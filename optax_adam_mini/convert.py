@@ -37,19 +37,21 @@ def from_adam_state(
     `mu` and `count` are kept, so `adam_mini` can continue a job of `adamw`.
 
     Args:
-        state: optimizer state that contains an `optax.ScaleByAdamState`, in any chain or wrapper,
-            or an `nnx.Optimizer`'s `opt_state`.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
+        state: optimizer state that contains an `optax.ScaleByAdamState`, in
+            any chain or wrapper, or an `nnx.Optimizer`'s `opt_state`.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
         block_specs: specs, or label function, of the new `adam_mini`.
         mu_dtype: `mu_dtype` of the new `adam_mini`; None keeps `mu` as it is.
 
     Returns:
-        The same structure, with a `ScaleByAdamMiniState` instead of each `ScaleByAdamState`. Its
-        `nu` has the means over blocks, float32 or wider.
+        The same structure, with a `ScaleByAdamMiniState` instead of each
+        `ScaleByAdamState`. Its `nu` has the means over blocks, float32 or
+        wider.
 
     Raises:
-        TypeError, ValueError: if `state` contains no `ScaleByAdamState`, if it is not that of
-            `params`, or if the specs do not fit them.
+        TypeError, ValueError: if `state` contains no `ScaleByAdamState`, if it
+            is not that of `params`, or if the specs do not fit them.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
@@ -82,16 +84,17 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     Args:
         state: optimizer state that contains a `ScaleByAdamMiniState`.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
         block_specs: the specs, or label function, that it was made with.
 
     Returns:
-        The same structure, with an `optax.ScaleByAdamState` instead of each. Its `nu` has the
-        parameters' shapes and dtypes.
+        The same structure, with an `optax.ScaleByAdamState` instead of each.
+        Its `nu` has the parameters' shapes and dtypes.
 
     Raises:
-        TypeError, ValueError: if `state` contains no `ScaleByAdamMiniState`, if it is not that
-            of `params`, or if the specs do not fit them.
+        TypeError, ValueError: if `state` contains no `ScaleByAdamMiniState`,
+            if it is not that of `params`, or if the specs do not fit them.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}

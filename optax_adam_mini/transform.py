@@ -63,11 +63,12 @@ class ScaleByAdamMiniState(NamedTuple):
 
     Attributes:
         count: number of updates made, shape `()`, int32.
-        mu: first moment, a pytree like the parameters, in their dtypes or in `mu_dtype`. With int8
-            it is a `Codes`.
-        nu: second moment, a pytree like the parameters, float32 or wider. Each array has one
-            number per block: the mean of Adam's `v` over the block. If any spec is an `outer`, it
-            is an `OuterMoments` of two such pytrees.
+        mu: first moment, a pytree like the parameters, in their dtypes or in
+            `mu_dtype`. With int8 it is a `Codes`.
+        nu: second moment, a pytree like the parameters, float32 or wider. Each
+            array has one number per block: the mean of Adam's `v` over the
+            block. If any spec is an `outer`, it is an `OuterMoments` of two
+            such pytrees.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,29 +89,31 @@ def scale_by_adam_mini(
 ) -> optax.GradientTransformation:
     """Rescales updates by Adam-mini: Adam with one second moment per block.
 
-    It takes the arguments of `optax.scale_by_adam`, and `bounded` and `block_specs`. See
-    `adam_mini`.
+    It takes the arguments of `optax.scale_by_adam`, and `bounded` and
+    `block_specs`. See `adam_mini`.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
         eps: added to the square root of `nu`, at least 0.
-        eps_root: added to `nu` under the square root, at least 0; greater than 0 where gradients
-            are taken through the update.
+        eps_root: added to `nu` under the square root, at least 0; greater than
+            0 where gradients are taken through the update.
         mu_dtype: dtype of `mu`, as in `adam_mini`.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
-        bounded: whether to limit each coordinate to the longest step that Adam could make. `False`
-            gives the paper's Algorithm 1 and the arithmetic of the reference package.
-        block_specs: the blocks: a pytree of specs like the parameters (`infer_block_specs` makes
-            one), or a prefix of it, or a label function that returns one. None uses
-            `flax_layers()`, the paper's cut by layer names.
+        bounded: whether to limit each coordinate to the longest step that Adam
+            could make. `False` gives the paper's Algorithm 1 and the
+            arithmetic of the reference package.
+        block_specs: the blocks: a pytree of specs like the parameters
+            (`infer_block_specs` makes one), or a prefix of it, or a label
+            function that returns one. None uses `flax_layers()`, the paper's
+            cut by layer names.
 
     Returns:
         The transformation; its state is a `ScaleByAdamMiniState`.
 
     Raises:
-        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
-            that do not fit the parameters.
+        TypeError, ValueError: here for hyper-parameters out of range; in
+            `init` for block specs that do not fit the parameters.
 
     Examples:
         >>> tx = scale_by_adam_mini(block_specs=per_tensor())
@@ -151,38 +154,45 @@ def adam_mini(
         p -= learning_rate * (m_hat / (sqrt(v_hat + eps_root) + eps)
                               + weight_decay * p)
 
-    with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. If the spec is an `outer`, `v` is
-    the product of a row and a column instead. Use AdamW's hyper-parameters unchanged.
+    with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. If the spec
+    is an `outer`, `v` is the product of a row and a column instead. Use
+    AdamW's hyper-parameters unchanged.
 
-    When many coordinates share one `v`, one with a large gradient could move further than Adam
-    would ever move it. It is limited to Adam's longest step, unless `bounded=False`.
+    When many coordinates share one `v`, one with a large gradient could move
+    further than Adam would ever move it. It is limited to Adam's longest step,
+    unless `bounded=False`.
 
     Args:
         learning_rate: a number or a schedule `count -> number`.
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
         eps: added to the root, at least 0.
-        eps_root: added under the root, at least 0; greater than 0 where gradients are taken through
-            the update.
-        mu_dtype: dtype of `mu`; None for that of the parameters. `jnp.int8` stores it in 8 bits,
-            and the whole state is then an eighth of AdamW's. Updates use `mu` as it is stored.
-        weight_decay: a number of at least 0, or a schedule; it is multiplied by the learning rate.
-        mask: which parameters decay: a pytree of booleans like the parameters, or a prefix of it,
-            or a function of the parameters that returns one; None for all.
+        eps_root: added under the root, at least 0; greater than 0 where
+            gradients are taken through the update.
+        mu_dtype: dtype of `mu`; None for that of the parameters. `jnp.int8`
+            stores it in 8 bits, and the whole state is then an eighth of
+            AdamW's. Updates use `mu` as it is stored.
+        weight_decay: a number of at least 0, or a schedule; it is multiplied
+            by the learning rate.
+        mask: which parameters decay: a pytree of booleans like the parameters,
+            or a prefix of it, or a function of the parameters that returns
+            one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
-        bounded: whether to limit each coordinate to the longest step that Adam could make. `False`
-            gives the paper's Algorithm 1 and the arithmetic of the reference package.
-        block_specs: the blocks: a pytree of specs like the parameters (`infer_block_specs` makes
-            one), or a prefix of it, or a label function that returns one. None uses
-            `flax_layers()`, the paper's cut by layer names.
+        bounded: whether to limit each coordinate to the longest step that Adam
+            could make. `False` gives the paper's Algorithm 1 and the
+            arithmetic of the reference package.
+        block_specs: the blocks: a pytree of specs like the parameters
+            (`infer_block_specs` makes one), or a prefix of it, or a label
+            function that returns one. None uses `flax_layers()`, the paper's
+            cut by layer names.
 
     Returns:
         The transformation. Updates have the parameters' dtypes.
 
     Raises:
-        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
-            that do not fit the parameters; in `update` if weight decay needs `params` and got
-            none.
+        TypeError, ValueError: here for hyper-parameters out of range; in
+            `init` for block specs that do not fit the parameters; in `update`
+            if weight decay needs `params` and got none.
 
     Examples:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -199,8 +209,9 @@ def adam_mini(
 
     References:
         Zhang et al., [Adam-mini: Use Fewer Learning Rates To Gain
-        More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov and Hutter,
-        [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101).
+        More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov
+        and Hutter, [Decoupled Weight Decay
+        Regularization](https://arxiv.org/abs/1711.05101).
     """
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)

@@ -37,35 +37,39 @@ def measure_block_specs(
 ) -> PyTree[Spec]:
     """Picks for each parameter the cheapest spec that explains its second moment.
 
-    It needs the state of an Adam that has run for a few hundred steps. For Adam's `v` and the
-    `v_b` that a candidate would make of it, the *spread*
+    It needs the state of an Adam that has run for a few hundred steps. For
+    Adam's `v` and the `v_b` that a candidate would make of it, the *spread*
 
         sqrt(mean((sqrt(v / v_b) - 1)**2))
 
-    says how far the steps are from Adam's: 0 if every coordinate keeps its own `v`, and never much
-    above 1. A cut that explains `v` does not always keep the loss (docs/results/cause.md).
+    says how far the steps are from Adam's: 0 if every coordinate keeps its own
+    `v`, and never much above 1. A cut that explains `v` does not always keep
+    the loss (docs/results/cause.md).
 
     Args:
-        adam_state: optimizer state that contains an `optax.ScaleByAdamState`, in any chain or
-            wrapper.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
-        candidates: by name, specs or label functions, such as
-            `{"outer": infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`. None
-            tries those that a shape allows: one block, a block at each index of the last axis or
-            of the others, and the outer of these two. Per coordinate, as in Adam, is always tried.
-        budget: the largest size of `nu`, as a fraction of Adam's. The candidates with the least
-            spread are picked greedily. None picks the cheapest within `tolerance`, parameter by
-            parameter.
-        tolerance: the largest spread that counts as explained, if there is no budget.
+        adam_state: optimizer state that contains an `optax.ScaleByAdamState`,
+            in any chain or wrapper.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
+        candidates: by name, specs or label functions, such as `{"outer":
+            infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`.
+            None tries those that a shape allows: one block, a block at each
+            index of the last axis or of the others, and the outer of these
+            two. Per coordinate, as in Adam, is always tried.
+        budget: the largest size of `nu`, as a fraction of Adam's. The
+            candidates with the least spread are picked greedily. None picks
+            the cheapest within `tolerance`, parameter by parameter.
+        tolerance: the largest spread that counts as explained, if there is no
+            budget.
 
     Returns:
-        A pytree of specs like `params`. Their notes, which `block_table` shows, have the spread
-        of the spec that was picked and of cheaper ones.
+        A pytree of specs like `params`. Their notes, which `block_table`
+        shows, have the spread of the spec that was picked and of cheaper ones.
 
     Raises:
-        TypeError, ValueError: if `adam_state` contains no `ScaleByAdamState`, has not run yet, or
-            is not that of `params`; if a candidate does not fit them; or if the cheapest
-            candidates exceed the budget.
+        TypeError, ValueError: if `adam_state` contains no `ScaleByAdamState`,
+            has not run yet, or is not that of `params`; if a candidate does
+            not fit them; or if the cheapest candidates exceed the budget.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
