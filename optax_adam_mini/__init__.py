@@ -1,4 +1,4 @@
-"""Adam-mini for JAX: `optax.adamw` with half of its memory (Zhang et al., arXiv 2406.16793)."""
+"""Adam-mini for JAX: half of `optax.adamw`'s optimizer state (Zhang et al., arXiv 2406.16793)."""
 
 from optax_adam_mini.blocks import (
     BlockSpec,

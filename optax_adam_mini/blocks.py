@@ -28,18 +28,21 @@ Cut = Any  # int | None | tuple[tuple[int, BlockSpec], ...]; a recursive alias p
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """Cuts an array into a rectilinear grid of blocks.
+    """Cuts a parameter into a rectilinear grid of blocks.
 
-    A spec is static, hashable, comparable, and a leaf of a pytree of specs. Build one with
-    `per_tensor`, `per_element`, `per_neuron`, `per_head`, `per_token` or
-    `fused`.
+    A spec is static, hashable, comparable, and a leaf of a pytree of specs.
+    Build one with `per_tensor`, `per_element`, `per_neuron`, `per_head`,
+    `per_token` or `fused`.
 
     Attributes:
-        cuts: pairs `(axis, cut)`; a negative axis counts from the last one. A cut is the number of
-            equal blocks, `None` for a block at each index, or parts `((size, spec), ...)`.
-        rest: the cut of every axis that `cuts` does not name: 1 (not cut) or `None` (each index).
-        unit: what one block is called in tables; it takes no part in comparisons.
-        note: a remark in tables, such as where the spec is from; nor does it.
+        cuts: pairs `(axis, cut)`; a negative axis counts from the last one. A
+            cut is the number of equal blocks, `None` for a block at each
+            index, or parts `((size, spec), ...)`.
+        rest: the cut of every axis that `cuts` does not name: 1 (not cut) or
+            `None` (each index).
+        unit: what one block is called in tables; comparisons ignore it.
+        note: a remark in tables, such as where the spec is from; comparisons
+            ignore it.
 
     Examples:
         >>> spec = per_head(12)
@@ -73,12 +76,13 @@ class BlockSpec:
             shape: the parameter's shape.
 
         Returns:
-            For every axis, its runs of equal blocks `((number of blocks, size of each), ...)`. An
-            axis of size 0 has no blocks.
+            For every axis, its runs of equal blocks `((number of blocks, size
+            of each), ...)`. An axis of size 0 has no blocks.
 
         Raises:
-            ValueError: if an axis is out of range or named twice, if blocks do not divide an axis,
-                or if the sizes of parts do not add up to it.
+            ValueError: if an axis is out of range or named twice, if blocks do
+                not divide an axis, or if the sizes of parts do not add up to
+                it.
 
         Examples:
             >>> per_head(12).runs((768, 768))
@@ -165,12 +169,14 @@ class BlockSpec:
     ) -> Inexact[Array, "*grid"]:
         """The mean of `x`, or of a function of each number, over each block, in float32 or wider.
 
-        Uncut axes are summed first, so that what is grouped into blocks is small.
+        Uncut axes are summed first, so that what is grouped into blocks is
+        small.
 
         Args:
-            x: an array of the parameter's shape, of any inexact dtype; narrow floats are widened
-                to float32 before anything else.
-            of: an elementwise function whose values are averaged; they are not kept.
+            x: an array of the parameter's shape, of any inexact dtype; narrow
+                floats are widened to float32 before anything else.
+            of: an elementwise function whose values are averaged; they are not
+                kept.
 
         Returns:
             An array of shape `self.grid(x.shape)`.
@@ -195,14 +201,17 @@ class BlockSpec:
         Args:
             nu: one number per block, of shape `self.grid(shape)`.
             shape: the parameter's shape.
-            of: an elementwise function, taken of each entry, once for the block.
+            of: an elementwise function, taken of each entry, once for the
+                block.
 
         Returns:
-            An array of `shape` and of `nu`'s dtype. Only as much of it as has a block of its own is
-            built; the rest is a broadcast, which fuses with what reads it.
+            An array of `shape` and of `nu`'s dtype. Only as much of it as has
+            a block of its own is built; the rest is a broadcast, which fuses
+            with what reads it.
 
         Raises:
-            ValueError: if `nu` has not the grid's shape, and as `BlockSpec.runs`.
+            ValueError: if `nu` has not the grid's shape, and as
+                `BlockSpec.runs`.
 
         Examples:
             >>> per_head(2).spread(jnp.array([[1.0, 2.0]]), (1, 4))
@@ -255,7 +264,8 @@ def per_tensor(*, stacked: int | Sequence[int] = ()) -> BlockSpec:
     """One block for the whole tensor (norm gains; scalars).
 
     Args:
-        stacked: axes along which layers are stacked (for `scan`): a block at each of its indices.
+        stacked: axes along which layers are stacked (for `scan`); each layer
+            has its own blocks.
 
     Examples:
         >>> per_tensor().grid((768,)), per_tensor(stacked=0).grid((32, 768))
@@ -278,9 +288,10 @@ def per_neuron(axis: int | Sequence[int] = -1, *, stacked: int | Sequence[int] =
     """One block for each output neuron (dense and value kernels; channels of convolutions).
 
     Args:
-        axis: the output axis, or axes; every index of it is a block. JAX's kernels are
-            `(inputs, outputs)`, hence the last one.
-        stacked: axes along which layers are stacked: a block at each of its indices.
+        axis: the output axis, or axes; every index is a block. The default is
+            the last axis, because JAX's kernels are `(inputs, outputs)`.
+        stacked: axes along which layers are stacked; each layer has its own
+            blocks.
 
     Examples:
         >>> per_neuron().grid((768, 3072)), per_neuron(axis=(-2, -1)).grid((768, 12, 64))
@@ -293,8 +304,10 @@ def per_token(axis: int | Sequence[int] = 0, *, stacked: int | Sequence[int] = (
     """One block for each token (embeddings and output heads).
 
     Args:
-        axis: the axis of the vocabulary: 0 in Flax's `Embed`; -1 in an output `Dense`.
-        stacked: axes along which layers are stacked: a block at each of its indices.
+        axis: the axis of the vocabulary: 0 in Flax's `Embed`; -1 in an output
+            `Dense`.
+        stacked: axes along which layers are stacked; each layer has its own
+            blocks.
 
     Examples:
         >>> per_token().grid((50257, 768))
@@ -307,10 +320,12 @@ def per_head(num_heads: int, axis: int = -1, *, stacked: int | Sequence[int] = (
     """One block for each attention head (query and key kernels).
 
     Args:
-        num_heads: the number of heads along `axis`, side by side and of equal size.
-        axis: the axis the heads lie along: -1 in a kernel `(inputs, num_heads * head_dim)`, -2 in
-            `(inputs, num_heads, head_dim)`.
-        stacked: axes along which layers are stacked: a block at each of its indices.
+        num_heads: the number of heads along `axis`, side by side and of equal
+            size.
+        axis: the axis the heads lie along: -1 in a kernel `(inputs, num_heads
+            * head_dim)`, -2 in `(inputs, num_heads, head_dim)`.
+        stacked: axes along which layers are stacked; each layer has its own
+            blocks.
 
     Raises:
         TypeError, ValueError: if `num_heads` is not a positive integer.
@@ -330,13 +345,15 @@ def fused(
 
     Args:
         axis: the axis along which the parts are joined.
-        parts: `(size, spec)` of each part, in order. The specs cut `axis`, spelt as it is here;
-            what they say of other axes must be the same for all, or the blocks are no grid.
-        stacked: axes along which layers are stacked: a block at each of its indices.
+        parts: `(size, spec)` of each part, in order. The specs must name the
+            fused axis by the same number as `axis`, and must cut all other
+            axes alike.
+        stacked: axes along which layers are stacked; each layer has its own
+            blocks.
 
     Raises:
-        TypeError, ValueError: if a part is not a size and a spec, or the parts cut another axis
-            differently.
+        TypeError, ValueError: if a part is not a size and a spec, or the parts
+            cut another axis differently.
 
     Examples:
         Query, key and value side by side, with 32 query heads and 4 key/value heads of 64:

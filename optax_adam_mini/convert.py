@@ -1,7 +1,7 @@
 """The state of a running Adam into Adam-mini's, and back.
 
-The second moment of a block is the mean of Adam's over it, at every step (both are moving averages
-of the squared gradient, and the mean is linear), so that nothing is lost on the way here.
+At every step, the second moment of a block is the mean of Adam's over the block: both are moving
+averages of the squared gradient, and the mean is linear. So the conversion is exact.
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ def from_adam_state(
     block_specs: BlockSpecs,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> PyTree:
-    """The state of `optax.adam` or `optax.adamw` as Adam-mini's: `mu` and `count` kept.
+    """Converts the state of `optax.adamw` (or `optax.adam`) to Adam-mini's.
+
+    `mu` and `count` are kept, so `adam_mini` can continue a job of `adamw`.
 
     Args:
-        state: optimizer state that holds one `optax.ScaleByAdamState` or more, in chains and
-            wrappers of any kind; an `nnx.Optimizer`'s `opt_state` too.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
-        block_specs: specs, or label function, of the `adam_mini` that takes over.
-        mu_dtype: its `mu_dtype`; None keeps `mu` as it is.
+        state: optimizer state that contains an `optax.ScaleByAdamState`, in
+            any chain or wrapper, or an `nnx.Optimizer`'s `opt_state`.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
+        block_specs: specs, or label function, of the new `adam_mini`.
+        mu_dtype: `mu_dtype` of the new `adam_mini`; None keeps `mu` as it is.
 
     Returns:
-        The same structure with a `ScaleByAdamMiniState` in place of each `ScaleByAdamState`;
-        `nu` has the means over blocks, float32 or wider. It is the state of the same optimizer
-        with `scale_by_adam_mini` for `scale_by_adam`; so `adam_mini` takes over from `adamw`.
+        The same structure, with a `ScaleByAdamMiniState` instead of each
+        `ScaleByAdamState`. Its `nu` has the means over blocks, float32 or
+        wider.
 
     Raises:
-        TypeError, ValueError: if there is no `ScaleByAdamState` in `state`, if it is not that of
-            `params`, or if the specs do not fit them.
+        TypeError, ValueError: if `state` contains no `ScaleByAdamState`, if it
+            is not that of `params`, or if the specs do not fit them.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
@@ -75,20 +78,23 @@ def from_adam_state(
 
 
 def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
-    """Adam-mini's state as that of `optax.adamw`: every coordinate gets its block's `v`.
+    """Converts Adam-mini's state to that of `optax.adamw`.
+
+    Every coordinate gets its block's `v`.
 
     Args:
-        state: optimizer state that holds one `ScaleByAdamMiniState` or more.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
-        block_specs: specs, or label function, that it was made with.
+        state: optimizer state that contains a `ScaleByAdamMiniState`.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
+        block_specs: the specs, or label function, that it was made with.
 
     Returns:
-        The same structure with an `optax.ScaleByAdamState` in place of each; `nu` has the
-        parameters' shapes and dtypes.
+        The same structure, with an `optax.ScaleByAdamState` instead of each.
+        Its `nu` has the parameters' shapes and dtypes.
 
     Raises:
-        TypeError, ValueError: if there is no `ScaleByAdamMiniState` in `state`, if it is not that
-            of `params`, or if the specs do not fit them.
+        TypeError, ValueError: if `state` contains no `ScaleByAdamMiniState`,
+            if it is not that of `params`, or if the specs do not fit them.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}

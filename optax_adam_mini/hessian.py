@@ -26,8 +26,9 @@ class BlockShare:
     """How much of a parameter's Hessian its blocks hold.
 
     Attributes:
-        inside: share, from 0 to 1, of the absolute mass off the diagonal that lies inside blocks;
-            nan where there is none, as of a loss that is linear in the parameter.
+        inside: share, from 0 to 1, of the absolute mass off the diagonal that
+            lies inside blocks; nan where there is none, as of a loss that is
+            linear in the parameter.
         chance: what random blocks of the same sizes would hold on average.
     """
 
@@ -48,25 +49,28 @@ def block_shares(
 ) -> dict[str, BlockShare]:
     """How much of the Hessian of each parameter lies inside its blocks.
 
-    The paper's case for one second moment a block is that Hessians are close to block diagonal
-    (section 2.1). This measures it: the exact Hessian of the loss with respect to one parameter at
-    a time, and the share of its absolute values off the diagonal, where both coordinates are in
-    one block.
+    The paper justifies one second moment per block by Hessians that are nearly
+    block diagonal (section 2.1). This computes the exact Hessian of the loss
+    with respect to one parameter at a time. Of its absolute values off the
+    diagonal, it returns the share with both coordinates in one block.
 
     Args:
         loss: `loss(params, *args)`, a scalar, twice differentiable.
         params: pytree of arrays.
-        block_specs: pytree of `BlockSpec` like the parameters, or a label function.
+        block_specs: pytree of `BlockSpec` like the parameters, or a label
+            function.
         *args: further arguments of the loss.
 
     Returns:
-        By path, a `BlockShare` of every parameter whose blocks can hold something: those with
-        one coordinate a block have nothing off the diagonal inside, and one block holds it all.
-        Integers are no parameters of a Hessian and are left out as well.
+        By path, a `BlockShare` of every parameter whose blocks can hold
+        something: those with one coordinate a block have nothing off the
+        diagonal inside, and one block holds it all. Integers are no parameters
+        of a Hessian and are left out as well.
 
     Raises:
-        ValueError: if a parameter that is measured has more than 16,384 coordinates, and a Hessian
-            larger than 1 GiB, or if the specs do not fit the parameters.
+        ValueError: if a parameter that is measured has more than 16,384
+            coordinates, and a Hessian larger than 1 GiB, or if the specs do
+            not fit the parameters.
         TypeError: if such a parameter is complex, or the loss no scalar.
 
     Examples:
@@ -108,7 +112,8 @@ def block_share(matrix: Float[Array, "n n"], block_spec: Spec, shape: Sequence[i
     """How much of the Hessian of one parameter lies inside its blocks.
 
     Args:
-        matrix: array `(n, n)`, in the order of the raveled parameter, as `hessians` gives it.
+        matrix: array `(n, n)`, in the order of the raveled parameter, as
+            `hessians` gives it.
         block_spec: how the parameter is cut.
         shape: the parameter's shape, of `n` coordinates.
 
@@ -141,8 +146,8 @@ def block_numbers(block_spec: Spec, shape: Sequence[int]) -> np.ndarray:
     """The number of the block that each coordinate is in.
 
     Args:
-        block_spec: how a parameter is cut; of an `outer`, the blocks
-            that hold a row and a column each.
+        block_spec: how a parameter is cut; of an `outer`, the blocks that hold
+            a row and a column each.
         shape: the parameter's shape, of `n` coordinates.
 
     Returns:
@@ -171,8 +176,8 @@ def hessians(
         batch_size: how many columns are computed at once.
 
     Returns:
-        A pytree like `params`: for each array an array `(n, n)` of its dtype, in the order of its
-        raveled coordinates.
+        A pytree like `params`: for each array an array `(n, n)` of its dtype,
+        in the order of its raveled coordinates.
 
     Examples:
         >>> hessians(lambda p: p["x"][0] ** 2 * p["y"], {"x": jnp.array([1.0]), "y": 3.0})

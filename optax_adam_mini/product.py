@@ -1,8 +1,8 @@
 """The product of two grids as a spec: one row and one column inside each block.
 
-Where `BlockSpec` keeps one number for each block,
-`outer` keeps the means over two grids, and `v` is their product: what a
-matrix needs that is not alike along its outputs only, at the price of one number for each input.
+`BlockSpec` stores one number for each block. `outer` stores the means over two grids, and `v` is
+their product. This suits a matrix whose `v` differs along its inputs too, and costs one number for
+each input.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class OuterMoments(NamedTuple):
     """`nu` of a state where some parameter is cut by an `outer`.
 
     Attributes:
-        a: a tree like the parameters: one number for each block of the first grid, or of the only
-            one.
-        b: a tree like the parameters: one number for each block of the second grid. Where there is
-            none, an array of one number, which nothing reads.
+        a: a tree like the parameters, with one number for each block of the
+            first (or only) grid.
+        b: a tree like the parameters, with one number for each block of the
+            second grid. If a parameter has only one grid, it has an unused
+            array of one number here.
     """
 
     a: Any
@@ -42,9 +43,10 @@ class OuterMoments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """What `outer` makes: a spec, as `BlockSpec` is one.
+    """A spec of two grids, made by `outer`.
 
-    Static, hashable, comparable, a leaf of a pytree of specs.
+    Like a `BlockSpec` it is static, hashable, comparable, and a leaf of a
+    pytree of specs.
 
     Attributes:
         a: the first grid.
@@ -71,8 +73,8 @@ class Outer:
             shape: the parameter's shape.
 
         Returns:
-            For every axis, its runs of equal blocks, as
-            `BlockSpec.runs` gives them.
+            For every axis, its runs of equal blocks, as `BlockSpec.runs` gives
+            them.
 
         Raises:
             ValueError: if one of the grids does not fit the shape.
@@ -106,8 +108,9 @@ class Outer:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as `Outer.runs`; and if all blocks of one grid lie inside those of the
-                other, but for vectors and the like, where it cannot be otherwise.
+            ValueError: as `Outer.runs`; and if all blocks of one grid lie
+                inside those of the other, but for vectors and the like, where
+                it cannot be otherwise.
 
         Examples:
             >>> outer(per_head(4, stacked=0), per_neuron()).check((64, 64))
@@ -147,7 +150,8 @@ class Outer:
 
         Args:
             x: an array of the parameter's shape, of any inexact dtype.
-            of: an elementwise function whose values are averaged; they are not kept.
+            of: an elementwise function whose values are averaged; they are not
+                kept.
 
         Returns:
             Two arrays of the shapes in `self.grid(x.shape)`, float32 or wider.
@@ -181,16 +185,18 @@ class Outer:
         """The product `v = v_a v_b / v_ab` at every coordinate, or a function of it.
 
         Args:
-            nu: two arrays of the shapes in `self.grid(shape)`, of numbers that are not negative.
+            nu: two arrays of the shapes in `self.grid(shape)`, of numbers that
+                are not negative.
             shape: the parameter's shape.
             of: an elementwise function, taken of the product.
 
         Returns:
-            An array of `shape` and of `nu`'s dtype: an expression of small arrays, which fuses with
-            what reads it.
+            An array of `shape` and of `nu`'s dtype: an expression of small
+            arrays, which fuses with what reads it.
 
         Raises:
-            ValueError: if `nu` has not the shapes of the grids, and as `Outer.runs`.
+            ValueError: if `nu` has not the shapes of the grids, and as
+                `Outer.runs`.
 
         Examples:
             >>> spec = outer(per_neuron(axis=0), per_neuron())
@@ -212,8 +218,8 @@ class Outer:
     ) -> list[tuple[Array, tuple[Runs, ...]]]:
         """Small arrays whose product at every coordinate is `v`, and the runs that each is cut by.
 
-        They are `v_a`, and the ratio `v_b / v_ab`, which is from 0 to the number of columns: a
-        product of two small numbers would underflow.
+        They are `v_a`, and the ratio `v_b / v_ab`, which is from 0 to the
+        number of columns: a product of two small numbers would underflow.
 
         Args:
             nu: two arrays of the shapes in `self.grid(shape)`.
@@ -244,38 +250,42 @@ Spec = BlockSpec | Outer
 
 
 def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> Outer:
-    """The product of two grids: in each block that both have, `v` is a row times a column.
+    """A row and a column: `v` is the product of the means over two grids.
 
-    With the means `v_a` and `v_b` of the squared gradient's moving average over the blocks of the
-    two grids, and `v_ab` that over the blocks of their common coarsening (whose cuts are those that
-    both have: one matrix, one head, one layer of a stack),
+    For a kernel use `outer(per_neuron(axis=0), per_neuron())`: one number for
+    each input and one for each output, 15,104 numbers for a kernel of 4096 x
+    11008. For a separate row in each head use `outer(per_head(12, stacked=0),
+    per_neuron())`. At every coordinate
 
         v = v_a * v_b / v_ab
 
-    at every coordinate. It is exact where the average itself is a row times a column inside each
-    block, and where one grid is the other's coarsening it is the finer one's mean; so `init`
-    refuses `outer(per_head(12), per_neuron())` of a kernel, whose rows say nothing. Two arrays are
-    kept, 15,104 numbers for a kernel of 4096 x 11008: `nu` is an
-    `OuterMoments` of two trees like the parameters. A plain
-    kernel is `outer(per_neuron(axis=0), per_neuron())`; with a row of its own for each head it is
-    `outer(per_head(12, stacked=0), per_neuron())`, whose first grid cuts the inputs at each index
-    and the outputs into heads.
+    where `v_a` and `v_b` are the means of Adam's `v` over the blocks of the
+    two grids, and `v_ab` is the mean over the blocks that both grids have in
+    common (the matrix, a head, a layer of a stack). This is exact if Adam's
+    `v` is a row times a column inside each of those. If every block of one
+    grid lies inside one of the other, `v` is just the finer mean, so `init`
+    refuses `outer(per_head(12), per_neuron())` for a kernel.
 
-    `optax.adafactor` keeps the same two averages (Shazeer and Stern, [Adafactor: Adaptive Learning
-    Rates with Sublinear Memory Cost](https://arxiv.org/abs/1804.04235), section 3) of the two
-    longest axes of every large enough parameter, whatever these are. Here the axes are said, the
-    blocks may be smaller than the parameter, and everything else is Adam's: `mu`, the bias
-    corrections, a constant `b2`, `eps` beside the root; no clipping of the update, and no step size
-    in proportion to the parameter.
+    The state's `nu` is then an `OuterMoments` of two trees like the
+    parameters.
+
+    `optax.adafactor` stores the same two means (Shazeer and Stern, [Adafactor:
+    Adaptive Learning Rates with Sublinear Memory
+    Cost](https://arxiv.org/abs/1804.04235), section 3), always for the two
+    longest axes of a parameter. Here you choose the axes, and the blocks may
+    be smaller than the parameter. Everything else is Adam's: `mu`, the bias
+    corrections, a constant `b2`, `eps` beside the root, no clipping of the
+    update, and no step size in proportion to the parameter.
 
     Args:
         a: the first grid.
         b: the second.
-        stacked: axes along which layers are stacked: a block at each of its indices, in both.
+        stacked: axes along which layers are stacked; each layer has its own
+            blocks in both grids.
 
     Returns:
-        A spec, as `per_neuron` and the others give; `fused` takes no such part: say
-        `outer(fused(...), per_neuron())`.
+        A spec. It cannot be a part of `fused`: use `outer(fused(...),
+        per_neuron())`.
 
     Raises:
         TypeError: if `a` or `b` is no `BlockSpec`.

@@ -29,15 +29,17 @@ def block_table(
 
     Args:
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
-            function that returns one.
-        mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its state. Without it `mu`
-            is counted in the parameters' dtypes; inside `stochastic_rounding` it is float32.
+        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of
+            it, or a label function that returns one.
+        mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its
+            state. Without it `mu` is counted in the parameters' dtypes; inside
+            `stochastic_rounding` it is float32.
 
     Returns:
-        A `rich.table.Table`, which `print` and `rich.print` fit to the terminal. It has a row for
-        each parameter (path, shape, cut, numbers in `nu`, their bytes); equal layers share a row.
-        Below are the totals: numbers in `v` with Adam and here, bytes of the optimizer's state
+        A `rich.table.Table`, which `print` and `rich.print` fit to the
+        terminal. It has a row for each parameter (path, shape, cut, numbers in
+        `nu`, their bytes); equal layers share a row. Below are the totals:
+        numbers in `v` with Adam and here, bytes of the optimizer's state
         against AdamW's, and bytes of a whole training.
 
     Raises:

@@ -1,7 +1,7 @@
 """Parameters in bfloat16 without a copy in float32: rounded up or down at random, in proportion.
 
-Rounded to nearest, a step of less than half a unit in the last place is lost, however often it is
-made. Rounded at random it is kept in the mean, and the mean of many steps is what training needs.
+Rounding to nearest loses every step of less than half a unit in the last place, however often it
+is repeated. Rounding at random keeps it in the mean, which is what training needs.
 
 The random numbers are a hash of the step, the parameter's path and the coordinate: no key is
 kept, and they are the same on any mesh, in any process and after any restart.
@@ -28,7 +28,8 @@ class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-        count: number of updates made, shape `()`, int32: the random numbers depend on it.
+        count: number of updates made, shape `()`, int32: the random numbers
+            depend on it.
         inner_state: of the transformation inside, for parameters in float32.
     """
 
@@ -41,29 +42,30 @@ def stochastic_rounding(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains bfloat16 parameters as if in float32, and rounds them at random after each step.
 
-    `inner` sees gradients and parameters in float32, weight decay included, and keeps its state for
-    such. The new parameter, `p + u` in float32, becomes one of its two neighbours in bfloat16, each
-    with the probability that makes `p + u` the mean. Returned is its difference from the old one,
-    in float32: `optax.apply_updates` adds it to exactly the new parameter (in bfloat16 a difference
-    would be rounded itself).
+    `inner` sees gradients and parameters in float32, including for weight
+    decay, and its state is made for them. The new parameter, `p + u` in
+    float32, is rounded to one of its two neighbours in bfloat16, with the
+    probabilities that make `p + u` the mean. The update that is returned is
+    the difference between the new parameter and the old one, in float32:
+    `optax.apply_updates` adds it and gets exactly the new parameter. (In
+    bfloat16 the difference would be rounded.)
 
-    It goes outermost: what comes after it would be rounded to nearest again. Parameters in float32
-    or wider, and integers, are updated as without it. `init` makes float32 stand-ins of the
-    parameters, which take memory unless it is called under `jax.jit`; `update` under `jax.jit`
-    makes none.
+    It must be the outermost wrapper: a later transformation would round to
+    nearest again. Parameters in float32 or wider, and integers, are updated as
+    without it. Call `init` under `jax.jit`: otherwise it makes float32 copies
+    of the parameters.
 
     Args:
-        inner: any transformation, chained and wrapped as it may be; its `update` gives what is to
-            be added to the parameters.
+        inner: any transformation, in any chain or wrapper, whose `update`
+            returns what is to be added to the parameters.
 
     Returns:
-        The transformation; its state is a
-        `StochasticRoundingState`.
+        The transformation; its state is a `StochasticRoundingState`.
 
     Raises:
         TypeError: in `init`, if a parameter is in float16 or narrower.
-        ValueError: in `init`, if no parameter is in bfloat16; in `update`, if `params` are left
-            out.
+        ValueError: in `init`, if no parameter is in bfloat16; in `update`, if
+            `params` are left out.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6), jnp.bfloat16)}
@@ -74,7 +76,8 @@ def stochastic_rounding(
         dtype(bfloat16)
 
     References:
-        Zamirai et al., [Revisiting BFloat16 Training](https://arxiv.org/abs/2010.06192).
+        Zamirai et al., [Revisiting BFloat16
+        Training](https://arxiv.org/abs/2010.06192).
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -25,33 +25,39 @@ def opt_state_shardings(
     *,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> PyTree[NamedSharding]:
-    """The shardings of the whole state of an optimizer, from those of the parameters.
+    """The shardings of an optimizer's state, from those of the parameters.
 
-    An array that belongs to a parameter is sharded like it along each axis that it has in the
-    parameter's size, and along no other: `mu` and accumulated gradients like the parameter, `nu`
-    along the axes that are cut at each index. Everything else (counts, hyper-parameters) is
-    replicated. To shard the state more finely than the parameters (ZeRO-1), give finer shardings.
+    An array of the state is sharded like its parameter along each axis where
+    both have the same size, and along no other axis. So `mu` and accumulated
+    gradients are sharded like the parameter, and `nu` along the axes with a
+    block at each index. Everything else (counts, hyper-parameters) is
+    replicated. To shard the state more finely than the parameters (ZeRO-1),
+    pass finer shardings.
 
-    This is not needed where shardings are explicit (`jax.make_mesh` makes such meshes), since
-    `tx.init` gives them by itself, nor where Flax's metadata names the parameters' axes: the state
-    has the same metadata, and Flax places it (docs/sharding.md).
+    You do not need this with explicit sharding (`jax.make_mesh` makes such
+    meshes), where `tx.init` gives the right shardings, or if Flax's metadata
+    names the axes of the parameters: the state has the same metadata, and Flax
+    places it (docs/sharding.md).
 
     Args:
-        tx: any transformation, wrapped and chained as it may be.
+        tx: any transformation, in any chain or wrapper.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        param_shardings: pytree like the parameters, or a prefix of it, of `NamedSharding`s, or of
-            `PartitionSpec`s and `None` (replicated) together with `mesh`. Flax makes such:
-            `nnx.get_partition_spec`, `nn.get_partition_spec`, `nn.get_sharding`.
-        mesh: of `PartitionSpec`s.
+        param_shardings: pytree like the parameters, or a prefix of it, of
+            `NamedSharding`s, or of `PartitionSpec`s and `None` (replicated)
+            together with `mesh`. Flax's `nnx.get_partition_spec`,
+            `nn.get_partition_spec` and `nn.get_sharding` make such trees.
+        mesh: the mesh, if there are `PartitionSpec`s.
 
     Returns:
-        A pytree like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`, for
-        `jax.device_put`, and for restoring checkpoints.
+        A pytree like `tx.init(params)`, for `jax.jit(tx.init,
+        out_shardings=...)`, for `jax.device_put`, and for restoring
+        checkpoints.
 
     Raises:
         TypeError: if a sharding is neither of these.
-        ValueError: if a parameter has no sharding or one of more axes than it has, if axes of the
-            mesh do not divide it, or if there are `PartitionSpec`s and no mesh.
+        ValueError: if a parameter has no sharding, or one with more axes than
+            the parameter; if axes of the mesh do not divide it; or if there
+            are `PartitionSpec`s and no mesh.
 
     Examples:
         >>> mesh = jax.sharding.AbstractMesh((2,), ("fsdp",))

@@ -63,12 +63,12 @@ class ScaleByAdamMiniState(NamedTuple):
 
     Attributes:
         count: number of updates made, shape `()`, int32.
-        mu: first moment, a pytree like the parameters; their dtypes, or `mu_dtype`. With int8,
-            codes relative to a bound that `nu` gives.
-        nu: mean of the squared gradient's moving average over each block, a pytree like the
-            parameters, float32 or wider; each array has the rank of its parameter and the shape
-            of its grid of blocks. Where a spec is an `outer`, an
-            `OuterMoments` of two such pytrees.
+        mu: first moment, a pytree like the parameters, in their dtypes or in
+            `mu_dtype`. With int8 it is a `Codes`.
+        nu: second moment, a pytree like the parameters, float32 or wider. Each
+            array has one number per block: the mean of Adam's `v` over the
+            block. If any spec is an `outer`, it is an `OuterMoments` of two
+            such pytrees.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -87,29 +87,33 @@ def scale_by_adam_mini(
     bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformation:
-    """Rescales updates by Adam-mini: Adam with one second moment for each block.
+    """Rescales updates by Adam-mini: Adam with one second moment per block.
 
-    As `optax.scale_by_adam`, argument for argument, but for `block_specs`. See `adam_mini`.
+    It takes the arguments of `optax.scale_by_adam`, and `bounded` and
+    `block_specs`. See `adam_mini`.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
         eps: added to the square root of `nu`, at least 0.
-        eps_root: added to `nu` under the square root, at least 0; greater than 0 where gradients
-            are taken through the update.
+        eps_root: added to `nu` under the square root, at least 0; greater than
+            0 where gradients are taken through the update.
         mu_dtype: dtype of `mu`, as in `adam_mini`.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
-        bounded: whether each coordinate is held to the longest step that Adam could make; `False`
-            is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
-        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
-            function that returns one; None for `flax_layers()`.
+        bounded: whether to limit each coordinate to the longest step that Adam
+            could make. `False` gives the paper's Algorithm 1 and the
+            arithmetic of the reference package.
+        block_specs: the blocks: a pytree of specs like the parameters
+            (`infer_block_specs` makes one), or a prefix of it, or a label
+            function that returns one. None uses `flax_layers()`, the paper's
+            cut by layer names.
 
     Returns:
         The transformation; its state is a `ScaleByAdamMiniState`.
 
     Raises:
-        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
-            that do not fit the parameters.
+        TypeError, ValueError: here for hyper-parameters out of range; in
+            `init` for block specs that do not fit the parameters.
 
     Examples:
         >>> tx = scale_by_adam_mini(block_specs=per_tensor())
@@ -141,45 +145,54 @@ def adam_mini(
     bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam-mini with decoupled weight decay: `optax.adamw` with half of its memory.
+    """Adam-mini with decoupled weight decay: half of `optax.adamw`'s state.
 
     For the parameters `p` of each block, with the gradient `g`, at step `t`:
 
-        m  = b1 m + (1 - b1) g                    for each coordinate
-        v  = b2 v + (1 - b2) mean(g * g)          one number for each block
-        p -= learning_rate * (m_hat / (sqrt(v_hat + eps_root) + eps) + weight_decay * p)
+        m  = b1 m + (1 - b1) g               for each coordinate
+        v  = b2 v + (1 - b2) mean(g * g)     one number for each block
+        p -= learning_rate * (m_hat / (sqrt(v_hat + eps_root) + eps)
+                              + weight_decay * p)
 
-    with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. Where the spec is an
-    `outer`, `v` of a block is the product of a row and a column.
-    Hyper-parameters carry over from AdamW unchanged. Where many coordinates share one `v`, a
-    coordinate that is louder than its block could move further than Adam ever does. It is held to
-    Adam's longest step, unless `bounded=False`.
+    with `m_hat = m / (1 - b1**t)` and `v_hat = v / (1 - b2**t)`. If the spec
+    is an `outer`, `v` is the product of a row and a column instead. Use
+    AdamW's hyper-parameters unchanged.
+
+    When many coordinates share one `v`, one with a large gradient could move
+    further than Adam would ever move it. It is limited to Adam's longest step,
+    unless `bounded=False`.
 
     Args:
         learning_rate: a number or a schedule `count -> number`.
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
         eps: added to the root, at least 0.
-        eps_root: added under the root, at least 0; greater than 0 where gradients are taken through
-            the update.
-        mu_dtype: dtype of `mu`; None for the parameters'. `jnp.int8` keeps it in 8 bits, an eighth
-            of AdamW's state in all. Updates are made from `mu` as it is kept.
-        weight_decay: at least 0, multiplied by the learning rate; or a schedule.
-        mask: which parameters decay: a pytree of booleans like the parameters or a prefix of it, or
-            a function of the parameters that returns one; None for all.
+        eps_root: added under the root, at least 0; greater than 0 where
+            gradients are taken through the update.
+        mu_dtype: dtype of `mu`; None for that of the parameters. `jnp.int8`
+            stores it in 8 bits, and the whole state is then an eighth of
+            AdamW's. Updates use `mu` as it is stored.
+        weight_decay: a number of at least 0, or a schedule; it is multiplied
+            by the learning rate.
+        mask: which parameters decay: a pytree of booleans like the parameters,
+            or a prefix of it, or a function of the parameters that returns
+            one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
-        bounded: whether each coordinate is held to the longest step that Adam could make; `False`
-            is the paper's Algorithm 1 as it stands, and the reference package's arithmetic.
-        block_specs: pytree of `BlockSpec` like the parameters, or a prefix of it, or a label
-            function that returns one; None for `flax_layers()`.
+        bounded: whether to limit each coordinate to the longest step that Adam
+            could make. `False` gives the paper's Algorithm 1 and the
+            arithmetic of the reference package.
+        block_specs: the blocks: a pytree of specs like the parameters
+            (`infer_block_specs` makes one), or a prefix of it, or a label
+            function that returns one. None uses `flax_layers()`, the paper's
+            cut by layer names.
 
     Returns:
         The transformation. Updates have the parameters' dtypes.
 
     Raises:
-        TypeError, ValueError: here for hyper-parameters out of range; in `init` for block specs
-            that do not fit the parameters; in `update` if weight decay needs `params` and there are
-            none.
+        TypeError, ValueError: here for hyper-parameters out of range; in
+            `init` for block specs that do not fit the parameters; in `update`
+            if weight decay needs `params` and got none.
 
     Examples:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
@@ -196,8 +209,9 @@ def adam_mini(
 
     References:
         Zhang et al., [Adam-mini: Use Fewer Learning Rates To Gain
-        More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov and Hutter,
-        [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101).
+        More](https://arxiv.org/abs/2406.16793), Algorithms 1 to 3; Loshchilov
+        and Hutter, [Decoupled Weight Decay
+        Regularization](https://arxiv.org/abs/1711.05101).
     """
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)

@@ -24,6 +24,13 @@ SUMMARIZED = {
     "outer, 8 bits": "the same, `mu` in 8 bits",
     "mean": "one number a block",
 }
+# In the plot of loss against memory.
+MARKED = {
+    "adamw": "AdamW",
+    "outer": "Adam-mini",
+    "outer, 8 bits": "Adam-mini, 8 bits",
+    "mean": "Adam-mini, one number",
+}
 
 
 class Interval(NamedTuple):
@@ -161,50 +168,45 @@ def write_memory(output: Path) -> None:
 
 
 def draw_memory(output: Path) -> Figure | None:
-    """How far Adam-mini is behind AdamW against the memory of its state, in the comparisons that
-    there are; None where there is none."""
-    found: dict[str, list[tuple[float, Interval, str]]] = {}
+    """Loss against AdamW's and bytes of optimizer state a parameter, a panel for each language
+    model and length that `output` has; None where there is none."""
+    panels: dict[str, dict[str, tuple[float, Interval]]] = {}
     for file in sorted(output.glob("*_*.json")):  # not benchmarks.quality.reference's
-        content = json.loads(file.read_text())
         name, steps = file.stem.rsplit("_", 1)
-        workload, rows = WORKLOADS[name], content.get("rows", [])
-        if name in ("gpt2", "llama", "resnet") and rows:
-            unit = "points" if workload.by_accuracy else "%"
-            factor = 1 if workload.by_accuracy else 100
-            for row in rows:
-                if row["contender"] not in SUMMARIZED:
-                    continue
-                share = 100 * row["optimizer_bytes"] / rows[0]["optimizer_bytes"]
-                interval = behind_adamw(workload, row, rows[0])
-                scaled = Interval(*(factor * value for value in interval))
-                title = f"{workload.title}, {steps} steps ({unit})"
-                found.setdefault(title, []).append((share, scaled, row["contender"]))
-    if not found:
+        rows = json.loads(file.read_text()).get("rows", [])
+        if name in ("gpt2", "llama") and rows:
+            panels[f"{WORKLOADS[name].title}, {int(steps):,} steps"] = {
+                row["contender"]: (
+                    row["optimizer_bytes"] / row["parameters"],
+                    behind_adamw(WORKLOADS[name], row, rows[0]),
+                )
+                for row in rows
+                if row["contender"] in MARKED
+            }
+    if not panels:
         return None
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    titles = {
-        "outer, 8 bits": "a row and a column,\n$m$ in 8 bits",
-        "mean": "one number a block",
-        "outer": "a row and a column",
-    }
-    for index, (title, points) in enumerate(found.items()):
-        shift = 0.1 * (index - (len(found) - 1) / 2)
-        order = [list(titles).index(who) + shift for _, _, who in points]
-        means = [interval.mean for _, interval, _ in points]
-        errors = [[m - i.low for m, (_, i, _) in zip(means, points, strict=True)],
-                  [i.high - m for m, (_, i, _) in zip(means, points, strict=True)]]  # fmt: skip
-        axes.errorbar(order, means, yerr=errors, fmt="osD^v"[index % 5], capsize=3, label=title)
-    shares = {who: sorted(s for p in found.values() for s, _, w in p if w == who) for who in titles}
-    axes.set_xticks(range(len(titles)))
-    axes.set_xticklabels(
-        [title + (f"\n{shares[who][0]:.1f} to {shares[who][-1]:.1f}%" if shares[who] else "")
-         for who, title in titles.items()]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2 + 2 * len(panels), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
     )  # fmt: skip
-    axes.set_xlim(-0.5, len(titles) - 0.5)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="what is kept, and its memory in per cent of AdamW's", ylabel="behind AdamW")
-    axes.grid(alpha=0.3)
-    axes.legend(title="mean and 95% interval")
+    for panel, (title, points) in zip(axes[0], panels.items(), strict=True):
+        for index, (contender, label) in enumerate(MARKED.items()):
+            if contender not in points:
+                continue
+            size, (mean, low, high) = points[contender]
+            errors = [[100 * (mean - low)], [100 * (high - mean)]] if contender != "adamw" else None
+            panel.errorbar(size, 100 * mean, yerr=errors, fmt="osD^"[index], color=f"C{index}",
+                           capsize=3, label=label)  # fmt: skip
+        panel.axhline(0, color="gray", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        panel.set(title=title, xlim=(0.7, 11.5))
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("held-out loss above AdamW's (%)")
+    figure.supxlabel("optimizer state (bytes per parameter); bars: 95% confidence interval")
+    legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes[0]]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 

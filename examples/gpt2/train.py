@@ -16,12 +16,15 @@ __all__ = ["Config", "blocks", "load_task", "main", "make_program"]
 
 @dataclasses.dataclass(frozen=True)
 class Config(LanguageConfig):
-    """Train GPT-2 with AdamW, with Adam-mini, and with Adam-mini whose first moment is kept in 8
-    bits: same seed, same batches, same hyper-parameters. Without arguments it trains a small model
+    """Train GPT-2 with AdamW, with Adam-mini, with Adam-mini whose first moment is kept in 8 bits,
+    and with Muon for the matrices beside Adam-mini: same seed, same batches, same
+    hyper-parameters. Without arguments it trains a small model
     on the source of Python's standard library, in a few minutes on two CPU cores."""
 
     title: ClassVar[str] = "GPT-2"
-    compared: ClassVar[tuple[str, ...]] = ("adamw", "adam_mini", "adam_mini_int8")
+    compared: ClassVar[tuple[str, ...]] = (
+        "adamw", "adam_mini", "adam_mini_int8", "muon_mini",
+    )  # fmt: skip
     shardings: ClassVar[Sequence[tuple[str, P]]] = (
         ("wpe", P(None, "fsdp")),
         ("wte", P("fsdp", "tensor")),

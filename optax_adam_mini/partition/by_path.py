@@ -27,22 +27,22 @@ def by_path(
     rules: Sequence[tuple[str, Spec]],
     default: Spec | LabelFn | None = None,
 ) -> LabelFn:
-    """A label function from ordered rules over the parameters' paths.
+    """Makes a label function from rules over the parameters' paths.
 
     Args:
-        rules: `(pattern, spec)`: the first rule whose regular expression is found
-            (`re.search`) in a parameter's path `"a/b/c"` gives its spec.
-        default: spec, or label function, for the parameters that no rule matches; None to make such
-            a parameter an error.
+        rules: pairs `(pattern, spec)`. The first whose regular expression is
+            found (`re.search`) in a parameter's path `"a/b/c"` gives its spec.
+        default: spec, or label function, for parameters that no rule matches;
+            None makes such a parameter an error.
 
     Returns:
-        A label function `params -> pytree of BlockSpec`, for params that are arrays or
-        `jax.ShapeDtypeStruct`s.
+        A label function `params -> pytree of BlockSpec`, for params that are
+        arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-        TypeError, ValueError: here if a rule is not a valid regular expression and a spec; from
-            the label function if a rule matches no parameter or, without default, a parameter is
-            matched by no rule.
+        TypeError, ValueError: here if a rule is not a regular expression and a
+            spec; from the label function if a rule matches no parameter, or if
+            no rule matches a parameter and there is no default.
 
     Examples:
         >>> label = by_path([("embed", per_token()), ("mlp", per_neuron())], default=per_tensor())

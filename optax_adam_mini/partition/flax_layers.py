@@ -68,43 +68,51 @@ def flax_layers(
     stacked: Mapping[str, int | Sequence[int]] | None = None,
     default: Spec | None = None,
 ) -> LabelFn:
-    """The default label function: knows the parameters of Flax's own layers, Linen and NNX alike.
+    """The default label function: the paper's cut, by the names of Flax's layers.
 
-    It reads names and ranks: kernels of Dense, DenseGeneral, Einsum and convolutions are cut by
-    output neuron or channel; in an attention layer (modules `query`, `key`, `value`, `out`) query
-    and key by head, value and output by neuron; embeddings by token; gains of norms are one block;
-    biases are cut per coordinate. Parameters that have no name (a bare array, an item of a list)
-    are read as kernels `(inputs, outputs)`, or as biases if they have one axis: so the one vector
-    that `optax.flatten` makes of all parameters is cut per coordinate, which is Adam and saves
-    nothing. Haiku's and Equinox's names are known too.
+    It looks at names and ranks, in Linen and NNX. Kernels of Dense,
+    DenseGeneral, Einsum and convolutions are cut by output neuron or channel.
+    In attention layers (modules `query`, `key`, `value`, `out`), query and key
+    are cut by head, value and output by neuron. Embeddings are cut by token.
+    Gains of norms are one block. Biases are cut per coordinate. Haiku's and
+    Equinox's names are supported too.
+
+    A parameter without a name (a bare array, an item of a list) is taken for a
+    kernel `(inputs, outputs)`, or for a bias if it has one axis. So the single
+    vector that `optax.flatten` makes of all parameters is cut per coordinate,
+    which is Adam and saves nothing.
 
     Args:
-        num_heads: attention heads, for models whose query and key are plain Dense kernels, under
-            Flax's names or others that are common (`q_proj`, `wq`, `to_q`, `q`).
-        num_kv_heads: heads of the key where they are fewer (grouped-query attention); None for
-            `num_heads`.
-        query_key: cut of query and key kernels: by head, the paper's, or by output neuron, which
-            served small Llamas (with rotary positions) better.
-        value: cut of value kernels: by output neuron, or one block (the paper's advice for short
-            runs).
-        conv: cut of convolution kernels: by output channel, or one block.
-        bias: cut of biases: per coordinate, as the reference implementation does, or one block, as
-            the paper's Algorithm 3 does.
-        stacked: for each module whose layers are stacked for `scan`, its name and the axis (or
-            axes) they are stacked along, such as `{"layers": 0}`; a block at each of its indices.
-        default: spec of named parameters of two axes or more that are none of Flax's own; None to
-            make such a parameter an error.
+        num_heads: attention heads, for models whose query and key are plain
+            Dense kernels, under Flax's names or other common ones (`q_proj`,
+            `wq`, `to_q`, `q`).
+        num_kv_heads: heads of the key if they are fewer (grouped-query
+            attention); None for `num_heads`.
+        query_key: cut query and key by head, as in the paper, or by output
+            neuron, which worked better for small Llamas (with rotary
+            positions).
+        value: cut value kernels by output neuron, or as one block (the paper's
+            advice for short runs).
+        conv: cut convolutions by output channel, or as one block.
+        bias: cut biases per coordinate, as the reference implementation does,
+            or as one block, as the paper's Algorithm 3 does.
+        stacked: for each module whose layers are stacked for `scan`, its name
+            and the axis (or axes) along which they are stacked, such as
+            `{"layers": 0}`. Each layer has its own blocks.
+        default: spec of parameters with two or more axes under names that are
+            not Flax's; None makes such a parameter an error.
 
     Returns:
-        A label function `params -> pytree of BlockSpec`, for params that are arrays or
-        `jax.ShapeDtypeStruct`s.
+        A label function `params -> pytree of BlockSpec`, for params that are
+        arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-        ValueError: here for options that do not exist; from the label function, naming every
-            parameter concerned, if a parameter cannot be read: of unknown name, a query or key
-            without a number of heads, a kernel that query and key share with others (`qkv`,
-            `c_attn`), one whose output axes names and ranks do not tell, or an NNX variable that
-            is no parameter. Also if an option is given that no parameter needs.
+        ValueError: here for options that do not exist. From the label
+            function, naming every parameter concerned, for an unknown name, a
+            query or key without a number of heads, a kernel that query and key
+            share with others (`qkv`, `c_attn`), a kernel with output axes that
+            names and ranks do not reveal, an NNX variable that is not a
+            parameter, and an option that no parameter needs.
 
     Examples:
         >>> kernels = {"query": jnp.ones((8, 2, 4)), "mlp": jnp.ones((8, 32))}

@@ -33,30 +33,33 @@ def by_logical_axes(
     *,
     stacked: str | Sequence[str] = ("layers",),
 ) -> LabelFn:
-    """A label function from the logical names of the parameters' axes.
+    """Makes a label function from the logical names of the parameters' axes.
 
-    The names are those that Flax keeps beside a parameter: of Linen `nn.with_partitioning` and
-    `nn.with_logical_partitioning`, of NNX `nnx.with_partitioning` and `sharding_names`. The same
-    names must mean the same cut; where query, key and value have the same names, tell them apart
-    by their paths: `by_path([("value", per_neuron((1, 2)))], default=by_logical_axes(...))`.
+    The names are those in Flax's metadata: of `nn.with_partitioning` and
+    `nn.with_logical_partitioning` in Linen, and of `nnx.with_partitioning` and
+    `sharding_names` in NNX. Parameters with the same names get the same cut.
+    If query, key and value have the same names, separate them by path:
+    `by_path([("value", per_neuron((1, 2)))], default=by_logical_axes(...))`.
 
     Args:
-        rules: `(names, cut)`: the names of all axes of a parameter, in order, and the names of
-            those that have a block at each index; none for one block.
-        default: spec, or label function, for the parameters that no rule matches or that have no
-            names; None to make such a parameter an error.
-        stacked: names of axes along which layers are stacked for `scan`. They have a block at each
-            index, and are not named in rules.
+        rules: pairs `(names, cut)`: the names of all axes of a parameter, in
+            order, and the names of the axes with a block at each index (none
+            for one block).
+        default: spec, or label function, for parameters without names, or that
+            no rule matches; None makes such a parameter an error.
+        stacked: names of axes along which layers are stacked for `scan`. They
+            have a block at each index, and are not named in rules.
 
     Returns:
-        A label function `params -> pytree of BlockSpec`, for params with their metadata, which are
-        arrays or `jax.ShapeDtypeStruct`s inside.
+        A label function `params -> pytree of BlockSpec`, for params with their
+        metadata, which are arrays or `jax.ShapeDtypeStruct`s inside.
 
     Raises:
-        TypeError, ValueError: here if a rule is not names and a cut of these names, or two rules
-            have the same names; from the label function if names are not as many as a parameter
-            has axes, if no parameter has a rule's names, or, without default, a parameter is
-            matched by no rule.
+        TypeError, ValueError: here if a rule is not names and a cut of these
+            names, or two rules have the same names; from the label function if
+            names are not as many as a parameter has axes, if no parameter has
+            a rule's names, or, without default, a parameter is matched by no
+            rule.
 
     Examples:
         >>> from flax import linen as nn

@@ -35,37 +35,41 @@ def measure_block_specs(
     *,
     tolerance: float = 0.3,
 ) -> PyTree[Spec]:
-    """For each parameter, the cheapest candidate that explains its second moment.
+    """Picks for each parameter the cheapest spec that explains its second moment.
 
-    With the `v` of an Adam that has run, a few hundred steps or the job that is to be switched, and
-    the `v_b` that a candidate would make of it, the *spread* is how far the steps are from Adam's,
+    It needs the state of an Adam that has run for a few hundred steps. For
+    Adam's `v` and the `v_b` that a candidate would make of it, the *spread*
 
         sqrt(mean((sqrt(v / v_b) - 1)**2))
 
-    0 where every coordinate keeps its own and never much above 1. A cut that explains `v` is not
-    certain to keep the loss; docs/results/cause.md says what was seen.
+    says how far the steps are from Adam's: 0 if every coordinate keeps its own
+    `v`, and never much above 1. A cut that explains `v` does not always keep
+    the loss (docs/results/cause.md).
 
     Args:
-        adam_state: optimizer state that holds one `optax.ScaleByAdamState` or more, in chains and
-            wrappers of any kind.
-        params: the parameters it was made for, arrays or `jax.ShapeDtypeStruct`s.
-        candidates: by name, specs or label functions, such as
-            `{"outer": infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`. None
-            for those that a shape alone gives: one block, a block at each index of the last axis or
-            of the others, and the outer of these two. Per coordinate, as in Adam, is always one.
-        budget: the largest number of entries in `nu`, as a fraction of those of Adam's. Taken are
-            the candidates that leave the least spread, found greedily. None for no limit: the
-            cheapest within `tolerance`, parameter by parameter.
-        tolerance: the largest spread that is taken for explained, where there is no budget.
+        adam_state: optimizer state that contains an `optax.ScaleByAdamState`,
+            in any chain or wrapper.
+        params: the parameters it was made for, arrays or
+            `jax.ShapeDtypeStruct`s.
+        candidates: by name, specs or label functions, such as `{"outer":
+            infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`.
+            None tries those that a shape allows: one block, a block at each
+            index of the last axis or of the others, and the outer of these
+            two. Per coordinate, as in Adam, is always tried.
+        budget: the largest size of `nu`, as a fraction of Adam's. The
+            candidates with the least spread are picked greedily. None picks
+            the cheapest within `tolerance`, parameter by parameter.
+        tolerance: the largest spread that counts as explained, if there is no
+            budget.
 
     Returns:
-        A pytree of specs like `params`. Their notes, which `block_table` shows, have the spread
-        of the one that was taken and of those that are cheaper.
+        A pytree of specs like `params`. Their notes, which `block_table`
+        shows, have the spread of the spec that was picked and of cheaper ones.
 
     Raises:
-        TypeError, ValueError: if there is no `ScaleByAdamState` in `adam_state`, if it has not run
-            yet, if it is not that of `params`, if a candidate does not fit them, or if the cheapest
-            candidates are above the budget.
+        TypeError, ValueError: if `adam_state` contains no `ScaleByAdamState`,
+            has not run yet, or is not that of `params`; if a candidate does
+            not fit them; or if the cheapest candidates exceed the budget.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}

@@ -40,17 +40,19 @@ def explain(
         fn: as in `infer_block_specs`, with its arguments.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
         *args: further arguments of `fn`.
-        parameter: the path `"a/b/c"` of the parameter to explain; `""` if `params` is one array.
+        parameter: the path `"a/b/c"` of the parameter to explain; `""` if
+            `params` is one array.
         v: `"outer"` or `"mean"`, as in `infer_block_specs`.
         muon: whether to say, too, which axes are a matrix for Muon, or why it leaves the parameter
             to Adam-mini.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A few lines of text, with file and line in your code. They list what is kept and the paper's
-        cut; each use of the parameter, and which of its axes are contracted there; each inner
-        product that couples its outputs; and the code that was passed over because it is unused or
-        is the backward pass of a derivative.
+        A few lines of text, with file and line in your code. They list what is
+        kept and the paper's cut; each use of the parameter, and which of its
+        axes are contracted there; each inner product that couples its outputs;
+        and the code that was passed over because it is unused or is the
+        backward pass of a derivative.
 
     Raises:
         ValueError: if there is no parameter of this path.

@@ -27,41 +27,47 @@ def infer_block_specs(
     v: Literal["outer", "mean"] = "outer",
     **kwargs: Any,
 ) -> Any:
-    """The blocks of every parameter, read off the computation; no layer is known by its name.
+    """Finds the blocks of every parameter by tracing your loss.
 
-    `fn` is traced on abstract values: nothing is computed, and no array allocated. Where a
-    parameter meets data, its contracted axes lie inside a block and its free axes separate blocks:
-    neurons, channels. Outputs that are contracted with one another in an inner product, as queries
-    and keys are, act through one number, and are one block: a head. An axis that is indexed
-    separates blocks (tokens), as does one that layers are stacked along; a gain is one block; a
-    bias is cut per coordinate. A parameter that is used several times gets the finest cut that
-    every use allows (the principle of the paper's section 2.3).
+    It traces `fn` with abstract values: nothing is computed, and no array is
+    allocated. It does not rely on layer names. Where a parameter meets data,
+    its free axes separate blocks (neurons, channels) and its contracted axes
+    lie inside a block. Outputs that meet in an inner product, as queries and
+    keys do, are one block (a head). An indexed axis separates blocks (tokens),
+    and so does an axis along which layers are stacked. A gain is one block. A
+    bias is cut per coordinate. A parameter with several uses gets the finest
+    cut that every use allows (the paper's section 2.3).
 
     Args:
         fn: the loss or the forward pass, `fn(params, *args, **kwargs)`.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        *args: further arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`s, and what is no
-            array is passed as it is.
-        overrides: `(pattern, spec)`: the first rule whose regular expression is found (`re.search`)
-            in a parameter's path `"a/b/c"` gives its spec, whatever the computation says.
-        unreadable: spec of the parameters that cannot be read, which are an error without it.
-        v: `"outer"` keeps a row and a column (see `outer`): one number for each output and, in each
-            part of a fused kernel, one for each input. An embedding has one for each token and one
-            for each feature; gains and biases keep `v` per coordinate. `"mean"` keeps one number
-            for each block, as in the paper; its loss on language models is 2 to 4% worse.
+        *args: further arguments of `fn`; arrays may be
+            `jax.ShapeDtypeStruct`s, and anything else is passed as it is.
+        overrides: pairs `(pattern, spec)`. The first whose regular expression
+            is found (`re.search`) in a parameter's path `"a/b/c"` gives its
+            spec.
+        unreadable: spec of the parameters that cannot be read; without it they
+            are an error.
+        v: `"outer"` keeps a row and a column (see `outer`): one number for
+            each output and, in each part of a fused kernel, one for each
+            input. An embedding has one for each token and one for each
+            feature; gains and biases keep `v` per coordinate. `"mean"` keeps
+            one number for each block, as in the paper; its loss on language
+            models is 2 to 4% worse.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree with the structure of `params`, of specs: `Outer` or, for gains and biases and
-        with `v="mean"`, `BlockSpec`.
+        A pytree with the structure of `params`, of specs: `Outer` or, for
+        gains and biases and with `v="mean"`, `BlockSpec`.
 
     Raises:
-        ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
-            of, such as a kernel of your own, or if it meets no data at all; the message names all
-            such parameters and where in your code it happens. Also if an override is no regular
-            expression, matches no parameter, or does not fit the parameter's shape.
-        TypeError: if an override is no pair of a pattern and a spec, `unreadable` no spec, or a
-            leaf of `params` no array.
+        ValueError: if a parameter or its outputs go into a primitive without a
+            rule, such as your own kernel, or if a parameter meets no data. The
+            message names all such parameters, and the lines of your code. Also
+            if an override is not a regular expression, matches no parameter,
+            or does not fit the parameter's shape.
+        TypeError: if an override is not a pair of a pattern and a spec,
+            `unreadable` is not a spec, or a leaf of `params` is not an array.
 
     Examples:
         >>> def attention(p, x):
@@ -130,35 +136,41 @@ def infer_muon_dimension_numbers(
     unreadable: Any = ...,
     **kwargs: Any,
 ) -> Any:
-    """`optax.contrib.muon`'s dimension numbers of every matrix, read off the computation.
+    """Finds `optax.contrib.muon`'s dimension numbers by tracing your loss.
 
-    Muon orthogonalizes the matrices of a model and has to be told which axes of a parameter are a
-    matrix's inputs, which its outputs, and along which there are several matrices. What
-    `infer_block_specs` reads tells it: where a parameter meets data, the contracted axes are
-    inputs and the free axes outputs; the others are stacked layers, experts, groups.
+    Muon orthogonalizes the matrices of a model. It must know which axes of a
+    parameter are inputs, which are outputs, and along which axes matrices are
+    stacked. Where a parameter meets data, its contracted axes are inputs and
+    its free axes are outputs. The other axes are stacked layers, experts or
+    groups.
 
     Args:
         fn: the loss or the forward pass, `fn(params, *args, **kwargs)`.
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
-        *args: further arguments of `fn`; arrays may be `jax.ShapeDtypeStruct`s.
-        overrides: `(pattern, dimension numbers or None)`: the first rule whose regular expression
-            is found (`re.search`) in a parameter's path gives its numbers.
-        unreadable: numbers of the parameters that cannot be read, `None` to leave them to Adam;
-            they are an error without it.
+        *args: further arguments of `fn`; arrays may be
+            `jax.ShapeDtypeStruct`s.
+        overrides: pairs `(pattern, dimension numbers or None)`. The first
+            whose regular expression is found (`re.search`) in a parameter's
+            path gives its numbers.
+        unreadable: numbers of the parameters that cannot be read, or `None` to
+            leave them to Adam; without it they are an error.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree with the structure of `params`, of `optax.contrib.MuonDimensionNumbers`, and of
-        `None` for what is left to Adam: gains, biases, embeddings, output heads (kernels whose
-        outputs meet no further kernel on their way to the loss), grouped convolutions, and
-        parameters that are inputs in one use and outputs in another.
+        A pytree with the structure of `params`, of
+        `optax.contrib.MuonDimensionNumbers`, and of `None` for parameters that
+        are left to Adam because they are not matrices: gains, biases,
+        embeddings, output heads (kernels whose outputs meet no further kernel
+        on their way to the loss), grouped convolutions, and parameters with an
+        axis that is an input in one use and an output in another.
 
     Raises:
-        ValueError: if a parameter, or what it makes, goes into a primitive that nothing is known
-            of, if it meets no data at all, or if an override is no regular expression or matches no
-            parameter.
-        TypeError: if an override is no pair of a pattern and dimension numbers or `None`, if
-            `unreadable` is neither, or if a leaf of `params` is no array.
+        ValueError: if a parameter or its outputs go into a primitive without a
+            rule, if a parameter meets no data, or if an override is not a
+            regular expression or matches no parameter.
+        TypeError: if an override is not a pair of a pattern and dimension
+            numbers or `None`, if `unreadable` is neither, or if a leaf of
+            `params` is not an array.
 
     Examples:
         >>> params = {"w": jnp.ones((4, 16, 2, 8)), "g": jnp.ones(16), "head": jnp.ones((2, 8, 3))}
