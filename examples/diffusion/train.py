@@ -202,7 +202,7 @@ def make_predict(config: Config) -> Callable[[Any, jax.Array, jax.Array], jax.Ar
 
 
 def block_specs(config: Config) -> Any:
-    """Adam-mini's partition, read off what the model computes."""
+    """Adam-mini's blocks, found by tracing the model."""
     image_shape = config.data.facts.image_shape
     _, params = abstract_model(config.architecture, image_shape[0])
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

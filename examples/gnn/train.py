@@ -121,7 +121,7 @@ def abstract_params(config: Config) -> Any:
 
 
 def block_specs(config: Config) -> Any:
-    """Adam-mini's partition, read off what the model computes."""
+    """Adam-mini's blocks, found by tracing the model."""
 
     def logits(params: Any, x: jax.Array, edges: jax.Array) -> jax.Array:
         return GNN(config.architecture).apply({"params": params}, x, edges, edges, train=False)
