@@ -39,7 +39,7 @@ def kept_names(names: Iterable[Any], part: Sequence[int], whole: Sequence[int]) 
 
 
 def axis_names(box: Any) -> tuple[Any, ...] | None:
-    """The names of a parameter's axes that its box has; None of what is no box, or has none.
+    """The axis names in a parameter's box; None if it is not a box, or has no names.
 
     Of a box of Linen these are `names`; of a variable of NNX it is metadata.
     """
@@ -53,7 +53,7 @@ def axis_names(box: Any) -> tuple[Any, ...] | None:
 
 
 def with_kept_names(parts: Any, params: Any) -> Any:
-    """Arrays of the state in boxes whose names are those that the rule keeps.
+    """Puts arrays of the state into boxes, with the names that the rule keeps.
 
     Args:
         parts: a tree like `params`, with their boxes, of arrays of their ranks.

@@ -1,4 +1,4 @@
-"""Trees of specs held against trees of parameters: paths, prefixes, defaults, messages."""
+"""Matches trees of specs with trees of parameters: paths, prefixes, defaults, messages."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _TO_BE_CALLED = {
 
 
 def check_called(block_specs: Any) -> None:
-    """Refuses this package's constructors and label functions where they were not called.
+    """Refuses this package's functions that were passed without being called.
 
     Raises:
         TypeError: if it is one.
@@ -210,7 +210,7 @@ def check_arrays(params: Any) -> None:
 
 
 def has_outer(block_specs: Any, params: Any) -> bool:
-    """Whether a state for such specs has two trees in `nu`.
+    """Whether the `nu` of a state with these specs has two trees.
 
     It depends on the specs that are given, not on those that some of the parameters have, so that
     all parts of a tree have states alike; for the placeholder of `optax.tree.map_params` too.
@@ -229,7 +229,7 @@ def called(block_specs: Any, params: Any) -> Any:
 
 
 def _called(label_fn: LabelFn, params: Any) -> Any:
-    """What a label function returns, which are specs where there are parameters."""
+    """What a label function returns; refuses what cannot be specs."""
     returned = label_fn(params)
     if is_empty(returned) and not is_empty(params):
         raise TypeError(
@@ -338,7 +338,7 @@ def check_only_params(
 
 
 def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any) -> None:
-    """Refuses what the user named if it names no parameter.
+    """Refuses a path or pattern of the user that matches no parameter.
 
     A part of a tree (`optax.masked` and `optax.multi_transform` give such) need not hold it.
 

@@ -1,4 +1,4 @@
-"""What `update` and `init` say of a state, a gradient or a mask that does not fit."""
+"""The errors of `update` and `init` about states, gradients and masks that do not fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OT
 
 
 def check_order(updates: Any) -> None:
-    """Refuses a state in the place of the gradients.
+    """Refuses a state where gradients are expected.
 
     Raises:
         ValueError: if it is one.
@@ -49,7 +49,7 @@ def check_is_state(state: Any) -> None:
 def check_grids(
     labels: Sequence[tuple[str, Spec]], shapes: Sequence[Any], nu: Sequence[Any]
 ) -> None:
-    """Refuses second moments of other shapes than the grids that specs cut.
+    """Refuses second moments whose shapes are not those of the specs' grids.
 
     Raises:
         ValueError: if one is; the message names the parameter.
@@ -66,7 +66,7 @@ def check_grids(
 
 
 def check_gradient(path: str, shape: Any, gradient: Any) -> None:
-    """Refuses a gradient of another shape than its parameter.
+    """Refuses a gradient that has not the shape of its parameter.
 
     Raises:
         ValueError: if it is.
@@ -80,7 +80,7 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
 
 
 def check_mask_leaves(mask: Any) -> None:
-    """Refuses a mask that is no pytree of booleans, nor a function that returns one.
+    """Refuses a mask that is neither a pytree of booleans nor a function that returns one.
 
     Raises:
         TypeError: if it is not.
@@ -96,7 +96,7 @@ def check_mask_leaves(mask: Any) -> None:
 
 
 def check_mask(mask: Any, params: Any) -> None:
-    """Refuses a mask of another structure than the parameters.
+    """Refuses a mask that has not the structure of the parameters.
 
     Raises:
         ValueError: if it is.
@@ -112,7 +112,7 @@ def check_mask(mask: Any, params: Any) -> None:
 
 
 def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
-    """The leaves of `tree`, which is to have the structure of `like`, None standing for a leaf too.
+    """The leaves of `tree`, which must have the structure of `like`; None counts as a leaf.
 
     Raises:
         ValueError: if it has another one; the message says where.
@@ -146,7 +146,7 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
 
 
 def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: Any) -> None:
-    """Refuses an optimizer's state without what is looked for in it.
+    """Refuses an optimizer state that does not contain the wanted one.
 
     Args:
         what: who asks, to begin the message with.

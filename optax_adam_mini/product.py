@@ -1,4 +1,4 @@
-"""The product of two grids as a spec: one row and one column inside each block.
+"""A spec that is the product of two grids: a row and a column inside each block.
 
 `BlockSpec` stores one number for each block. `outer` stores the means over two grids, and `v` is
 their product. This suits a matrix whose `v` differs along its inputs too, and costs one number for
@@ -67,7 +67,7 @@ class Outer:
                 )
 
     def runs(self, shape: Sequence[int]) -> tuple[Runs, ...]:
-        """The cuts that both grids have: those of the blocks that hold a row and a column each.
+        """The cuts that both grids share: each block between them has a row and a column.
 
         Args:
             shape: the parameter's shape.
@@ -102,7 +102,7 @@ class Outer:
         return self.a.grid(shape), self.b.grid(shape)
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuses a shape that the grids do not fit, or on which one of them says nothing.
+        """Refuses a shape that the grids do not fit, or for which one of them is useless.
 
         Args:
             shape: the parameter's shape.
@@ -168,8 +168,8 @@ class Outer:
         def means(x: Array, again: Array) -> tuple[Array, Array]:
             return sums.block_mean(x, a, of), sums.block_mean(again, b, of)
 
-        # On a TPU one reading makes both sums. XLA's CPU compiler makes one result a loop, and
-        # would keep what both sum, an array of x's size: a barrier holds the readings apart there.
+        # A TPU computes both sums in one reading. XLA's CPU compiler needs a loop for each result,
+        # and would store what both sums share, an array of x's size: a barrier prevents that.
         return jax.lax.platform_dependent(
             x,
             cpu=lambda x: means(x, jax.lax.optimization_barrier(x)),
@@ -228,10 +228,10 @@ class Outer:
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
         in_b = lambda x: sums.spread(x, _counts(b, both), nu[1].shape)
         tiny = float(jnp.finfo(nu[0].dtype).tiny)
-        # A row that has overflowed, or is no number, takes no part in the mean: what is lost is
-        # that row and that column. None is 0, so that infinite times another is infinite, and its
-        # step is 0. Scaled by a power of two, since XLA divides by multiplying with the inverse,
-        # and that of a number near float32's largest is 0.
+        # The mean leaves out a row that has overflowed or is not a number, so only this row and
+        # its column are lost. No factor is 0, so that infinity times another factor is infinity,
+        # and the step is 0. The scale is a power of two: XLA divides by multiplying with the
+        # inverse, which is 0 for a number near float32's largest.
         v_ab = jnp.maximum(_mean_of_finite(nu[0], a, both), tiny)
         scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
         ratio = nu[1] * in_b(scale) / in_b(v_ab * scale)
@@ -246,7 +246,7 @@ class Outer:
 
 
 Spec = BlockSpec | Outer
-"""How `v` of a parameter is kept: one number for each block, or a row and a column in each."""
+"""How `v` of a parameter is stored: one number per block, or a row and a column in each."""
 
 
 def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> Outer:
@@ -308,7 +308,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
 
 @functools.cache
 def _common(a: Runs, b: Runs) -> Runs:
-    """The cuts of one axis that are in both."""
+    """The cuts of one axis that both share."""
     if a == b or _is_whole(a) or _is_each(b):
         return a
     if _is_whole(b) or _is_each(a):
@@ -354,7 +354,7 @@ def _as_runs(sizes: np.ndarray) -> Runs:
 
 
 def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
-    """The mean over the blocks of a coarser grid, from the finite means over a finer one's."""
+    """The mean over the blocks of a coarse grid, from the finite means over a finer grid."""
     sizes, counts = sums.block_sizes(fine), _counts(fine, coarse)
     share = 1 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1)
     weights = jnp.ones_like(nu) * share
@@ -363,7 +363,7 @@ def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> 
 
 
 def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
-    """What the `nu` of a state holds of each parameter: one array, or two.
+    """The arrays of each parameter in the `nu` of a state: one array, or two.
 
     Args:
         nu: a tree like the parameters, or two of them.
@@ -376,15 +376,15 @@ def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
 
 
 def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
-    """The `nu` of a state: what it holds of each parameter, in the parameters' boxes.
+    """The `nu` of a state, in the parameters' boxes.
 
-    Each of an `outer`'s arrays is in a tree of its own, since what holds an optimizer's state may
-    take one array for each parameter: a variable of NNX does.
+    The two arrays of an `outer` are in separate trees, because some containers of an optimizer
+    state take only one array per parameter (NNX's variables do).
 
     Args:
-        moments: of each parameter one array, or two.
+        moments: one array, or two, for each parameter.
         params: the parameters.
-        is_outer: whether there are two trees, though no parameter here may need them.
+        is_outer: whether to make two trees, even if no parameter here needs them.
     """
     in_tree = lambda leaves: with_kept_names(
         jax.tree.unflatten(jax.tree.structure(params), leaves), params

@@ -1,4 +1,4 @@
-"""The first moment in 8 bits: reading and writing it. Nothing else knows of int8.
+"""Reads and writes the first moment in 8 bits. No other module knows about int8.
 
 `m` and `v` are averages of the same gradients, and so `m` is of the size of `sqrt(v)`: from a
 quarter of it, where the gradient is noise, to a few times it. A code stands for a number relative
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Codes(NamedTuple):
-    """`mu` of a state in 8 bits: a node that a state in floats does not have.
+    """`mu` of a state in 8 bits. A state in floats has no such node.
 
     A checkpoint of one kind is no checkpoint of the other, whatever casts whoever restores it.
 
@@ -60,14 +60,14 @@ _CUT = 23  # bits of a float32's fraction: a binade is 2**23 floats, evenly spac
 _SMALL, _LARGE = -6, 17
 _DENSER = ((3, -6, 6), (4, -5, 2), (8, -4, 1))  # so many codes more in binades from, to: 4, 8, 16
 _OFFSET = 2.0**_SMALL  # added before a number is read as bits, so that small ones are evenly spaced
-# Equal to zero, but another constant: zeros are what the gradients of a scan begin as, and XLA's
-# GPU compiler would keep those arrays until the update, to compare with them.
+# Equal to zero, but not the constant zero: the gradients of a scan start as zeros, and XLA's GPU
+# compiler would keep those arrays until the update, to compare with them.
 _ZERO = -0.0
 _TINY = float(np.finfo(np.float32).tiny)
 
 
 def _bits(exponent: int) -> int:
-    """Those of 2.0**exponent in float32."""
+    """The bits of 2.0**exponent in float32."""
     return (127 + exponent) << _CUT
 
 
@@ -79,7 +79,7 @@ def _code_at(binade: int) -> int:
 
 
 def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
-    """The first moment, in float32 or wider, of what a state keeps.
+    """The first moment, in float32 or wider, from the codes in a state.
 
     Args:
         spec: how the parameter is cut.
@@ -100,7 +100,7 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
         bits -= denser * ((1 << _CUT) // density - (1 << _CUT) // (density + more))
         density += more
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32) - _OFFSET
-    # Nothing is nothing of an infinite root as well: a block that has overflowed stands still.
+    # 0 times an infinite root is 0, not NaN: a block that has overflowed stands still.
     finite = lambda root: jnp.where(jnp.isfinite(root), root, 0)
     signed = jnp.where(kept < 0, -magnitude, magnitude)
     return _times_roots(signed, spec, nu, finite)
@@ -109,7 +109,7 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
 def write(
     spec: Spec, m: Float[Array, "*shape"], nu: Any, dtype: np.dtype, seed: UInt32[Array, ""]
 ) -> Array:
-    """What a state keeps of the first moment; over many seeds, the mean of codes is `m`.
+    """The codes of the first moment; over many seeds, their mean is `m`.
 
     Args:
         spec: how the parameter is cut.
@@ -134,18 +134,18 @@ def write(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
-    # Of what is too small to have an inverse nothing is kept.
+    # A root that is too small to have an inverse gives the code 0.
     inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0)
     number = _times_roots(jnp.abs(m), spec, nu, inverse).astype(jnp.float32) + _OFFSET
     bits = jax.lax.bitcast_convert_type(number, jnp.int32)
-    # Codes are even steps of the bits, and so of the numbers, in each binade. A random number is
-    # added to the fraction that is cut off, and rounds up in proportion.
+    # In each binade, codes are evenly spaced in the bits, and so in the numbers. Adding a random
+    # number to the fraction that is cut off rounds up in proportion.
     code = jnp.minimum(bits, _bits(_LARGE)) - _bits(_SMALL)
     for more, first, last in _DENSER:
         code += more * (jnp.clip(bits, _bits(first), _bits(last)) - _bits(first))
     code = ((code + random_bits(_CUT, m.shape, seed)) >> _CUT).astype(jnp.int8)
-    # The sign is chosen last, in 8 bits: where a conversion is last, XLA's CPU compiler makes the
-    # codes again for the update, from a copy of the old ones.
+    # The sign is applied last, in 8 bits: if a conversion came last, XLA's CPU compiler would
+    # compute the codes again for the update, from a copy of the old ones.
     return jnp.where(m < _ZERO, -code, code)
 
 
@@ -161,7 +161,7 @@ def _no_derivative(spec: Spec, primals: Any, tangents: Any) -> Any:
 def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
     """`x` times a function of the root that codes are relative to, at every coordinate."""
     (v, runs), *ratios = spec.factors(nu, x.shape)
-    # No root is so small that the bound, 32 sqrt(n v), is beyond the last code.
+    # The root is large enough that the last code reaches the bound, 32 sqrt(n v).
     floor = np.sqrt(sums.block_sizes(runs)) * _FACTOR / 2.0**_LARGE
     if not ratios:
         scale = np.maximum(_SCALE, floor).astype(v.dtype)
@@ -240,7 +240,7 @@ def write_row(
 
 
 def in_state(mu: Any, mu_dtype: Any) -> Any:
-    """The `mu` of a state, of a tree like the parameters."""
+    """The `mu` of a state, made from a tree like the parameters."""
     return Codes(mu) if mu_dtype == jnp.int8 else mu
 
 
@@ -263,7 +263,7 @@ def of_state(mu: Any, mu_dtype: Any) -> Any:
 
 
 def check_kept(path: str, kept: Any, is_codes: bool) -> None:
-    """Refuses codes that were cast to moments, and moments to codes, by who restored them.
+    """Refuses codes that a restore has cast to moments, and moments cast to codes.
 
     Args:
         path: of a parameter of real numbers.
@@ -293,7 +293,7 @@ _CONVERT = (
 
 
 def allowed_b2(b1: Any) -> tuple[Any, Any]:
-    """The least and the greatest `b2` with which a moment stays within its bound.
+    """The smallest and the largest `b2` for which a moment stays within its bound.
 
     The solutions of (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2.
 
@@ -310,7 +310,7 @@ def allowed_b2(b1: Any) -> tuple[Any, Any]:
 
 
 def check_decays(b1: Any, b2: Any) -> None:
-    """Refuses decay rates, which are numbers, with which a moment may exceed its bound.
+    """Refuses decay rates for which a moment may exceed its bound.
 
     Raises:
         ValueError: if they are such.

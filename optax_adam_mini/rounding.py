@@ -101,7 +101,7 @@ def stochastic_rounding(
                 (old + u).astype(jnp.float32),
                 rounding_seed(count, salt_of((path_of(keys), "params"))),
             )
-            # Infinity stays, and zero keeps its sign: -0.0 changes nothing that it is added to.
+            # Infinity stays, and zero keeps its sign: adding -0.0 changes nothing.
             return jnp.where(new == old, -0.0, new - old)
 
         updates, inner_state = inner.update(
@@ -126,12 +126,12 @@ def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Flo
         >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
         dtype('float32')
     """
-    # Between two neighbours float32's numbers are evenly spaced as bits: a random number is added
-    # to the 16 that are cut off, and carries in proportion.
+    # Between two neighbours, the bits of float32 numbers are evenly spaced: a random number, added
+    # to the 16 bits that are cut off, carries in proportion.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = (bits + random_bits(16, x.shape, seed).astype(jnp.uint32)) & np.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    # Beyond the largest number, to nearest. No conversion there and back: XLA leaves such out.
+    # Beyond the largest number, round to nearest. XLA would remove a conversion there and back.
     nearest = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
 
@@ -142,7 +142,7 @@ def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
 
 
 def salt_of(what: Hashable) -> np.uint32:
-    """A number for a path, or for another thing of names, the same in every process.
+    """A number for a path or another tuple of names, the same in every process.
 
     Examples:
         >>> int(salt_of(("layer", "kernel")))
@@ -156,7 +156,7 @@ def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
     place = np.uint32(0)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    # Added, not multiplied: times a power of two the seed would lose as many bits as places have.
+    # Add, not multiply: a seed times a power of two would lose bits.
     return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
 
 

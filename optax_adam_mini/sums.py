@@ -1,4 +1,4 @@
-"""Sums over the blocks of a grid and broadcasts back: the fast formulations, and why they are so.
+"""Sums over the blocks of a grid, and broadcasts back: fast formulations, with the reasons.
 
 An array is summed first over the axes that are not cut, in one reduction; what is grouped into
 blocks after that is small. On the way back only the small array is repeated, and the rest is a
@@ -97,11 +97,11 @@ def _is_each(runs: Runs) -> bool:
     return all(block == 1 for _, block in runs)
 
 
-_FEW = 8  # parts that are told apart one by one
+_FEW = 8  # parts that are selected one by one
 
 
 def _axis_in_parts(axes: Sequence[Runs]) -> int | None:
-    """The axis in few parts, where all others are cut at each index: rows of a fused kernel.
+    """The axis with few parts, if all others are cut at each index: rows of a fused kernel.
 
     Nothing is summed before the parts are, and so nothing is small.
     """
@@ -216,7 +216,7 @@ def block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
 
 
 def period(items: Sequence[T]) -> tuple[int, Sequence[T]]:
-    """How often the shortest unit of a sequence stands side by side in it, and that unit.
+    """How often a sequence repeats its shortest unit, and that unit.
 
     Examples:
         >>> period("qkvqkv")

@@ -1,4 +1,4 @@
-"""How XLA's CPU compiler wants sums to be written; other compilers take them plain.
+"""Sums as XLA's CPU compiler runs them fast; other compilers need only plain sums.
 
 Three traits of it make the plain sum slow (2 cores, reading at 30 GB/s):
 

@@ -240,7 +240,7 @@ def _checked(
 
 
 def in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Everything is computed in float32 and cast once, last: to the parameters' dtypes."""
+    """Computes everything in float32, and casts once, at the end, to the parameters' dtypes."""
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
@@ -255,13 +255,13 @@ def in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationE
 
 
 def _with_gradients(updates: Any, params: Any) -> Any:
-    """`params` without those whose gradient is None: functions, of an Equinox model."""
+    """`params` without leaves whose gradient is None (functions in an Equinox model)."""
     if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
         return params
     keep = lambda g, p: jax.tree.map(lambda _: None, p) if g is None else p
     try:
         return jax.tree.map(keep, updates, params, is_leaf=lambda g: g is None)
-    except ValueError:  # of another structure, which update itself says better
+    except ValueError:  # another structure, about which update has a better message
         return params
 
 
@@ -284,7 +284,7 @@ def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransform
                 "none: call tx.update(grads, state, params), or set weight_decay=0.0"
             )
         decayed, state = decay.update(updates, state, params)
-        # Integers do not decay, and what has no gradient does not move.
+        # Integers do not decay, and a parameter without a gradient does not move.
         keep = lambda u, p, d: d if u is not None and _is_inexact(p) else u
         return jax.tree.map(keep, updates, params, decayed, is_leaf=lambda u: u is None), state
 
@@ -313,7 +313,7 @@ def _wide_adam_mini(
         labels, is_outer = resolve_block_specs(specs, params), has_outer(specs, params)
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
-        # Zeros of what update will make, so that shape, dtype and sharding are the same.
+        # Zeros like the results of update, with the same shapes, dtypes and shardings.
         nu = [
             jax.tree.map(
                 functools.partial(_zeros_beside, leaf),
@@ -321,7 +321,7 @@ def _wide_adam_mini(
             )
             for (_, spec), leaf in zip(labels, leaves, strict=True)
         ]
-        mu = jax.tree.map(  # with a dtype given, so that none is weak
+        mu = jax.tree.map(  # with an explicit dtype, so that it is not weak
             lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
         )
         return ScaleByAdamMiniState(
@@ -383,20 +383,20 @@ class _Step(NamedTuple):
     longest: Any  # the longest step of Adam
 
 
-# A program for each kind of parameter, whatever the numbers are: an eager update is no slower than
-# Adam's, and inside jax.jit parameters that are alike are traced once.
+# One program for each kind of parameter, with the numbers as arguments: an eager update is as fast
+# as Adam's, and inside jax.jit equal parameters are traced once.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _update_parameter(
     spec: Spec, dtype: np.dtype, nesterov: bool, bounded: bool,
     g: Array, m: Array, v: Any, t: _Step, count: Array, salt: Any,
 ) -> tuple[Array, Array, Any]:  # fmt: skip
-    """Algorithm 1 for one parameter: its update, and what is kept as `m` and as `v`."""
+    """Algorithm 1 for one parameter: its update, and the new `m` and `v`."""
     g = jnp.asarray(g)
     squares = spec.block_mean(g, _abs_sq)
     nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(v.dtype), v, squares)
     g = g.astype(widen(g.dtype))
     mu = t.b1 * read(spec, m, v) + t.b1_rest * g
-    # As it is kept, rounded: from an exact one XLA would make the update with a copy of m.
+    # Use the rounded m of the state: with the exact one, XLA would keep a copy of m.
     kept = write(spec, mu, nu, dtype, rounding_seed(count, salt))
     m_hat = t.mu_weight * read(spec, kept, nu)
     if nesterov:
@@ -409,7 +409,7 @@ def _update_parameter(
 
 
 def _held(update: Array, longest: Any) -> Array:
-    """No coordinate further than `longest`."""
+    """Limits every coordinate to `longest`."""
     if jnp.issubdtype(update.dtype, jnp.complexfloating):
         return update * jnp.minimum(1, longest / jnp.abs(update))
     return jnp.clip(update, -longest, longest)
@@ -431,7 +431,7 @@ def _step(
 
 
 def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: Any) -> Array:
-    """The longest step that Adam can make, by the inequality of Cauchy and Schwarz.
+    """The longest step that Adam can make, by the Cauchy-Schwarz inequality.
 
     With `m = sum a_i g_i` and `v = sum b_i g_i**2`, where `a_i = (1 - b1) b1**i` and `b_i = (1 -
     b2) b2**i`, is `m**2 <= sum(a_i**2 / b_i) v`; and with Nesterov's momentum `a_0` is more.
@@ -447,12 +447,12 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     total = jnp.where(is_one, t, ratio) * (1 - b1) ** 2
     total = mu_weight**2 * total + g_weight * (2 * mu_weight * (1 - b1) + g_weight)
     longest = jnp.sqrt(c2 * total / (1 - b2))
-    # A little more, so that rounding shortens no step of Adam's; without a bound, none is held.
+    # A little more, so that rounding never shortens a step of Adam's; infinite without a bound.
     return jnp.where(jnp.isfinite(longest), longest * (1 + 1e-5), jnp.inf)
 
 
 def _bias_correction(decay: Any, count: Array) -> Array:
-    """1 - decay**count, to all of float32's digits: the plain form loses five at 0.999."""
+    """1 - decay**count to full float32 precision: the plain form loses five digits at 0.999."""
     return -jnp.expm1(count * _log(decay))
 
 
@@ -463,7 +463,7 @@ def _log(decay: Any) -> Any:
 
 
 def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:
-    """Zeros like `block`; where its sharding is explicit, on the devices that a parameter is on."""
+    """Zeros like `block`; with explicit sharding, on the devices of the parameter."""
     mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
     if not (isinstance(block.sharding, NamedSharding) and isinstance(mesh, Mesh)):
         return jnp.zeros_like(block)
@@ -479,7 +479,7 @@ def _abs_sq(x: Array) -> Array:
 
 
 def _check_block_specs(block_specs: Any) -> Any:
-    """Refuses labels that are no specs; the rest can only be checked against parameters."""
+    """Refuses labels that are not specs; only `init` can check the rest, against parameters."""
     if block_specs is None:
         return flax_layers()
     check_called(block_specs)

@@ -215,7 +215,7 @@ def abstract_tokens(config: LanguageConfig) -> jax.ShapeDtypeStruct:
 
 
 def block_specs(config: LanguageConfig) -> Any:
-    """Adam-mini's partition, read off what the model computes."""
+    """Adam-mini's blocks, found by tracing the model."""
     _, params = abstract_model(config)
     tokens = abstract_tokens(config)
     return infer_block_specs(

@@ -164,35 +164,48 @@ def plot_curves(
     path: Path, metrics: Mapping[str, Sequence[Mapping]], title: str, unit: str
 ) -> None:
     """Draw the curves of several optimizers: training loss thin, held-out loss with markers; beside
-    them the held-out accuracy, where the metrics have one."""
+    them how far each held-out loss is from the first optimizer's, which shows curves that lie on
+    each other, and the held-out accuracy, where the metrics have one."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    has_accuracy = any("accuracy" in record for records in metrics.values() for record in records)
-    figure, (row,) = plt.subplots(
-        1,
-        1 + has_accuracy,
-        figsize=(11 if has_accuracy else 7, 4.5),
-        layout="constrained",
-        squeeze=False,
+    held_out = {
+        name: {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r}
+        for name, records in metrics.items()
+    }
+    first, *others = metrics
+    panels = ["loss"]
+    panels += (
+        ["difference"] if any(held_out[name].keys() & held_out[first] for name in others) else []
     )
+    panels += ["accuracy"] if any("accuracy" in r for rs in metrics.values() for r in rs) else []
+    figure, (row,) = plt.subplots(
+        1, len(panels), figsize=(2.5 + 4.5 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    axes_of = dict(zip(panels, row, strict=True))
     for index, (name, records) in enumerate(metrics.items()):
-        thin = {"alpha": 0.35, "linewidth": 0.8, "label": f"{name}, training"}
-        marked = {"marker": "os^D"[index % 4], "label": f"{name}, held out"}
-        for axes, metric, style in (
-            (row[0], "loss", thin),
-            (row[0], "held_out_loss", marked),
-            (row[-1], "accuracy", marked),
-        ):
-            points = [(record["step"], record[metric]) for record in records if metric in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{index}", **style)
-    row[0].set(ylabel=f"loss ({unit})")
-    if has_accuracy:
-        row[1].set(ylabel="accuracy")
-        row[1].yaxis.set_major_formatter("{x:.1%}")
+        color, marker = f"C{index}", "os^D"[index % 4]
+        marked = {"color": color, "marker": marker, "label": f"{name}, held out"}
+        thin = {"color": color, "alpha": 0.35, "linewidth": 0.8, "label": f"{name}, training"}
+        training = {r["step"]: r["loss"] for r in records if "loss" in r}
+        axes_of["loss"].plot(training.keys(), training.values(), **thin)
+        if held_out[name]:
+            axes_of["loss"].plot(held_out[name].keys(), held_out[name].values(), **marked)
+        if "difference" in axes_of:
+            steps = [step for step in held_out[name] if step in held_out[first]]
+            apart = [held_out[name][step] - held_out[first][step] for step in steps]
+            axes_of["difference"].plot(steps, apart, **marked)
+        if "accuracy" in axes_of:
+            accuracy = {r["step"]: r["accuracy"] for r in records if "accuracy" in r}
+            axes_of["accuracy"].plot(accuracy.keys(), accuracy.values(), **marked)
+    axes_of["loss"].set(ylabel=f"loss ({unit})")
+    if "difference" in axes_of:
+        axes_of["difference"].set(ylabel=f"held-out loss minus that of {first} ({unit})")
+    if "accuracy" in axes_of:
+        axes_of["accuracy"].set(ylabel="accuracy")
+        axes_of["accuracy"].yaxis.set_major_formatter("{x:.1%}")
     for axes in row:
         axes.set(xlabel="step")
         axes.grid(alpha=0.3)

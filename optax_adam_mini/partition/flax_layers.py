@@ -1,4 +1,4 @@
-"""Block specs of Flax's own layers, read off the parameters' names and ranks."""
+"""Block specs of Flax's own layers, by the parameters' names and ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block specs read off the model's own computation.
+"""Block specs from a trace of the model's computation.
 
 `infer` and `explain` take the question, `interpret` runs the passes: `program` writes the jaxpr
 out, `forward` follows what every value is made of with the `rules`, one for each primitive,

@@ -61,7 +61,7 @@ def explain(
     Examples:
         >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
         ...               parameter="w"))  # doctest: +ELLIPSIS
-        w (2, 3): kept: 2 rows and 3 columns, of which v is made
+        w (2, 3): kept: 2 rows and 3 columns; v is their product
           the paper's cut: 1 x 3 blocks
           used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
     """
@@ -109,7 +109,7 @@ def _kept(spec: Spec, shape: Sequence[int]) -> str:
     """What `nu` has of a parameter."""
     if not isinstance(spec, Outer):
         return "one number for each coordinate"
-    return f"{spec.a.size(shape):,} rows and {spec.b.size(shape):,} columns, of which v is made"
+    return f"{spec.a.size(shape):,} rows and {spec.b.size(shape):,} columns; v is their product"
 
 
 def place(step: Step) -> str:

@@ -1,4 +1,4 @@
-"""`infer_block_specs`: the partition read off the computation."""
+"""`infer_block_specs`: finds the blocks by tracing the computation."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_explain():
     params = {"q": S((D, D), "float32"), "k": S((D, D), "float32"), "v": S((D, D), "float32")}
     text = explain(separate, params, X, parameter="q", v="outer")
     assert text.splitlines()[:2] == [
-        f"q ({D}, {D}): kept: {D} rows and {D} columns, of which v is made",
+        f"q ({D}, {D}): kept: {D} rows and {D} columns; v is their product",
         f"  the paper's cut: 1 x {H} blocks",
     ]
     bias = explain(lambda p, x: x + p["b"], {"b": S((D,), "float32")}, X, parameter="b", v="outer")
