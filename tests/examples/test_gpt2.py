@@ -244,7 +244,7 @@ def test_two_half_batches_are_one_batch():
 def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys):
     main(tiny_config(corpus, tmp_path))
     folder = only_run(tmp_path)
-    for name in ("adamw", "adam_mini", "adam_mini_int8"):
+    for name in ("adamw", "adam_mini", "adam_mini_int8", "muon_mini"):
         records = losses(folder / name)
         assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
         assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
