@@ -253,7 +253,7 @@ def test_blocks_are_the_common_coarsening():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match=r"outer: b must be a BlockSpec .* got Outer"):
+    with pytest.raises(TypeError, match=r"outer: b must be a BlockSpec .* of type Outer"):
         outer(per_neuron(), MATRIX)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"outer: a must be a BlockSpec .* got 0 of type int"):
         outer(0, per_neuron())  # pyright: ignore[reportArgumentType]
