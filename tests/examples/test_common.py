@@ -158,7 +158,7 @@ def test_what_is_no_text_is_refused_alone_and_passed_over_in_a_folder(
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
         OSError("9276679 requested and 2092928 written"),  # NumPy's
         ValueError("RESOURCE_EXHAUSTED: ... No space left on device [type.googleapis.com]"),
     ],
