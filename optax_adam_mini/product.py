@@ -86,7 +86,7 @@ class Outer:
         pairs = zip(self.a.runs(shape), self.b.runs(shape), strict=True)
         return tuple(_common(a, b) for a, b in pairs)
 
-    def grid(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def grid(self, shape: Sequence[int]) -> OuterMoments:
         """The shapes of the two arrays in `nu`.
 
         Args:
@@ -97,9 +97,9 @@ class Outer:
 
         Examples:
             >>> outer(per_neuron(axis=0), per_neuron()).grid((4096, 11008))
-            ((4096, 1), (1, 11008))
+            OuterMoments(a=(4096, 1), b=(1, 11008))
         """
-        return self.a.grid(shape), self.b.grid(shape)
+        return OuterMoments(self.a.grid(shape), self.b.grid(shape))
 
     def check(self, shape: Sequence[int]) -> None:
         """Refuses a shape that the grids do not fit, or for which one of them is useless.
