@@ -294,7 +294,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     Examples:
         >>> kernel = outer(per_neuron(axis=0), per_neuron())
         >>> kernel.grid((4096, 11008))
-        ((4096, 1), (1, 11008))
+        OuterMoments(a=(4096, 1), b=(1, 11008))
         >>> outer(per_head(12, stacked=0), per_neuron()).grid((768, 768))
         ((768, 12), (1, 768))
         >>> params = {"kernel": jnp.ones((4, 6))}
