@@ -296,7 +296,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         >>> kernel.grid((4096, 11008))
         OuterMoments(a=(4096, 1), b=(1, 11008))
         >>> outer(per_head(12, stacked=0), per_neuron()).grid((768, 768))
-        ((768, 12), (1, 768))
+        OuterMoments(a=(768, 12), b=(1, 768))
         >>> params = {"kernel": jnp.ones((4, 6))}
         >>> state = adam_mini(1e-3, block_specs=kernel).init(params)
         >>> jax.tree.map(jnp.shape, state[0].nu)
