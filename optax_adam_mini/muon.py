@@ -21,7 +21,7 @@ from optax_adam_mini.hyperparams import (
     check_scalar_or_schedule,
 )
 from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
-from optax_adam_mini.messages import check_mask_leaves
+from optax_adam_mini.messages import check_mask_leaves, some
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
@@ -107,7 +107,7 @@ def muon_mini(
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in `init` for dimension
             numbers or block specs that do not fit the parameters; in `update` if weight decay needs
-            `params` and there are none.
+            `params` and there are none, or if a parameter's gradient is None.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 3)), "head": jnp.ones((3, 8)), "bias": jnp.zeros(8)}
@@ -192,7 +192,29 @@ def muon_mini(
         adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay, weight_decay_mask,
         nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
-    return optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+    both = optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        _check_gradients(updates, params)
+        return both.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(both.init, update_fn)
+
+
+def _check_gradients(updates: Any, params: Any) -> None:
+    """Refuses None in the place of a gradient: `optax.partition` cannot tell where it goes."""
+    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+        return
+    is_none = lambda g: g is None
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
+    none = {path_of(keys) for keys, g in leaves if g is None}
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    missing = ["/".join(p) for p in paths if any(p[:n] in none for n in range(len(p) + 1))]
+    if missing:
+        raise ValueError(
+            f"no gradient, but None, for the parameters at {some(missing)}: muon_mini needs one "
+            "for each; give zeros, or None in the parameters as well, to init and to update"
+        )
 
 
 _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
