@@ -21,7 +21,7 @@ from optax_adam_mini.hyperparams import (
     check_scalar_or_schedule,
 )
 from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
-from optax_adam_mini.messages import check_mask_leaves
+from optax_adam_mini.messages import check_mask_leaves, some
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
@@ -107,7 +107,7 @@ def muon_mini(
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in `init` for dimension
             numbers or block specs that do not fit the parameters; in `update` if weight decay needs
-            `params` and there are none.
+            `params` and there are none, or if a parameter's gradient is None.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 3)), "head": jnp.ones((3, 8)), "bias": jnp.zeros(8)}
@@ -165,10 +165,10 @@ def muon_mini(
 
     def in_tree(params: Any) -> Any:
         """The dimension numbers of a tree of matrices, as `scale_by_muon` takes them."""
-        return jax.tree.unflatten(jax.tree.structure(params), _dimension_numbers(given, params))
+        return jax.tree.unflatten(jax.tree.structure(params), dimension_numbers(given, params))
 
     def part_of(params: Any) -> Any:
-        names = [ADAM if numbers is None else MUON for numbers in _dimension_numbers(given, params)]
+        names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
         return jax.tree.unflatten(jax.tree.structure(params), names)
 
     scaled = lambda updates, _: jax.tree.map(
@@ -192,7 +192,29 @@ def muon_mini(
         adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay, weight_decay_mask,
         nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
-    return optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+    both = optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        _check_gradients(updates, params)
+        return both.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(both.init, update_fn)
+
+
+def _check_gradients(updates: Any, params: Any) -> None:
+    """Refuses None in the place of a gradient: `optax.partition` cannot tell where it goes."""
+    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+        return
+    is_none = lambda g: g is None
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
+    none = {path_of(keys) for keys, g in leaves if g is None}
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    missing = ["/".join(p) for p in paths if any(p[:n] in none for n in range(len(p) + 1))]
+    if missing:
+        raise ValueError(
+            f"no gradient, but None, for the parameters at {some(missing)}: muon_mini needs one "
+            "for each; give zeros, or None in the parameters as well, to init and to update"
+        )
 
 
 _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
@@ -208,7 +230,7 @@ def _kept(
             check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if mu_dtype == jnp.int8:
-            rows = lambda p, n: jnp.zeros(_rows(p.shape, n)[1], jnp.bfloat16)
+            rows = lambda p, n: jnp.zeros(rows_of(p.shape, n)[1], jnp.bfloat16)
             largest = jax.tree.map(rows, params, in_tree(params))
             mu = RowCodes(mu, with_kept_names(largest, params))
         state: Any = tx.init(params)
@@ -242,21 +264,27 @@ def _written(mu: Any, old: Any, count: Any, in_tree: Callable[[Any], Any]) -> An
     numbers = jax.tree.structure(mu).flatten_up_to(in_tree(mu))
     for (keys, m), n in zip(jax.tree_util.tree_leaves_with_path(mu), numbers, strict=True):
         seed = rounding_seed(count, salt_of(path_str(keys)))
-        pairs.append(write_row(m, _rows(m.shape, n)[0], seed))
+        pairs.append(write_row(m, rows_of(m.shape, n)[0], seed))
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))
 
 
-def _rows(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def rows_of(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Along which axes a row of a matrix lies, the longer way, and the shape of one for each."""
     axes = max(_axes(numbers), key=lambda axes: math.prod(shape[axis] for axis in axes))
     axes = tuple(axis % len(shape) for axis in axes)
     return axes, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
+def sizes_of(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> tuple[int, int]:
+    """How many inputs and outputs a matrix has."""
+    inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in _axes(numbers))
+    return inputs, outputs
+
+
 def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms: Any) -> Any:
     """Of the update of a matrix of this shape."""
-    inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in _axes(numbers))
+    inputs, outputs = sizes_of(shape, numbers)
     if consistent_rms is None:
         return math.sqrt(max(1, outputs / inputs))
     return math.sqrt(max(inputs, outputs)) * consistent_rms
@@ -266,7 +294,7 @@ def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
     return [(axes,) if isinstance(axes, int) else tuple(axes) for axes in numbers]
 
 
-def _dimension_numbers(given: Any, params: Any) -> list[Any]:
+def dimension_numbers(given: Any, params: Any) -> list[Any]:
     """The dimension numbers of every leaf of `params`, None for what goes to Adam-mini.
 
     Raises:

@@ -10,20 +10,27 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.hyperparams import check_mu_dtype
-from optax_adam_mini.labels import BlockSpecs, called, has_outer, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_str, resolve_block_specs
+from optax_adam_mini.muon import dimension_numbers, rows_of, sizes_of
 from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import period, widen
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
+    from optax.contrib import MuonDimensionNumbers
     from rich.table import Table
 
 
 def block_table(
-    params: PyTree, block_specs: BlockSpecs, mu_dtype: jax.typing.DTypeLike | None = None
+    params: PyTree,
+    block_specs: BlockSpecs,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    muon_weight_dimension_numbers: Any = None,
 ) -> Table:
     """A table of how every parameter is cut, and of what that saves.
 
@@ -34,6 +41,9 @@ def block_table(
         mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its
             state. Without it `mu` is counted in the parameters' dtypes; inside
             `stochastic_rounding` it is float32.
+        muon_weight_dimension_numbers: that of your `muon_mini`. The parameters
+            that it names go to Muon, which has no second moment. None for
+            `adam_mini`.
 
     Returns:
         A `rich.table.Table`, which `print` and `rich.print` fit to the
@@ -43,23 +53,31 @@ def block_table(
         against AdamW's, and bytes of a whole training.
 
     Raises:
-        TypeError, ValueError: if the specs do not fit the parameters.
+        TypeError, ValueError: if the specs or the dimension numbers do not fit the parameters.
 
     Examples:
         >>> params = {"kernel": jax.ShapeDtypeStruct((768, 3072), jnp.float32)}
         >>> table = block_table(params, per_neuron())
         >>> [next(column.cells) for column in table.columns]
         ['kernel', '(768, 3072)', '3,072 neurons x (768, 1)', '3,072', '12,288']
+        >>> numbers = optax.contrib.MuonDimensionNumbers(0, 1)
+        >>> table = block_table(params, per_neuron(), muon_weight_dimension_numbers=numbers)
+        >>> [next(column.cells) for column in table.columns]
+        ['kernel', '(768, 3072)', 'matrix (768 x 3072), Muon', '0', '0']
     """
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
     given = called(block_specs, params)
-    labels, is_outer = resolve_block_specs(given, params), has_outer(given, params)
+    matrices, rest = _matrices(muon_weight_dimension_numbers, params)
+    specs = dict(resolve_block_specs(given, rest))
+    is_outer = has_outer(given, rest)
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
     ]
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters alike but for the numbers in the path
-    for (path, spec), leaf in zip(labels, leaves, strict=True):
-        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, spec, spec.note)
+    for (path, matrix), leaf in zip(matrices, leaves, strict=True):
+        cut = matrix or specs[path]
+        note = "" if matrix else specs[path].note
+        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, cut, note)
         rows.setdefault(alike, []).append(path)
 
     table.add_column("parameter")
@@ -69,22 +87,27 @@ def block_table(
     table.add_column("bytes of v", justify="right", no_wrap=True)
     mu_dtype = check_mu_dtype(mu_dtype)
     v_before = v_after = adamw = mu_bytes = nu_bytes = param_bytes = 0
-    for (_, shape, dtype, spec, note), paths in rows.items():
-        size, numbers = len(paths) * math.prod(shape), len(paths) * spec.size(shape)
+    for (_, shape, dtype, cut, note), paths in rows.items():
+        is_matrix = not isinstance(cut, Spec)
+        size = len(paths) * math.prod(shape)
+        numbers = 0 if is_matrix else len(paths) * cut.size(shape)
         row_bytes = numbers * widen(_real(dtype)).itemsize
         times = f"{len(paths)} x " if len(paths) > 1 else ""
         table.add_row(
             _common_path(paths),
             f"{times}{shape}",
-            describe(spec, shape) + (f" ({note})" if note else ""),
+            (_describe_matrix if is_matrix else describe)(cut, shape)
+            + (f" ({note})" if note else ""),
             f"{numbers:,}",
             f"{row_bytes:,}",
         )
         # Beside an outer's two trees, the second has an array of one number for the others.
-        row_bytes += is_outer * (not isinstance(spec, Outer)) * len(paths) * 4
+        row_bytes += is_outer * (not is_matrix and not isinstance(cut, Outer)) * len(paths) * 4
         v_before, v_after = v_before + size, v_after + numbers
         param_bytes += size * dtype.itemsize
         mu_bytes += size * (mu_dtype or dtype).itemsize
+        if is_matrix and mu_dtype == jnp.int8:  # the largest of each row, in bfloat16
+            mu_bytes += len(paths) * math.prod(rows_of(shape, cut)[1]) * 2
         adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()
     table.add_row("total", f"{v_before:,} numbers", "", f"{v_after:,}", f"{nu_bytes:,}")
@@ -102,6 +125,22 @@ def block_table(
     )
     table.caption_justify = "left"
     return table
+
+
+def _matrices(numbers: Any, params: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The path of every parameter with its matrix, None for what is none, and the tree of those."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    found = [None] * len(leaves) if numbers is None else dimension_numbers(numbers, params)
+    rest = [optax.MaskedNode() if n else p for (_, p), n in zip(leaves, found, strict=True)]
+    paths = [path_str(keys) for keys, _ in leaves]
+    return list(zip(paths, found, strict=True)), jax.tree.unflatten(treedef, rest)
+
+
+def _describe_matrix(numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> str:
+    inputs, outputs = sizes_of(shape, numbers)
+    count = math.prod(shape) // max(inputs * outputs, 1)
+    matrices = "matrix" if count == 1 else f"{count:,} matrices"
+    return f"{matrices} ({inputs} x {outputs}), Muon"
 
 
 @functools.cache

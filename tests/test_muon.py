@@ -408,6 +408,28 @@ def test_wrong_dimension_numbers_are_one_clear_error_of_init(name):
         tx.init(make_params())
 
 
+def test_a_gradient_that_is_none_is_one_clear_error():
+    tx, params = mini(), make_params()
+    state = tx.init(params)
+    for name in ("kernel", "bias"):  # of either part
+        with pytest.raises(ValueError, match=f"None, for the parameters at {name}: .*give zeros"):
+            tx.update({**params, name: None}, state, params)
+    nested = {"layer": params, "w": jnp.ones((3, 4))}
+    tx = muon_mini(0.02, block_specs=per_element())
+    with pytest.raises(ValueError, match="at layer/bias, layer/conv"):
+        tx.update({"layer": None, "w": nested["w"]}, tx.init(nested), nested)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_no_parameter_needs_no_gradient(mu_dtype):
+    params = {**make_params(), "kernel": None, "bias": None}
+    tx = mini(weight_decay=0.1, mu_dtype=mu_dtype)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates["kernel"] is updates["bias"] is None
+    assert np.any(updates["conv"])
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+
+
 def test_integers_are_no_parts():
     params = {"w": jnp.ones((3, 4)), "indices": jnp.ones((3, 4), jnp.int32)}
     tx = muon_mini(0.02, block_specs=per_element())

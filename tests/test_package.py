@@ -40,9 +40,10 @@ LAYERS = [
     ["rounding", "messages"],
     ["quantized"],
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
-     "dataflow", "report", "sharding", "hessian"],
+     "dataflow", "sharding", "hessian"],
     ["transform"],
     ["convert", "muon"],
+    ["report"],
 ]  # fmt: skip
 # Within dataflow, module by module.
 DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "taps", "rules", "forward", "backward",

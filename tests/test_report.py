@@ -3,8 +3,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import rich.console
+from optax.contrib import MuonDimensionNumbers
 
 from optax_adam_mini import (
     adam_mini,
@@ -12,6 +14,7 @@ from optax_adam_mini import (
     by_path,
     flax_layers,
     fused,
+    muon_mini,
     outer,
     per_element,
     per_head,
@@ -133,3 +136,46 @@ def test_caption_says_what_mu_is_counted_in():
     )
     caption = block_table(params, per_neuron(), mu_dtype=jnp.int8).caption
     assert "for 8 bits" not in caption
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("is_outer", [True, False])
+def test_what_goes_to_muon(mu_dtype, is_outer):
+    """Its bytes are those of the state that muon_mini makes, but for counters and coefficients."""
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "conv": shape((3, 3, 2, 5), jnp.bfloat16),
+        "h": [{"kernel": shape((4, 8, 24), jnp.float32)} for _ in range(2)],
+        "table": shape((100, 8), jnp.float32),
+        "bias": shape((8,), jnp.float32),
+    }
+    numbers = {
+        "conv": MuonDimensionNumbers((0, 1, 2), 3),
+        "h": MuonDimensionNumbers(1, 2),
+        "table": None,
+        "bias": None,
+    }
+    table = outer(per_neuron(axis=0), per_neuron()) if is_outer else per_neuron()
+    # What is given for the matrices is not looked at.
+    specs = {"conv": per_head(7), "h": outer(per_neuron(axis=0), per_neuron()), "table": table,
+             "bias": per_element()}  # fmt: skip
+    found = block_table(params, specs, mu_dtype, muon_weight_dimension_numbers=numbers)
+    cells = list(zip(*(column.cells for column in found.columns), strict=True))
+    assert ("conv", "(3, 3, 2, 5)", "matrix (18 x 5), Muon", "0", "0") in cells
+    assert ("h/*/kernel", "2 x (4, 8, 24)", "4 matrices (8 x 24), Muon", "0", "0") in cells
+    cut = "100 rows + 8 columns" if is_outer else "8 neurons x (100, 1)"
+    assert next(row for row in cells if row[0] == "table")[2] == cut
+
+    tx = muon_mini(
+        0.02, mu_dtype=mu_dtype, muon_weight_dimension_numbers=numbers, block_specs=specs
+    )
+    state = jax.eval_shape(tx.init, params)
+    mu, nu = optax.tree.get_all_with_path(state, "mu"), optax.tree.get(state, "nu")
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(([leaf for _, leaf in mu], nu)))
+    assert f"optimizer state: {size:,} bytes" in found.caption
+
+
+def test_numbers_of_muon_that_do_not_fit():
+    params = {"kernel": jnp.ones((4, 6))}
+    with pytest.raises(ValueError, match=r"kernel \(4, 6\): .*does not fit"):
+        block_table(params, per_neuron(), muon_weight_dimension_numbers=MuonDimensionNumbers(0, 2))

@@ -129,6 +129,8 @@ class Compiled(NamedTuple):
     """Bytes of the smallest part of a matrix that a device has, in float32, as sums over it are."""
     seconds: float
     """To trace and compile."""
+    program: Any
+    """As `jax.stages.Lowered.compile` returns it."""
 
 
 def results(hlo: str) -> list[tuple[str, list[int]]]:
@@ -185,8 +187,11 @@ def compile_update(
     mesh: jax.sharding.Mesh,
     fsdp: str,
     placed_by: Literal["opt_state_shardings", "NNX", "Linen"] = "opt_state_shardings",
+    while_updating: Callable[[Any], Any] | None = None,
 ) -> Compiled:
-    """The update of `make(specs)`, and adding it, with parameters and state donated."""
+    """The update of `make(specs)`, and adding it, with parameters and state donated. With
+    `while_updating`, which is given the parameters' shardings and returns others, the state has
+    those, and gradients and updates while there is an update."""
     of_params = param_shardings(params, RULES[fsdp], mesh)
     if placed_by != "opt_state_shardings":
         params = (by_nnx if placed_by == "NNX" else by_linen)(params, of_params)
@@ -195,14 +200,22 @@ def compile_update(
     tx = make(specs)
     state = jax.eval_shape(tx.init, params)
     if placed_by == "opt_state_shardings":
-        of_state = opt_state_shardings(tx, params, of_params)
+        of_state = opt_state_shardings(
+            tx, params, while_updating(of_params) if while_updating else of_params
+        )
     elif placed_by == "NNX":
         of_params, of_state = (nnx.get_named_sharding(tree, mesh) for tree in (params, state))
     else:
         of_params, of_state = (linen.get_sharding(tree, mesh) for tree in (params, state))
 
+    def moved(tree: Any) -> Any:
+        if while_updating is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, while_updating(of_params))
+
     def update(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(moved(grads), state, params)
+        updates = moved(updates)
         return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
@@ -239,6 +252,7 @@ def compile_update(
         largest=max((size for _, sizes in results(hlo) for size in sizes), default=0),
         smallest_matrix=min(matrices),
         seconds=seconds,
+        program=compiled,
     )
 
 

@@ -217,6 +217,7 @@ def _is_adam(x):
     return isinstance(x, ScaleByAdamMiniState)
 
 
+@pytest.mark.slow
 def test_muon_trains(corpus, tmp_path):
     losses = {}
     for rate in (2e-2, 1e-9):

@@ -836,7 +836,8 @@ def test_refusals(options, message, tmp_path):
     assert not (tmp_path / "runs").exists()  # refused before anything was made
 
 
-def test_show_blocks(tmp_path, capsys):
+def test_show_blocks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     # The files are not looked at.
     data = GraphConfig("citeseer", data_dir=str(tmp_path))
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True, model="gat", data=data))

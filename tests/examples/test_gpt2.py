@@ -460,7 +460,7 @@ def test_refuses_short_and_empty_text(tmp_path):
 def test_refuses_a_run_without_checkpoints(corpus, tmp_path):
     runs.new_run(tmp_path, tiny_config(corpus, tmp_path))
     with pytest.raises(
-        ConfigError, match="has no checkpoint of adamw or adam_mini or adam_mini_int8 yet: train"
+        ConfigError, match="has no checkpoint of adamw or adam_mini or adam_mini_int8 or muon_mini yet"
     ):
         main(Config(runs=str(tmp_path), sample="x"))
 
@@ -526,4 +526,4 @@ def test_command_line():
     for field in itertools.chain(*groups):
         if field.name not in ("data", "hyper", "devices", "parameters"):
             assert "--" + field.name.replace("_", "-") in words
-    assert "Highest learning rate, reached after the warmup. (default: " in words
+    assert "Highest learning rate, reached after the warmup; with Muon, that of" in words
