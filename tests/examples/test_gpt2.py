@@ -460,7 +460,8 @@ def test_refuses_short_and_empty_text(tmp_path):
 def test_refuses_a_run_without_checkpoints(corpus, tmp_path):
     runs.new_run(tmp_path, tiny_config(corpus, tmp_path))
     with pytest.raises(
-        ConfigError, match="has no checkpoint of adamw or adam_mini or adam_mini_int8 or muon_mini yet"
+        ConfigError,
+        match="has no checkpoint of adamw or adam_mini or adam_mini_int8 or muon_mini yet",
     ):
         main(Config(runs=str(tmp_path), sample="x"))
 
