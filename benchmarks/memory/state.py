@@ -14,12 +14,12 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from examples.common.language import LanguageConfig, abstract_model, block_specs
+from examples.common.language import LanguageConfig, abstract_model, block_specs, matrices
 from examples.common.optimizers import state_bytes
 from examples.common.text import TextConfig
 from examples.gpt2.train import Config as GPT2Training
 from examples.llama.train import Config as LlamaTraining
-from optax_adam_mini import adam_mini
+from optax_adam_mini import adam_mini, muon_mini
 
 
 class Model(NamedTuple):
@@ -56,6 +56,9 @@ class Memory(NamedTuple):
     mean_int8: int
     """The same with the first moment in 8 bits."""
     outer_int8: int
+    muon: int
+    """Muon's for the matrices, and Adam-mini's for the rest."""
+    muon_int8: int
 
 
 def memory(config: LanguageConfig) -> Memory:
@@ -70,10 +73,22 @@ def memory(config: LanguageConfig) -> Memory:
     def mini(v: str, mu_dtype: Any = None) -> int:
         return of(adam_mini(1e-3, mu_dtype=mu_dtype, block_specs=specs[v]))
 
+    numbers = matrices(config)
+
+    def muon(mu_dtype: Any = None) -> int:
+        return of(
+            muon_mini(
+                2e-2,
+                mu_dtype=mu_dtype,
+                muon_weight_dimension_numbers=numbers,
+                block_specs=specs["outer"],
+            )
+        )
+
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Memory(
         count, of(optax.adamw(1e-3)), mini("mean"), mini("outer"),
-        mini("mean", jnp.int8), mini("outer", jnp.int8),
+        mini("mean", jnp.int8), mini("outer", jnp.int8), muon(), muon(jnp.int8),
     )  # fmt: skip
 
 
@@ -81,9 +96,12 @@ def main() -> None:
     """Prints a row for each model."""
     table = Table(title="Optimizer state in float32, computed")
     table.add_column("model")
-    for heading in ("parameters", "AdamW GB", "in the paper", "Adam-mini GB", "of AdamW's",
-                    "outer GB", "of AdamW's", "8 bits GB", "of AdamW's", "outer, 8 bits GB",
-                    "of AdamW's"):  # fmt: skip
+    of_adamws = "of AdamW's"
+    for heading in (
+        "parameters", "AdamW GB", "in the paper", "Adam-mini GB", of_adamws, "outer GB", of_adamws,
+        "8 bits GB", of_adamws, "outer, 8 bits GB", of_adamws, "muon_mini GB", of_adamws,
+        "muon_mini, 8 bits GB", of_adamws,
+    ):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, config, paper in MODELS:
         count, adamw, *minis = memory(config)
@@ -91,7 +109,7 @@ def main() -> None:
             name, f"{count / 1e6:,.0f} M", f"{adamw / 1e9:.2f}", f"{paper:.2f}" if paper else "",
             *(text for mini in minis for text in (f"{mini / 1e9:.2f}", f"{mini / adamw:.2%}")),
         )  # fmt: skip
-    Console(width=160).print(table)
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":
