@@ -30,6 +30,9 @@ MARKED = {
     "outer": "Adam-mini",
     "outer, 8 bits": "Adam-mini, 8 bits",
     "mean": "Adam-mini, one number",
+    "muon": "Muon, AdamW for the rest",
+    "muon_mini": "Muon, Adam-mini for the rest",
+    "muon_mini, 8 bits": "the same, 8 bits",
 }
 
 
@@ -186,7 +189,7 @@ def draw_memory(output: Path) -> Figure | None:
     if not panels:
         return None
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2 + 2 * len(panels), 3.6), sharey=True, squeeze=False,
+        1, len(panels), figsize=(max(6, 2 + 2 * len(panels)), 3.8), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for panel, (title, points) in zip(axes[0], panels.items(), strict=True):
@@ -195,7 +198,7 @@ def draw_memory(output: Path) -> Figure | None:
                 continue
             size, (mean, low, high) = points[contender]
             errors = [[100 * (mean - low)], [100 * (high - mean)]] if contender != "adamw" else None
-            panel.errorbar(size, 100 * mean, yerr=errors, fmt="osD^"[index], color=f"C{index}",
+            panel.errorbar(size, 100 * mean, yerr=errors, fmt="osD^vPX"[index], color=f"C{index}",
                            capsize=3, label=label)  # fmt: skip
         panel.axhline(0, color="gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
@@ -206,7 +209,8 @@ def draw_memory(output: Path) -> Figure | None:
     figure.supxlabel("optimizer state (bytes per parameter); bars: 95% confidence interval")
     legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes[0]]
     handles = {label: handle for legend in legends for handle, label in legend}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
+    columns = min(len(handles), 4 if len(panels) > 2 else 2)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
     return figure
 
 
