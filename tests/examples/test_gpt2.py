@@ -249,10 +249,11 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
         assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
         assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    adamw, mini, small = json.loads((folder / "results.json").read_text())
-    assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"]
+    adamw, mini, small, muon = json.loads((folder / "results.json").read_text())
+    assert adamw["numbers_in_v"] > 4 * mini["numbers_in_v"] > 4 * muon["numbers_in_v"]
     assert mini["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
     assert small["optimizer_bytes"] < 0.30 * adamw["optimizer_bytes"]
+    assert muon["optimizer_bytes"] < 0.65 * adamw["optimizer_bytes"]
     output = capsys.readouterr().out
     for expected in ("held-out nats", "optimizer", "bytes", "numbers", "ms per"):
         assert expected in " ".join(output.split())
