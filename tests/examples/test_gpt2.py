@@ -263,7 +263,7 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
 
     main(Config(runs=str(tmp_path), sample="the qu", sample_tokens=20))
     sample = capsys.readouterr().out
-    assert "adam_mini_int8, step 8" in sample
+    assert "muon_mini, step 8" in sample
     assert "the qu" in sample
 
 
