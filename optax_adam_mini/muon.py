@@ -21,7 +21,13 @@ from optax_adam_mini.hyperparams import (
     check_scalar_or_schedule,
 )
 from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
-from optax_adam_mini.messages import check_mask_leaves, some
+from optax_adam_mini.messages import (
+    check_gradient,
+    check_mask_leaves,
+    check_order,
+    leaves_as,
+    some,
+)
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
@@ -135,6 +141,10 @@ def muon_mini(
 
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
+    adam_rate = learning_rate
+    if adam_learning_rate is not None:
+        adam_rate = check_scalar_or_schedule("adam_learning_rate", adam_learning_rate)
+    adam_weight_decay = check_scalar_or_schedule("adam_weight_decay", adam_weight_decay)
     check_mask_leaves(weight_decay_mask)
     check_hyperparams(beta=beta, eps=eps)
     if consistent_rms is not None:
@@ -188,9 +198,8 @@ def muon_mini(
         optax.scale_by_learning_rate(learning_rate),
     )  # fmt: skip
     rest = adam_mini(
-        learning_rate if adam_learning_rate is None else adam_learning_rate,
-        adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay, weight_decay_mask,
-        nesterov=nesterov, bounded=bounded, block_specs=block_specs,
+        adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,
+        weight_decay_mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
     both = optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
 
@@ -202,18 +211,20 @@ def muon_mini(
 
 
 def _check_gradients(updates: Any, params: Any) -> None:
-    """Refuses None in the place of a gradient: `optax.partition` cannot tell where it goes."""
-    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+    """Refuses what is no gradient of `params`, and None: `optax.partition` cannot tell its part."""
+    check_order(updates)
+    if params is None:
         return
-    is_none = lambda g: g is None
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
-    none = {path_of(keys) for keys, g in leaves if g is None}
-    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-    missing = ["/".join(p) for p in paths if any(p[:n] in none for n in range(len(p) + 1))]
-    if missing:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    grads = list(zip(leaves, leaves_as(params, "gradients", updates), strict=True))
+    if missing := [path_str(keys) or "params" for (keys, _), g in grads if g is None]:
         raise ValueError(
             f"no gradient, but None, for the parameters at {some(missing)}: muon_mini needs one "
             "for each; give zeros, or None in the parameters as well, to init and to update"
+        )
+    for (keys, param), g in grads:
+        check_gradient(
+            path_str(keys), jax.ShapeDtypeStruct(jnp.shape(param), jnp.result_type(param)), g
         )
 
 
@@ -319,8 +330,9 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     for path, numbers in by_path.items():
         if not is_one(numbers):
             raise TypeError(
-                f"{name}: {'/'.join(path)}: expected optax.contrib.MuonDimensionNumbers, or None "
-                f"for Adam-mini, got {numbers!r} of type {type(numbers).__name__}"
+                f"{name}: {'/'.join(path) or 'params'}: expected "
+                f"optax.contrib.MuonDimensionNumbers, or None for Adam-mini, got {numbers!r} of "
+                f"type {type(numbers).__name__}"
             )
     found = of_leaves(name, "entry", by_path, params)
     for path, leaf, numbers in found:

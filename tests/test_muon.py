@@ -408,6 +408,20 @@ def test_wrong_dimension_numbers_are_one_clear_error_of_init(name):
         tx.init(make_params())
 
 
+def test_what_is_no_gradient_is_refused_with_its_path():
+    params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
+    tx = muon_mini(1e-2, block_specs=per_element())
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="got a state in the place of the gradients"):
+        tx.update(state, params, params)
+    with pytest.raises(ValueError, match=r"kernel: got a gradient of shape \(8, 4\), .*\(4, 8\)"):
+        tx.update({**params, "kernel": jnp.ones((8, 4))}, state, params)
+    with pytest.raises(ValueError, match="got nothing for bias"):
+        tx.update({"kernel": params["kernel"]}, state, params)
+    with pytest.raises(ValueError, match="adam_learning_rate must be at least 0, got -1"):
+        muon_mini(1e-2, adam_learning_rate=-1.0)
+
+
 def test_a_gradient_that_is_none_is_one_clear_error():
     tx, params = mini(), make_params()
     state = tx.init(params)
@@ -416,7 +430,7 @@ def test_a_gradient_that_is_none_is_one_clear_error():
             tx.update({**params, name: None}, state, params)
     nested = {"layer": params, "w": jnp.ones((3, 4))}
     tx = muon_mini(0.02, block_specs=per_element())
-    with pytest.raises(ValueError, match="at layer/bias, layer/conv"):
+    with pytest.raises(ValueError, match="got nothing for layer/bias, layer/conv"):
         tx.update({"layer": None, "w": nested["w"]}, tx.init(nested), nested)
 
 
