@@ -94,11 +94,13 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
     if kept.dtype != jnp.int8:
         return kept.astype(sums.widen(kept.dtype))
     code = jnp.abs(kept.astype(jnp.int32))
-    bits, density = _bits(_SMALL) + (code << _CUT), 1
+    bits, base, density = code << _CUT, _bits(_SMALL), 1
     for more, first, last in _DENSER:  # the inverse of what `write` does
-        denser = jnp.clip(code, _code_at(first), _code_at(last)) - _code_at(first)
-        bits -= denser * ((1 << _CUT) // density - (1 << _CUT) // (density + more))
+        shorter = (1 << _CUT) // density - (1 << _CUT) // (density + more)
+        bits -= shorter * jnp.clip(code, _code_at(first), _code_at(last))
+        base += shorter * _code_at(first)
         density += more
+    bits += base
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32) - _OFFSET
     # 0 times an infinite root is 0, not NaN: a block that has overflowed stands still.
     finite = lambda root: jnp.where(jnp.isfinite(root), root, 0)
@@ -137,13 +139,15 @@ def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     # A root that is too small to have an inverse gives the code 0.
     inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0)
     number = _times_roots(jnp.abs(m), spec, nu, inverse).astype(jnp.float32) + _OFFSET
-    bits = jax.lax.bitcast_convert_type(number, jnp.int32)
     # In each binade, codes are evenly spaced in the bits, and so in the numbers. Adding a random
     # number to the fraction that is cut off rounds up in proportion.
-    code = jnp.minimum(bits, _bits(_LARGE)) - _bits(_SMALL)
+    bits = jax.lax.bitcast_convert_type(number, jnp.int32) - _bits(_SMALL)
+    above = lambda exponent: _bits(exponent) - _bits(_SMALL)
+    code, extra = jnp.minimum(bits, above(_LARGE)), 0
     for more, first, last in _DENSER:
-        code += more * (jnp.clip(bits, _bits(first), _bits(last)) - _bits(first))
-    code = ((code + random_bits(_CUT, m.shape, seed)) >> _CUT).astype(jnp.int8)
+        code += more * jnp.clip(bits, above(first), above(last))
+        extra += more * above(first)
+    code = ((code + (random_bits(_CUT, m.shape, seed) - extra)) >> _CUT).astype(jnp.int8)
     # The sign is applied last, in 8 bits: if a conversion came last, XLA's CPU compiler would
     # compute the codes again for the update, from a copy of the old ones.
     return jnp.where(m < _ZERO, -code, code)

@@ -401,10 +401,9 @@ def _update_parameter(
     m_hat = t.mu_weight * read(spec, kept, nu)
     if nesterov:
         m_hat += t.g_weight * g
-    # 1 / (sqrt(v_hat) + eps) is computed once for each block, and then spread.
-    v_hat = jax.tree.map(lambda nu: nu / t.c2, nu)
-    inverse = lambda v: 1 / (jnp.sqrt(v + t.eps_root) + t.eps)
-    update = m_hat * spec.spread(v_hat, g.shape, inverse)
+    # With one number for each block it is computed once for each, and then spread.
+    inverse_root = lambda v: 1 / (jnp.sqrt(v / t.c2 + t.eps_root) + t.eps)
+    update = m_hat * spec.spread(nu, g.shape, inverse_root)
     return _held(update, t.longest) if bounded else update, kept, nu
 
 
