@@ -2,11 +2,34 @@ import os
 
 import hypothesis
 import jax
+import pytest
 
 # Ordinarily as many examples as a short suite has time for: each compiles programs of its own.
-hypothesis.settings.register_profile("ordinary", max_examples=20, deadline=None)
-hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ordinary"))
+PROFILES = {"ordinary": 8, "thorough": 40, "nightly": 2000}
+for name, max_examples in PROFILES.items():
+    hypothesis.settings.register_profile(name, max_examples=max_examples, deadline=None)
+hypothesis.settings.register_profile(  # for tests that are to fail, and no more than that
+    "faults", max_examples=40, deadline=None, phases=[hypothesis.Phase.generate]
+)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ordinary")
+hypothesis.settings.load_profile(PROFILE)
 
 # Before any device is asked for: tests of sharding need several.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Tests of compiled programs, of times, and of long computations in small ones.
+OPTIMIZED = ("eager", "export", "memory", "primitives", "product", "quantized", "sums", "speed")
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast(request):
+    """Ordinarily without most optimizations: half of the time of a test is compilation."""
+    parts = request.path.parts
+    if "examples" in parts:  # these say so themselves
+        return
+    is_optimized = (
+        PROFILE != "ordinary"
+        or request.node.get_closest_marker("slow")
+        or any(f"test_{name}.py" in parts or name in parts for name in OPTIMIZED)
+    )
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)

@@ -16,6 +16,13 @@ from optax_adam_mini import (
 )
 from tests.by_hand import BLOCK_SPECS, OUTER_SPECS, gradients, params
 
+each_in_turn = pytest.mark.parametrize(
+    "specs",
+    [
+        pytest.param(BLOCK_SPECS, id="mean", marks=pytest.mark.slow),
+        pytest.param(OUTER_SPECS, id="outer"),
+    ],
+)
 each_spec = pytest.mark.parametrize("specs", [BLOCK_SPECS, OUTER_SPECS], ids=["mean", "outer"])
 
 
@@ -67,7 +74,7 @@ def test_takes_over_in_8_bits_in_any_wrapper(name, specs):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-@each_spec
+@each_in_turn
 def test_takes_over_in_any_wrapper(name, specs):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
     adam = WRAPPERS[name](optax.adamw(schedule))

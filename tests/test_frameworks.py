@@ -214,6 +214,7 @@ def test_flax_nnx_optimizer(digits):
     assert nu_shapes(nnx.as_pure(optimizer.opt_state)) == READER
 
 
+@pytest.mark.slow
 def test_flax_nnx_functional(digits):
     graph, params = nnx.split(Reader(nnx.Rngs(0)), nnx.Param)
     tx = adam_mini(1e-2)

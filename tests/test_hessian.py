@@ -25,6 +25,7 @@ def test_hessian_is_jaxs_own():
         )
 
 
+@pytest.mark.slow
 def test_hessians_of_several_arrays_are_those_of_each():
     keys = jax.random.split(jax.random.key(0))
     params = {"a": jax.random.normal(keys[0], (3, 5)), "b": jax.random.normal(keys[1], (5, 2))}

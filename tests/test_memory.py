@@ -42,7 +42,7 @@ def nbytes(tree):
 @pytest.mark.parametrize(
     ("v", "mu_dtype", "numbers", "share"),
     [
-        ("mean", None, 1e-3, 0.501),
+        pytest.param("mean", None, 1e-3, 0.501, marks=pytest.mark.slow),
         ("outer", None, 3e-3, 0.503),
         ("mean", "int8", 1e-3, 0.126),
         ("outer", "int8", 3e-3, 0.128),

@@ -43,6 +43,8 @@ MATRIX = outer(per_neuron(axis=0), per_neuron())
 SPECS = {name: MATRIX if len(shape) == 2 else per_element() for name, shape in SHAPES.items()}
 ours = functools.partial(muon_mini, muon_weight_dimension_numbers=NUMBERS)
 theirs = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=NUMBERS)
+# In 8 bits all that a float state has is tested, too.
+IN_8_BITS_FIRST = [pytest.param(None, marks=pytest.mark.slow), "int8"]
 mini = functools.partial(ours, 0.02, adam_learning_rate=4e-3, block_specs=SPECS)
 
 
@@ -156,7 +158,9 @@ def test_specs_of_the_whole_tree_and_decay_by_the_mask():
     assert moved == {name: name == "table" for name in SHAPES}
 
 
-@pytest.mark.parametrize("mu_dtype", [None, jnp.float32, jnp.int8])
+@pytest.mark.parametrize(
+    "mu_dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (None, jnp.float32)), jnp.int8]
+)
 def test_parameters_in_bfloat16(mu_dtype):
     params = make_params(jnp.bfloat16)
     tx = mini(mu_dtype=mu_dtype, weight_decay=0.1)
@@ -197,7 +201,7 @@ def test_wrapped_it_is_as_optax_contrib_muon_wrapped(name):
 STATIC = ("ns_steps", "ns_coeffs", "muon_weight_dimension_numbers", "block_specs", "mu_dtype")
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_injected_hyperparams(mu_dtype):
     inject = optax.inject_hyperparams(ours, static_args=STATIC)
     rate = optax.linear_schedule(0.05, 0.0, 40)
@@ -211,13 +215,13 @@ def test_injected_hyperparams(mu_dtype):
     assert np.any(updates["kernel"])
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_jit_is_eager(mu_dtype):
     jitted, eager = (train(mini(mu_dtype=mu_dtype), make_params(), 4, jit)[0] for jit in (1, 0))
     chex.assert_trees_all_close(jitted, eager, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
     tx = mini(mu_dtype=mu_dtype)
     params, state = train(tx, make_params(), 3)
@@ -236,7 +240,7 @@ def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
 # --- On meshes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_8_devices_give_the_numbers_of_one(mu_dtype):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     of_params = {name: NamedSharding(mesh, spec) for name, spec in training.SPECS.items()}
@@ -434,7 +438,7 @@ def test_a_gradient_that_is_none_is_one_clear_error():
         tx.update({"layer": None, "w": nested["w"]}, tx.init(nested), nested)
 
 
-@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_no_parameter_needs_no_gradient(mu_dtype):
     params = {**make_params(), "kernel": None, "bias": None}
     tx = mini(weight_decay=0.1, mu_dtype=mu_dtype)

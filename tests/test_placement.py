@@ -266,6 +266,7 @@ def test_trees_of_a_state():
         assert mapped[0].mu == names
 
 
+@pytest.mark.slow
 def test_adapters_alone_and_stacked_layers():
     with jax.set_mesh(mesh_of("auto")):
         lora = nnx.LoRA(

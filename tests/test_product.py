@@ -1,6 +1,7 @@
 """A row times a column inside each block: against NumPy, Optax's factored moment and closed forms."""
 
 import chex
+import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,7 @@ def pairs(draw):
     )
 
 
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
 @given(pairs(), SEEDS)
 def test_product_is_the_formula(case, seed):
     shape, a, edges_a, b, edges_b = case

@@ -202,7 +202,7 @@ def check_step(spec, shape, dtype=np.float32, *, nesterov=False, seed=0, b1=0.9,
     np.testing.assert_allclose(np.asarray(updates, np.float64), expected, rtol=rtol, atol=rtol / 10)
 
 
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 5)
+@hypothesis.settings(max_examples=max(3, hypothesis.settings.default.max_examples // 5))
 @given(
     shapes_and_specs(max_rank=3, min_side=1),
     st.sampled_from(["float32", "bfloat16", "float16"]),
@@ -347,10 +347,15 @@ def test_noise_of_the_update(n, decays, options, limit):
     ("decays", "options", "limit"),
     [
         ((0.9, 0.999), {}, 0.05),
-        ((0.99, 0.9995), {}, 0.15),
-        ((0.99, 0.9995), LONG, 0.215),
         ((0.9, 0.999), {"sigma": 1.5}, 0.12),
-        ((0.9, 0.95), {"sigma": 1.5}, 0.12),
+        *(
+            pytest.param(decays, options, limit, marks=pytest.mark.slow)
+            for decays, options, limit in (
+                ((0.99, 0.9995), {}, 0.15),
+                ((0.99, 0.9995), LONG, 0.215),
+                ((0.9, 0.95), {"sigma": 1.5}, 0.12),
+            )
+        ),
     ],
 )
 def test_noise_of_the_update_of_rows_and_columns(decays, options, limit):
@@ -503,7 +508,13 @@ def largest_ratio(b1, b2):
     return (1 - b1) / np.sqrt((1 - b2) * (1 - (b1**2 / b2 if b1 else 0)))
 
 
-@pytest.mark.parametrize("spec", [per_tensor(), MATRIX], ids=["mean", "outer"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(per_tensor(), id="mean", marks=pytest.mark.slow),
+        pytest.param(MATRIX, id="outer"),
+    ],
+)
 @pytest.mark.parametrize(("b1", "b2"), DECAYS)
 def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     """One coordinate, and gradients that grow by b2 / b1: the inequality is an equation then."""
@@ -696,7 +707,17 @@ def test_parameters_of_16_bits_move_as_with_float32(dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (1,), (1, 1), (2, 1), (0,), (0, 4), (3, 0), (1, 0, 2)], ids=str
+    "shape",
+    [
+        (),
+        (1, 1),
+        (0, 4),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in ((1,), (2, 1), (0,), (3, 0), (1, 0, 2))
+        ),
+    ],
+    ids=str,
 )
 def test_small_and_empty_parameters(shape):
     g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
@@ -738,6 +759,7 @@ def test_what_is_no_number_spreads_as_with_float32(spec, bad):
     assert np.isfinite(updates[2]).any()
 
 
+@pytest.mark.slow
 def test_float64():
     with jax.enable_x64(True):
         params = {"wide": jnp.ones((2, 4), jnp.float64), "narrow": jnp.ones((2, 4), jnp.float32)}

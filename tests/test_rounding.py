@@ -211,6 +211,7 @@ def test_coins_are_uncorrelated():
         assert abs(lagged) < 5 / np.sqrt(rows.size)
 
 
+@pytest.mark.slow
 def test_the_same_numbers_in_every_process():
     code = (
         "import jax.numpy as jnp; from optax_adam_mini.rounding import *;"
@@ -624,7 +625,9 @@ def check_same_bits(found, expected):
     chex.assert_trees_all_equal(found[1].count, expected[1].count)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_the_same_bits_on_eight_devices(on_one_device, kind):
     mesh = mesh_of(8, kind)
     shardings = {name: NamedSharding(mesh, spec) for name, (spec, _, _) in SHARDED.items()}
@@ -637,6 +640,7 @@ def test_the_same_bits_on_eight_devices(on_one_device, kind):
     check_same_bits(found, on_one_device)
 
 
+@pytest.mark.slow
 def test_shardings_of_the_state_and_a_checkpoint_on_other_devices(on_one_device, tmp_path):
     """Three steps on eight devices, three on four."""
     params = small_integers(99)
@@ -667,7 +671,7 @@ def test_shardings_of_the_state_and_a_checkpoint_on_other_devices(on_one_device,
 # --- Conversion -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
+@pytest.mark.parametrize("mu_dtype", [None, pytest.param(jnp.int8, marks=pytest.mark.slow)])
 def test_a_float32_run_of_adamw_goes_on_in_bfloat16(mu_dtype):
     p = widened(tree())
     adam = optax.adamw(0.01)

@@ -328,7 +328,9 @@ def test_explicit_shardings_need_nothing(spec, jitted, mu_dtype):
 # Long rows, which are added in a loop on CPU, along an axis that is sharded and one that is not.
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map"])
+@pytest.mark.parametrize(
+    "kind", ["auto", *(pytest.param(k, marks=pytest.mark.slow) for k in ("explicit", "shard_map"))]
+)
 @pytest.mark.parametrize(
     "spec",
     [P("fsdp", "tensor"), pytest.param(P(None, ("tensor", "fsdp")), marks=pytest.mark.slow)],

@@ -55,11 +55,11 @@ def test_sums_of_bfloat16_are_wide():
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((2048, 4097), per_neuron()),
+        pytest.param((2048, 4097), per_neuron(), marks=pytest.mark.slow),
         # 8 times a prime number of rows
         pytest.param((2056, 4096), per_neuron(), marks=pytest.mark.slow),
         pytest.param((2400, 4096), per_head(2), marks=pytest.mark.slow),
-        ((2, 2048, 4096), per_neuron(stacked=0)),
+        pytest.param((2, 2048, 4096), per_neuron(stacked=0), marks=pytest.mark.slow),
         pytest.param((2, 2048, 4096), per_neuron(), marks=pytest.mark.slow),
         ((2048, 4096), fused(-1, [(2048, per_head(4)), (2048, per_neuron())])),
     ],

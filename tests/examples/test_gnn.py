@@ -360,6 +360,7 @@ def test_losses_are_of_the_right_nodes(tmp_path):
     assert measured == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone(tmp_path):
     seeds = {}
     for seed in (0, 1):

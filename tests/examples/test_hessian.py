@@ -19,6 +19,7 @@ def mlp():
     return rows, panels, lines
 
 
+@pytest.mark.slow
 def test_neurons_of_the_mlp_hold_more_than_chance(mlp):
     rows, _, _ = mlp
     assert [(row.layer, row.blocks) for row in rows] == [

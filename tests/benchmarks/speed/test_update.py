@@ -32,6 +32,7 @@ def test_both_files_have_a_row_for_each_optimizer(quick):
     assert "`python -m benchmarks.speed.update`." in markdown
 
 
+@pytest.mark.slow
 def test_trees_that_are_not_measured_again_keep_their_rows(quick):
     first, _ = quick(optimizers=("AdamW",))
     again, _ = quick(optimizers=("SGD, momentum",), trees=("GPT-2 nano",))
