@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,13 @@ from optax_adam_mini.hyperparams import (
     check_param_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import BlockSpecs, of_leaves, path_of, path_str
+from optax_adam_mini.labels import (
+    BlockSpecs,
+    of_leaves,
+    path_of,
+    path_str,
+    remembered_block_specs,
+)
 from optax_adam_mini.messages import (
     check_gradient,
     check_mask_leaves,
@@ -28,13 +34,14 @@ from optax_adam_mini.messages import (
     leaves_as,
     some,
 )
+from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.rounding import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
 
 if TYPE_CHECKING:
-    from jaxtyping import PyTree
+    from jaxtyping import Array, PyTree
     from optax.contrib import MuonDimensionNumbers
 
 MUON, ADAM = "muon", "adam"  # the parts of the state, as `optax.contrib.muon` calls them
@@ -60,6 +67,7 @@ def muon_mini(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: jax.typing.ArrayLike | None = None,
+    parts: bool = False,
     bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,9 +110,12 @@ def muon_mini(
             two axes.
         consistent_rms: with a number, `scale = sqrt(max(inputs, outputs)) * consistent_rms`
             (Moonlight; 0.2 is about the size of AdamW's updates).
+        parts: whether the parts of a fused kernel (query, key and value; a gate and its value) are
+            matrices of their own. They are those that `block_specs` gives separate rows, as
+            [`infer_block_specs`][] does. The state is the same.
         bounded: as in [`adam_mini`][].
-        block_specs: as in [`adam_mini`][]; specs of the whole tree may be given, and those of the
-            matrices are not looked at.
+        block_specs: as in [`adam_mini`][]; specs of the whole tree may be given. Those of the
+            matrices are looked at for `parts` alone.
 
     Returns:
         The transformation; its state is an `optax.transforms.PartitionState` of `"muon"`, with an
@@ -151,7 +162,7 @@ def muon_mini(
         check_hyperparams(consistent_rms=consistent_rms)
     ns_steps = check_count("ns_steps", ns_steps)
     dtype = check_mu_dtype(mu_dtype)
-    check_is_bool(nesterov=nesterov, adaptive=adaptive)
+    check_is_bool(nesterov=nesterov, adaptive=adaptive, parts=parts)
     if preconditioning not in _PRECONDITIONINGS:
         raise ValueError(
             f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
@@ -173,27 +184,27 @@ def muon_mini(
 
     given = muon_weight_dimension_numbers
 
-    def in_tree(params: Any) -> Any:
-        """The dimension numbers of a tree of matrices, as `scale_by_muon` takes them."""
-        return jax.tree.unflatten(jax.tree.structure(params), dimension_numbers(given, params))
+    def pieces_of(params: Any) -> list[_Pieces]:
+        """How every matrix of a tree of matrices is cut."""
+        numbers = dimension_numbers(given, params)
+        specs = _specs(block_specs, params) if parts else [None] * len(numbers)
+        shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
+        return [_Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
 
     def part_of(params: Any) -> Any:
         names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
         return jax.tree.unflatten(jax.tree.structure(params), names)
 
-    scaled = lambda updates, _: jax.tree.map(
-        lambda u, n: u * _scale(u.shape, n, consistent_rms), updates, in_tree(updates)
-    )
+    def orthogonalize(pieces: list[_Pieces]) -> optax.GradientTransformation:
+        return scale_by_muon(
+            ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
+            preconditioning=preconditioning,
+            weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
+        )  # fmt: skip
+
     matrices = optax.chain(
-        _kept(
-            scale_by_muon(
-                ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
-                preconditioning=preconditioning, weight_dimension_numbers=in_tree,
-            ),
-            dtype,
-            in_tree,
-        ),
-        optax.stateless(scaled),
+        _kept(orthogonalize, pieces_of, dtype, consistent_rms),
+        optax.identity(),  # the state of `optax.contrib.muon` has an entry here
         add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )  # fmt: skip
@@ -231,29 +242,104 @@ def _check_gradients(updates: Any, params: Any) -> None:
 _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 
+class _Pieces(NamedTuple):
+    """A matrix, or the matrices that it is cut into along its outputs."""
+
+    numbers: MuonDimensionNumbers
+    cuts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Axes, and where the second piece and each further one begins."""
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], numbers: MuonDimensionNumbers, spec: Spec | None
+    ) -> _Pieces:
+        runs = spec.runs(shape) if isinstance(spec, Outer) else [()] * len(shape)
+        _, outputs = ([axis % len(shape) for axis in axes] for axes in _axes(numbers))
+        ends = {
+            axis: np.cumsum([size for n, size in runs[axis] for _ in range(n)]) for axis in outputs
+        }
+        return cls(numbers, tuple((axis, tuple(e[:-1].tolist())) for axis, e in ends.items()))
+
+    @property
+    def matrices(self) -> int:
+        return math.prod(1 + len(starts) for _, starts in self.cuts)
+
+    def split(self, x: Array) -> list[Array]:
+        pieces = [x]
+        for axis, starts in self.cuts:
+            pieces = [part for x in pieces for part in jnp.split(x, starts, axis)]
+        return pieces
+
+    def join(self, pieces: list[Array]) -> Array:
+        for axis, starts in reversed(self.cuts):
+            n = 1 + len(starts)
+            pieces = [
+                pieces[i] if n == 1 else jnp.concatenate(pieces[i : i + n], axis)
+                for i in range(0, len(pieces), n)
+            ]
+        return pieces[0]
+
+
+def _specs(block_specs: Any, params: Any) -> list[Spec]:
+    """The specs of matrices, which say where they have rows of their own."""
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
+    labels = remembered_block_specs(block_specs, treedef, shapes) if block_specs is not None else []
+    specs = [spec for _, spec in labels]
+    if leaves and not any(isinstance(spec, Outer) for spec in specs):
+        raise ValueError(
+            "parts=True: the parts of a kernel are those that have rows of their own, and "
+            "block_specs has no rows for a matrix (no outer): give "
+            "block_specs=infer_block_specs(loss_fn, params, ...), or leave parts out"
+        )
+    return specs
+
+
 def _kept(
-    tx: optax.GradientTransformation, mu_dtype: Any, in_tree: Callable[[Any], Any]
+    orthogonalize: Callable[[list[_Pieces]], optax.GradientTransformation],
+    pieces_of: Callable[[Any], list[_Pieces]],
+    mu_dtype: Any,
+    consistent_rms: Any,
 ) -> optax.GradientTransformation:
-    """`scale_by_muon` on gradients in float32, with a momentum that is kept in `mu_dtype`."""
+    """`scale_by_muon` on pieces in float32, with a momentum that is kept whole in `mu_dtype`."""
 
     def init_fn(params: Any) -> Any:
         for keys, p in jax.tree_util.tree_leaves_with_path(params):
             check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
+        pieces, treedef = pieces_of(params), jax.tree.structure(params)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if mu_dtype == jnp.int8:
-            rows = lambda p, n: jnp.zeros(rows_of(p.shape, n)[1], jnp.bfloat16)
-            largest = jax.tree.map(rows, params, in_tree(params))
-            mu = RowCodes(mu, with_kept_names(largest, params))
-        state: Any = tx.init(params)
+            rows = [
+                jnp.zeros(rows_of(p.shape, piece.numbers)[1], jnp.bfloat16)
+                for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
+            ]
+            mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))
+        state: Any = orthogonalize(pieces).init(params)
         return state._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
         # A state of the other kind is refused by Adam-mini's part, which every state has.
+        pieces, treedef = pieces_of(updates), jax.tree.structure(updates)
         wide = lambda x: x.astype(widen(x.dtype))
-        updates, mu = jax.tree.map(wide, updates), _read(state.mu)
+        split = lambda tree: [
+            piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
+        ]
+        join = lambda parts: treedef.unflatten(
+            piece.join(x) for x, piece in zip(parts, pieces, strict=True)
+        )
+        new: Any
         after: Any
-        new, after = tx.update(updates, state._replace(mu=jax.tree.map(wide, mu)), params)
-        return new, after._replace(mu=_written(after.mu, state.mu, after.count, in_tree))
+        new, after = orthogonalize(pieces).update(
+            split(updates), state._replace(mu=split(_read(state.mu)))
+        )
+        scaled = [
+            [u * _scale(u.shape, piece.numbers, consistent_rms) for u in parts]
+            for parts, piece in zip(new, pieces, strict=True)
+        ]
+        return join(scaled), after._replace(
+            mu=_written(join(after.mu), state.mu, after.count, pieces)
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -267,15 +353,14 @@ def _read(mu: Any) -> Any:
     return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
 
 
-def _written(mu: Any, old: Any, count: Any, in_tree: Callable[[Any], Any]) -> Any:
+def _written(mu: Any, old: Any, count: Any, pieces: list[_Pieces]) -> Any:
     """What a state keeps of a momentum, in the dtypes and boxes of the one that it had."""
     if not isinstance(old, RowCodes):
         return jax.tree.map(lambda m, o: m.astype(o.dtype), mu, old)
     pairs: list[Any] = []
-    numbers = jax.tree.structure(mu).flatten_up_to(in_tree(mu))
-    for (keys, m), n in zip(jax.tree_util.tree_leaves_with_path(mu), numbers, strict=True):
+    for (keys, m), piece in zip(jax.tree_util.tree_leaves_with_path(mu), pieces, strict=True):
         seed = rounding_seed(count, salt_of(path_str(keys)))
-        pairs.append(write_row(m, rows_of(m.shape, n)[0], seed))
+        pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))
 

@@ -25,7 +25,9 @@ from optax_adam_mini import (
     outer,
     per_element,
     per_neuron,
+    per_tensor,
 )
+from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.rounding import rounding_seed
 from tests import sharded_training as training
@@ -274,6 +276,103 @@ def test_8_devices_give_the_numbers_of_one(mu_dtype):
         *one, expected = alone(*one, tokens)
         *many, found = sharded(*many, tokens)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- Parts of fused kernels ----------------------------------------------------------------------
+
+# Shape, numbers, sizes of the parts along axes of outputs: unequal parts, parts along two axes, a
+# stack of layers, outputs before inputs.
+FUSED = {
+    "qkv": ((8, 20), MuonDimensionNumbers(), {1: (8, 4, 8)}),
+    "two axes": ((8, 4, 6), MuonDimensionNumbers(0, (1, 2)), {1: (2, 2), 2: (5, 1)}),
+    "stacked": ((3, 8, 12), MuonDimensionNumbers(1, 2), {2: (6, 6)}),
+    "outputs first": ((2, 8, 6), MuonDimensionNumbers(-2, (0, 2)), {0: (1, 1)}),
+}
+
+
+def of_parts(shape, numbers, parts):
+    """A row for each input in every part."""
+    inputs, outputs = (np.atleast_1d(axes).tolist() for axes in numbers)
+    others = [
+        a for a in range(len(shape)) if a not in {axis % len(shape) for axis in (*inputs, *outputs)}
+    ]
+    cuts = [(axis, tuple((n, per_tensor()) for n in sizes)) for axis, sizes in parts.items()]
+    rows = BlockSpec((*((axis, None) for axis in inputs), *cuts))
+    return outer(rows, per_neuron(axis=outputs), stacked=others)
+
+
+def apart(x, parts):
+    pieces = [x]
+    for axis, sizes in parts.items():
+        at = np.cumsum(sizes)[:-1].tolist()
+        pieces = [part for piece in pieces for part in jnp.split(piece, at, axis)]
+    return pieces
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_parts_are_matrices_of_their_own(name):
+    shape, numbers, parts = FUSED[name]
+    make = functools.partial(muon_mini, 0.02, weight_decay=0.1,
+                             muon_weight_dimension_numbers=numbers)  # fmt: skip
+    specs = of_parts(shape, numbers, parts)
+    tx, whole, alone = make(parts=True, block_specs=specs), make(block_specs=specs), make()
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+    each = {"w": apart(params["w"], parts)}
+    state, state_of_each = tx.init(params), alone.init(each)
+    like = whole.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+    for step in range(3):
+        grads = gradients(params, step)
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        expected, state_of_each = jax.jit(alone.update)(
+            {"w": apart(grads["w"], parts)}, state_of_each, each
+        )
+        chex.assert_trees_all_close(apart(updates["w"], parts), expected["w"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+    found, other = (t.update(grads, like, params)[0]["w"] for t in (tx, whole))
+    assert not np.allclose(found, other, rtol=1e-2)
+
+
+def test_query_key_and_value_in_one_kernel_are_three_matrices():
+    """As they are read off a model; in 8 bits the state is that of one matrix."""
+    width = 16
+    params = {"qkv": jax.random.normal(jax.random.key(0), (width, 3 * width)),
+              "out": jnp.eye(width), "head": jnp.ones((width, 5))}  # fmt: skip
+
+    def loss_fn(params, x):
+        q, k, v = jnp.split(x @ params["qkv"], 3, axis=-1)
+        x = jax.nn.softmax(q @ k.T) @ v @ params["out"]
+        return jnp.mean(jnp.square(x @ params["head"]))
+
+    x = jax.random.normal(jax.random.key(1), (7, width))
+    grads = gradients(params, 0)
+    made = (infer_muon_dimension_numbers(loss_fn, params, x), infer_block_specs(loss_fn, params, x))
+    make = functools.partial(muon_mini, 1.0, ns_steps=12, mu_dtype=jnp.int8,
+                             muon_weight_dimension_numbers=made[0], block_specs=made[1])  # fmt: skip
+    tx, whole = make(parts=True), make()
+    state = tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, whole.init(params))
+    updates, state = tx.update(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, whole.init(params))
+    for part in jnp.split(updates["qkv"], 3, axis=-1):  # about orthogonal, each by itself
+        values = np.linalg.svd(part, compute_uv=False)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    whole_updates, _ = whole.update(grads, state, params)
+    values = [
+        np.linalg.svd(part, compute_uv=False) for part in jnp.split(whole_updates["qkv"], 3, -1)
+    ]
+    assert np.min(values) < 0.5
+
+
+def test_parts_without_rows_are_one_clear_error():
+    tx = ours(0.02, parts=True, block_specs=per_neuron())
+    with pytest.raises(ValueError, match="parts=True: the parts of a kernel"):
+        tx.init(make_params())
+    with pytest.raises(ValueError, match="parts=True: the parts of a kernel"):
+        ours(0.02, parts=True).init(make_params())
+    with pytest.raises(TypeError, match="parts"):
+        ours(0.02, parts="heads")
 
 
 # --- 8 bits --------------------------------------------------------------------------------------

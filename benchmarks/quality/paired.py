@@ -74,6 +74,12 @@ CONTENDERS = {
     "muon_mini, 8 bits": Contender(
         "Muon, Adam-mini outer for the rest, 8 bits", "muon_mini_int8", "outer"
     ),
+    "muon_mini, parts": Contender(
+        "the same, of query, key and value each", "muon_mini, parts", "outer"
+    ),
+    "muon_mini, heads": Contender(
+        "the same, of each head of query and key", "muon_mini, heads", "outer"
+    ),
     **{name: Contender(name, name, "outer") for name in (*VARIANTS, *ORDERS)},
 }
 # Where AdamW's walk begins: the best of the coarse grid.

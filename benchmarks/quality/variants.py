@@ -11,7 +11,7 @@ import jax
 import optax
 
 from benchmarks.quality.others import chain_of
-from examples.common.optimizers import OPTIMIZERS, OptimizerConfig
+from examples.common.optimizers import OF_MATRICES, OPTIMIZERS, OptimizerConfig, muon
 from optax_adam_mini import (
     by_path,
     fused,
@@ -90,19 +90,34 @@ ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]
 }
 
 
+def _that_match(rules: list[tuple[str, Spec]], block_specs: Any) -> list[tuple[str, Spec]]:
+    """Of rules for two models' layers, those for layers that this one has."""
+    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(block_specs)]
+    return [rule for rule in rules if any(re.search(rule[0], path) for path in paths)]
+
+
 def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
     def build(schedule: optax.Schedule, config: Any, block_specs: Any) -> Any:
         if callable(change):
             specs = jax.tree.map(change, block_specs)
         else:
-            # Of two models' layers, those that this one has.
-            paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(block_specs)]
-            rules = [rule for rule in change if any(re.search(rule[0], path) for path in paths)]
-            specs = by_path(rules, default=lambda _: block_specs)
+            specs = by_path(_that_match(change, block_specs), default=lambda _: block_specs)
         return OPTIMIZERS["adam_mini"](schedule, config, specs)
 
     return build
 
 
+def _muon_by_rows(rules: list[tuple[str, Spec]]) -> Callable[..., optax.GradientTransformation]:
+    """Muon on what has rows of its own."""
+
+    def build(schedule: optax.Schedule, config: Any, block_specs: Any, matrices: Any) -> Any:
+        specs = by_path(_that_match(rules, block_specs), default=lambda _: block_specs)
+        return muon(schedule, config, specs, matrices, parts=True)
+
+    return build
+
+
+OF_MATRICES["muon_mini, parts"] = _muon_by_rows([])
+OF_MATRICES["muon_mini, heads"] = _muon_by_rows(ROWS_FOR_HEADS)
 OPTIMIZERS.update({title: _optimizer(change) for title, change in VARIANTS.items()})
 OPTIMIZERS.update({title: chain_of(scale) for title, scale in ORDERS.items()})

@@ -146,7 +146,7 @@ def muon(
     config: OptimizerConfig,
     block_specs: Any,
     matrices: Any,
-    mu_dtype: Any = None,
+    **options: Any,
 ) -> optax.GradientTransformation:
     """Muon for `matrices`, Adam-mini for the rest, with a rate of its own for each."""
     ratio = config.muon_learning_rate / config.learning_rate
@@ -155,13 +155,13 @@ def muon(
         eps=config.eps,
         weight_decay=config.weight_decay,
         weight_decay_mask=decayed,
-        mu_dtype=mu_dtype,
         adam_b1=config.b1,
         adam_b2=config.b2,
         adam_weight_decay=config.weight_decay,
         adam_learning_rate=schedule,
         muon_weight_dimension_numbers=matrices,
         block_specs=block_specs,
+        **options,
     )
 
 
