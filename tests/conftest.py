@@ -9,7 +9,11 @@ PROFILES = {"ordinary": 8, "thorough": 40, "nightly": 2000}
 for name, max_examples in PROFILES.items():
     hypothesis.settings.register_profile(name, max_examples=max_examples, deadline=None)
 hypothesis.settings.register_profile(  # for tests that are to fail, and no more than that
-    "faults", max_examples=40, deadline=None, phases=[hypothesis.Phase.generate]
+    "faults",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ordinary")
 hypothesis.settings.load_profile(PROFILE)

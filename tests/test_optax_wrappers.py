@@ -291,7 +291,11 @@ def test_complex_parameters():
     ids=["default", "per_tensor", "per_element", "outer"],
 )  # fmt: skip
 def test_integer_leaves_are_left_alone(specs):
-    p = {"kernel": jnp.ones((2, 3)), "w": jnp.arange(6).reshape(2, 3), "b": jnp.array([True])}
+    p = {
+        "kernel": jnp.ones((2, 3)),
+        "w": 1000 * jnp.arange(6).reshape(2, 3),
+        "b": jnp.array([True]),
+    }
     loss = lambda p: jnp.sum(p["kernel"] ** 2)
     grads = jax.grad(loss, allow_int=True)(p)  # of float0 where the parameter is an integer
     tx = adam_mini(0.1, weight_decay=0.1, block_specs=specs)

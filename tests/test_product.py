@@ -98,6 +98,13 @@ def test_product_is_the_formula(case, seed):
     np.testing.assert_allclose(found, product(x, edges_a, edges_b), rtol=1e-4, atol=1e-30)
 
 
+def test_blocks_of_unequal_sizes_weigh_as_many_as_they_are():
+    """Two rows and six, each a number: their mean is that of eight rows."""
+    spec = outer(fused(0, [(2, per_tensor()), (6, per_tensor())]), per_neuron())
+    x = np.outer(np.repeat([1.0, 5.0], [2, 6]), [1.0, 2.0, 4.0]).astype(np.float32)
+    np.testing.assert_allclose(spec.spread(spec.block_mean(x), x.shape), x, rtol=1e-6)
+
+
 @given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
 @pytest.mark.slow
 def test_one_grid_inside_the_other_is_the_finer_one(case, seed):
