@@ -101,6 +101,11 @@ def write(output: Path, file: str, name: str) -> str:
         f"{name} --steps {steps}{where}`, with Python {machine['python']} and JAX "
         f"{machine['jax']} on {machine['device']}:\n\n{markdown(columns, rows)}"
     )
+    if (
+        len(others := [row for row in rows if row["learning_rate"] == rows[1]["learning_rate"]][1:])
+        > 1
+    ):
+        page += f"\nThe rows against the columns, seed by seed:\n\n{_each_other(workload, others)}"
     curve = rate_curve(workload, content["runs"])
     if len(curve) > 1:
         figure = draw_rates(workload, curve)
@@ -109,6 +114,18 @@ def write(output: Path, file: str, name: str) -> str:
         page += f"\n![{workload.title}: {what} against the learning rate]({file}.png)\n"
     (output / f"{file}.md").write_text(page)
     return page
+
+
+def _each_other(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every row but the first against each one above it."""
+    columns: Columns = {"": lambda row: row["title"]}
+    for index, other in enumerate(rows[:-1]):
+        columns[other["title"]] = lambda row, index=index, other=other: (
+            interval_text(workload, behind_adamw(workload, row, other))
+            if rows.index(row) > index
+            else ""
+        )
+    return markdown(columns, rows[1:])
 
 
 def write_summary(output: Path) -> str:
