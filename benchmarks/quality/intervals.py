@@ -191,8 +191,10 @@ def draw_memory(output: Path) -> Figure | None:
     """Loss against AdamW's and bytes of optimizer state a parameter, a panel for each language
     model and length that `output` has; None where there is none."""
     panels: dict[str, dict[str, tuple[float, Interval]]] = {}
-    for file in sorted(output.glob("*_*.json")):  # not benchmarks.quality.reference's
-        name, steps = file.stem.rsplit("_", 1)
+    files = output.glob("*_[0-9]*.json")  # not benchmarks.quality.reference's
+    of_steps = lambda file: file.stem.rsplit("_", 1)
+    for file in sorted(files, key=lambda file: (of_steps(file)[0], int(of_steps(file)[1]))):
+        name, steps = of_steps(file)
         rows = json.loads(file.read_text()).get("rows", [])
         if name in ("gpt2", "llama") and rows:
             panels[f"{WORKLOADS[name].title}, {int(steps):,} steps"] = {
@@ -205,11 +207,13 @@ def draw_memory(output: Path) -> Figure | None:
             }
     if not panels:
         return None
+    lines = -(-len(panels) // 2)  # two panels beside each other can be read on a phone
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(6, 2 + 2 * len(panels)), 3.8), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for panel, (title, points) in zip(axes[0], panels.items(), strict=True):
+        lines, 2, figsize=(6, 1.4 + 2.4 * lines), sharey=True, squeeze=False, layout="constrained"
+    )
+    for empty in axes.flat[len(panels) :]:
+        empty.remove()
+    for panel, (title, points) in zip(axes.flat, panels.items(), strict=False):
         for index, (contender, label) in enumerate(MARKED.items()):
             if contender not in points:
                 continue
@@ -222,12 +226,11 @@ def draw_memory(output: Path) -> Figure | None:
         panel.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
         panel.set(title=title, xlim=(0.7, 11.5))
         panel.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("held-out loss above AdamW's (%)")
-    figure.supxlabel("optimizer state (bytes per parameter); bars: 95% confidence interval")
-    legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes[0]]
+    figure.supylabel("held-out loss above AdamW's (%)", fontsize="medium")
+    figure.supxlabel("optimizer state (bytes per parameter); bars: 95% interval", fontsize="medium")
+    legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes]
     handles = {label: handle for legend in legends for handle, label in legend}
-    columns = min(len(handles), 4 if len(panels) > 2 else 2)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
     return figure
 
 
