@@ -355,6 +355,30 @@ FAULTS = {
         "if False:",
         "partition/dataflow/test_forms.py::test_one_function_has_one_cut[members-vmap-outer]",
     ),
+    "layers along the inputs are one": Fault(
+        DATAFLOW + "backward.py",
+        "if isinstance(label, int) and label == WHOLE and len(link.positions) < size:",
+        "if False:",
+        "partition/dataflow/test_forms.py::test_layers_side_by_side_are_apart",
+    ),
+    "layers along the inputs share their columns": Fault(
+        DATAFLOW + "rows.py",
+        "if a in inputs and is_contracted(a)]",
+        "if False]",
+        "partition/dataflow/test_forms.py::test_layers_side_by_side_are_apart",
+    ),
+    "a kernel that is taken apart has no parts": Fault(
+        DATAFLOW + "rows.py",
+        "if (index, outputs[out]) in factor.own and factor.size == size:",
+        "if False:",
+        "partition/dataflow/test_forms.py::test_one_function_has_one_cut[gates-kernels-outer]",
+    ),
+    "gains of two axes have rows": Fault(
+        DATAFLOW + "rows.py",
+        "if not outputs and len(inputs) > 1 and are_outputs:",
+        "if not outputs and len(inputs) > 1:",
+        "partition/dataflow/test_forms.py::test_gains_of_heads_have_no_rows",
+    ),
     "a rotation makes parts": Fault(
         DATAFLOW + "rows.py",
         "if where.isdisjoint(others):",

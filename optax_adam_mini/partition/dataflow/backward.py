@@ -98,7 +98,7 @@ class _Backward:
             value, shape = self.values[place], self.values[result_place].shape
             if operand in relation.keeps:
                 is_tap = id(step) in self.facts.taps
-                labels = self._of_weight(found, value, self.labels[result_place], shape, is_tap)
+                labels = self._of_weight(found, value, result_place, is_tap)
                 self._refine(place, labels)
             elif operand in relation.uses:
                 acts = self.acts[result_place]
@@ -291,11 +291,11 @@ class _Backward:
         self,
         links: list[Link],
         value: Value,
-        found: list[Label],
-        shape: tuple[int, ...],
+        result_place: int,
         is_tap: bool,
     ) -> dict[int, Label]:
         """The groups of a parameter's axes before its axes are moved about."""
+        found, shape = self.labels[result_place], self.values[result_place].shape
         labels: dict[int, Label] = {}
         for link in links:
             if not link.axes:
@@ -310,6 +310,8 @@ class _Backward:
                 # One index of several, of which nothing else is known, is one of a stack.
                 is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
                 label = None if is_one and not is_tap else given[0]
+                if isinstance(label, int) and label == WHOLE and len(link.positions) < size:
+                    label = self._of_piece(result_place)
                 given = [moved(label, link.positions, size)]
             if link.parts > 1:
                 given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]
@@ -319,6 +321,11 @@ class _Backward:
                 given = self.groups.split(given[0], [value.shape[axis] for axis in link.axes])
             labels.update(zip(link.axes, given, strict=True))
         return labels
+
+    def _of_piece(self, place: int) -> int:
+        """The group of a piece of a parameter: a layer, unless pieces are put together again."""
+        together = self.facts.put_together(place)
+        return self.groups.named(("piece", min(together) if together else place))
 
 
 def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> np.ndarray:

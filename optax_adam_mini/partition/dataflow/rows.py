@@ -43,7 +43,7 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     inputs, outputs, stacked = _sorted(shape, result, index)
     if not (inputs and outputs):
         return per_element()
-    borders = _borders(result, index, [shape[axis] for axis in outputs])
+    borders = _borders(result, index, shape, outputs)
     parts = _parts(shape, spec, outputs, borders)
     groups = _conv_groups(result, index)
     if groups > 1 and len(outputs) == 1:
@@ -51,7 +51,10 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     parts = {axis: sizes for axis, sizes in parts.items() if len(sizes) > 1}
     cuts = [(axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in parts.items()]
     rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
-    columns = BlockSpec(tuple((a, None) for a in outputs), unit="column")
+    # Layers side by side along the inputs have columns of their own.
+    is_contracted = lambda axis: Role.REDUCTION in result.roles[index][axis]
+    layers = [(a, cut) for a, cut in spec.cuts if a in inputs and is_contracted(a)]
+    columns = BlockSpec((*layers, *((a, None) for a in outputs)), unit="column")
     found = outer(rows, columns, stacked=stacked)
     return found if found.size(shape) < math.prod(shape) else per_element()
 
@@ -70,7 +73,8 @@ def _sorted(
         inputs = [axis for axis in stacked if axis in looked_up]
         stacked = [axis for axis in stacked if axis not in looked_up]
     outputs = [axis for axis in rest if axis not in inputs]
-    if not outputs and len(inputs) > 1:  # inputs in one use, outputs in another
+    are_outputs = any(Role.OUTPUT in roles[axis] for axis in inputs)
+    if not outputs and len(inputs) > 1 and are_outputs:  # inputs in one use, outputs in another
         inputs, outputs = inputs[:-1], inputs[-1:]
     return inputs, outputs, stacked
 
@@ -95,13 +99,18 @@ def _conv_groups(result: Result, index: int) -> int:
     return max((p.get("feature_group_count", 1) for p in params), default=1)
 
 
-def _borders(result: Result, index: int, sizes: Sequence[int]) -> list[set[int]]:
-    """For each output axis, of these sizes, where the outputs of a parameter are taken apart."""
-    facts = result.facts
+def _borders(
+    result: Result, index: int, shape: Sequence[int], outputs: Sequence[int]
+) -> list[set[int]]:
+    """For each output axis, where a parameter or its outputs are taken apart."""
+    facts, sizes = result.facts, [shape[axis] for axis in outputs]
     numbers = {number for number, use in facts.uses.items() if index in use.params}
     found: list[set[int]] = [set() for _ in sizes]
     for place, axis, pieces in _taken_apart(result):
         factor = facts.values[place].whole(axis)
+        for out, size in enumerate(sizes):  # before it meets data
+            if (index, outputs[out]) in factor.own and factor.size == size:
+                found[out].update(end for piece in _joined(facts, pieces) for end in piece)
         own = numbers & factor.features.keys()
         ends = {end for piece in _joined(facts, pieces) for end in piece} if own else set[int]()
         if ends <= {0, factor.size}:
@@ -130,9 +139,10 @@ def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
         for link in relation.links:
             taken = link.positions if link.positions is not None else np.array([])
             taken = taken[taken >= 0]
-            if len(link.axes) == 1 and len(taken):
+            piece = (int(taken.min()), int(taken.max()) + 1) if len(taken) else (0, 0)
+            # Every other index, or another order, is no part that a grid could hold.
+            if len(link.axes) == 1 and len(taken) and piece[1] - piece[0] == len(taken):
                 key = step.inputs[link.operand], link.axes[0]
-                piece = int(taken.min()), int(taken.max()) + 1
                 found.setdefault(key, {})[step.outputs[link.result]] = piece
     return [(place, axis, pieces) for (place, axis), pieces in found.items()]
 

@@ -212,6 +212,72 @@ FORMS = {
 }
 
 
+# A gate and its value, and layers, of which the kernel is taken apart, or its outputs; heads and
+# layers along the axis that is contracted.
+def gated(take):
+    return lambda p, x: jnp.tanh(operator.mul(*take(p, x)) @ p["o"])
+
+
+GATES = {
+    "outputs": gated(lambda p, x: jnp.split(x @ p["w"], 2, -1)),
+    "kernels": gated(lambda p, x: [x @ w for w in jnp.split(p["w"], 2, 1)]),
+    "slices of the kernel": gated(lambda p, x: (x @ p["w"][:, :F], x @ p["w"][:, F:])),
+}
+
+
+def layers_along_inputs(take):
+    def forward(p, x):
+        for i in range(3):
+            x = jnp.tanh(x @ take(p["w"], i))
+        return x @ p["o"]
+
+    return forward
+
+
+FLAT_LAYERS = {
+    "reshaped": layers_along_inputs(lambda w, i: w.reshape(3, D, D)[i]),
+    "split": layers_along_inputs(lambda w, i: jnp.split(w, 3, 0)[i]),
+    "slices": layers_along_inputs(lambda w, i: w[i * D : (i + 1) * D]),
+    "dynamic slices": layers_along_inputs(lambda w, i: lax.dynamic_slice_in_dim(w, i * D, D)),
+}
+FORMS |= {
+    "gates": (GATES, shapes(w=(D, 2 * F), o=(F, D)), X),
+    "layers along the inputs": (FLAT_LAYERS, shapes(w=(3 * D, D), o=(D, 5)), X),
+}
+
+
+def test_layers_side_by_side_are_apart():
+    """Along the inputs in both, along the outputs as rows."""
+    params = shapes(w=(3 * D, D), o=(D, 5))
+    for form in FLAT_LAYERS.values():
+        assert found(form, params, X, "mean")["w"] == (3, D)
+        assert found(form, params, X, "outer")["w"] == ((3 * D, 1), (3, D))
+    side_by_side = layers_along_inputs(lambda w, i: jnp.split(w, 3, 1)[i])
+    params = shapes(w=(D, 3 * D), o=(D, 5))
+    assert found(side_by_side, params, X, "outer")["w"] == ((D, 3), (1, 3 * D))
+
+
+def test_every_other_output_is_no_part():
+    def strided(p, x):
+        y = x @ p["w"]
+        return jnp.tanh(y[..., ::2] * y[..., 1::2] @ p["o"])
+
+    cut = found(strided, shapes(w=(D, 2 * F), o=(F, D)), X, "outer")["w"]
+    assert cut == ((D, 1), (1, 2 * F))
+
+
+def test_gains_of_heads_have_no_rows():
+    def with_norms(p, x):
+        q, k, v = (jnp.einsum("...d,dhk->...hk", x, p[name]) for name in "qkv")
+        q, k = rms_norm(q) * p["gq"], rms_norm(k) * p["gk"]
+        return joined(attention(q, k, v)) @ p["o"]
+
+    n = D // H
+    params = shapes(**dict.fromkeys("qkv", (D, H, n)), gq=(H, n), gk=(H, n), o=(D, 5))
+    cut = found(with_norms, params, X, "outer")
+    assert cut["gq"] == cut["gk"] == (H, n)
+
+
 def found(fn, params, x, v):
     specs = infer_block_specs(fn, params, x, v=v)
     return {name: specs[name].grid(params[name].shape) for name in params}
