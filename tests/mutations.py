@@ -373,6 +373,12 @@ FAULTS = {
         "if False:",
         "partition/dataflow/test_forms.py::test_one_function_has_one_cut[gates-kernels-outer]",
     ),
+    "a filter of frequencies is a gain": Fault(
+        DATAFLOW + "rules/elementwise.py",
+        "if (value.is_own(axis) or Indices.FREQUENCIES in value.whole(axis).indices)",
+        "if Indices.FREQUENCIES in value.whole(axis).indices",
+        "partition/dataflow/test_forms.py::test_a_filter_of_frequencies_has_a_block_for_each_channel",
+    ),
     "gains of two axes have rows": Fault(
         DATAFLOW + "rows.py",
         "if not outputs and len(inputs) > 1 and are_outputs:",

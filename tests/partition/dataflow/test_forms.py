@@ -240,7 +240,26 @@ FLAT_LAYERS = {
     "slices": layers_along_inputs(lambda w, i: w[i * D : (i + 1) * D]),
     "dynamic slices": layers_along_inputs(lambda w, i: lax.dynamic_slice_in_dim(w, i * D, D)),
 }
+
+
+# A filter of frequencies, of each channel, whatever comes after it.
+def of_frequencies(act):
+    def filtered_by(p, x):
+        y = jnp.fft.rfft(x @ p["in"], axis=1) * p["w"]
+        return act(jnp.fft.irfft(y, x.shape[1], axis=1)) @ p["out"]
+
+    return filtered_by
+
+
+ACTIVATIONS = {name: of_frequencies(getattr(jax.nn, name)) for name in ("gelu", "relu", "tanh")}
+ACTIVATIONS["square"] = of_frequencies(jnp.square)
+N_FREQUENCIES = X.shape[1] // 2 + 1
 FORMS |= {
+    "filters of frequencies": (
+        ACTIVATIONS,
+        {"in": shape(D, F), "w": shape(N_FREQUENCIES, F), "out": shape(F, 5)},
+        X,
+    ),
     "gates": (GATES, shapes(w=(D, 2 * F), o=(F, D)), X),
     "layers along the inputs": (FLAT_LAYERS, shapes(w=(3 * D, D), o=(D, 5)), X),
 }
@@ -255,6 +274,13 @@ def test_layers_side_by_side_are_apart():
     side_by_side = layers_along_inputs(lambda w, i: jnp.split(w, 3, 1)[i])
     params = shapes(w=(D, 3 * D), o=(D, 5))
     assert found(side_by_side, params, X, "outer")["w"] == ((D, 3), (1, 3 * D))
+
+
+def test_a_filter_of_frequencies_has_a_block_for_each_channel():
+    _, params, x = FORMS["filters of frequencies"]
+    cut = found(ACTIVATIONS["tanh"], params, x, "mean")
+    assert cut["w"] == (1, F)
+    assert cut["in"] == (1, F)
 
 
 def test_every_other_output_is_no_part():

@@ -195,10 +195,8 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
         frequencies = [
             axis
             for axis in range(len(value.shape))
-            if any(
-                Indices.FREQUENCIES in value.whole(axis).indices & other.whole(axis).indices
-                for other in aligned
-            )
+            if (value.is_own(axis) or Indices.FREQUENCIES in value.whole(axis).indices)
+            and any(Indices.FREQUENCIES in other.whole(axis).indices for other in aligned)
         ]
         if is_product:  # each member of an ensemble has a gain of its own
             found.cuts += [
