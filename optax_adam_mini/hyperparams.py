@@ -75,11 +75,11 @@ def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
 
     Raises:
         TypeError: for random keys, for floats of 8 bits and fewer, which JAX promotes to nothing,
-            and for complex numbers with a moment in 8 bits.
+            and for complex numbers with a `mu_dtype`, which is of real numbers.
     """
-    if mu_dtype == jnp.int8 and jnp.issubdtype(dtype, jnp.complexfloating):
+    if mu_dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"{path}: mu_dtype=int8 keeps real numbers, and the parameter is {dtype}: leave "
+            f"{path}: mu_dtype={mu_dtype} keeps real numbers, and the parameter is {dtype}: leave "
             "mu_dtype out, or give these parameters an optimizer of their own "
             "(optax.multi_transform)"
         )

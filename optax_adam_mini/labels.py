@@ -180,7 +180,8 @@ def remembered_block_specs(
     """
     try:
         found = _REMEMBERED.setdefault(block_specs, {}) if callable(block_specs) else {}
-        key = hash((treedef, tuple(leaves)))
+        key = (treedef, tuple(leaves))  # not its hash: that of a treedef does not see names
+        hash(key)
     except TypeError:  # there is no hash, or no weak reference
         return resolve_block_specs(block_specs, jax.tree.unflatten(treedef, leaves))
     if key not in found:

@@ -66,16 +66,24 @@ def check_grids(
 
 
 def check_gradient(path: str, shape: Any, gradient: Any) -> None:
-    """Refuses a gradient that has not the shape of its parameter.
+    """Refuses a gradient that has not the shape of its parameter, or is of other numbers.
 
     Raises:
-        ValueError: if it is.
+        TypeError: if a real parameter has a gradient of complex numbers, integers or booleans.
+        ValueError: if it has another shape.
     """
     if gradient is not None and jnp.shape(gradient) != shape.shape:
         raise ValueError(
             f"{path or 'params'}: got a gradient of shape {jnp.shape(gradient)}, but the state was "
             f"made for a parameter of shape {shape.shape}: call update with gradients of the "
             "parameters given to init"
+        )
+    if gradient is None or not jnp.issubdtype(shape.dtype, jnp.floating):
+        return
+    if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
+        raise TypeError(
+            f"{path or 'params'}: got a gradient of {jnp.result_type(gradient)} for a parameter of "
+            f"{shape.dtype}: cast it, or take the gradient of a real loss"
         )
 
 
@@ -86,8 +94,9 @@ def check_mask_leaves(mask: Any) -> None:
         TypeError: if it is not.
     """
     for keys, value in jax.tree_util.tree_leaves_with_path(mask):
-        is_array = hasattr(value, "dtype") and value.dtype == jnp.bool_
-        if not (isinstance(value, bool) or is_array or callable(value)):
+        is_array = hasattr(value, "dtype") and value.dtype == jnp.bool_ and value.shape == ()
+        is_function = callable(value) and not keys  # the mask itself, of which init sees the rest
+        if not (isinstance(value, bool) or is_array or is_function):
             raise TypeError(
                 f"mask{'' if not keys else ' at ' + path_str(keys)}: expected True or False, got "
                 f"{value!r}: give a pytree of booleans like the parameters, or a function that "
@@ -101,7 +110,12 @@ def check_mask(mask: Any, params: Any) -> None:
     Raises:
         ValueError: if it is.
     """
-    if mask is None or callable(mask):
+    if callable(mask):
+        mask = mask(params)
+        check_mask_leaves(mask)
+        if mask is None:
+            raise ValueError("mask: the function returned None, expected a pytree of booleans")
+    if mask is None:
         return
     try:
         jax.tree.map(lambda _, p: None, mask, params)

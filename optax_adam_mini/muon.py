@@ -191,10 +191,6 @@ def muon_mini(
         shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
         return [_Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
 
-    def part_of(params: Any) -> Any:
-        names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
-        return jax.tree.unflatten(jax.tree.structure(params), names)
-
     def orthogonalize(pieces: list[_Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
             ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
@@ -212,13 +208,27 @@ def muon_mini(
         adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,
         weight_decay_mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
-    both = optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, part_of)
+
+    def both(params: Any) -> optax.GradientTransformationExtraArgs:
+        names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
+        labels = jax.tree.unflatten(jax.tree.structure(params), names)
+        return optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, labels)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _check_gradients(updates, params)
-        return both.update(updates, state, params, **extra_args)
+        if set(getattr(state, "inner_states", ())) != {MUON, ADAM}:
+            raise ValueError(
+                "muon_mini: expected the PartitionState that init made, got a "
+                f"{type(state).__name__}: call tx.update(grads, state, params), in this order"
+            )
+        # Functions see the parameters, whose dtypes may not be the gradients'.
+        return both(updates if params is None else params).update(
+            updates, state, params, **extra_args
+        )
 
-    return optax.GradientTransformationExtraArgs(both.init, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: both(params).init(params), update_fn
+    )
 
 
 def _check_gradients(updates: Any, params: Any) -> None:
@@ -305,7 +315,13 @@ def _kept(
 
     def init_fn(params: Any) -> Any:
         for keys, p in jax.tree_util.tree_leaves_with_path(params):
-            check_param_dtype(path_str(keys) or "params", jnp.result_type(p), mu_dtype)
+            path, of_param = path_str(keys) or "params", jnp.result_type(p)
+            check_param_dtype(path, of_param, mu_dtype)
+            if not jnp.issubdtype(of_param, jnp.inexact):
+                raise TypeError(
+                    f"{path}: expected a matrix of floating-point numbers, got {of_param}: give "
+                    "None in muon_weight_dimension_numbers"
+                )
         pieces, treedef = pieces_of(params), jax.tree.structure(params)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if mu_dtype == jnp.int8:
@@ -318,9 +334,9 @@ def _kept(
         return state._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        # A state of the other kind is refused by Adam-mini's part, which every state has.
-        pieces, treedef = pieces_of(updates), jax.tree.structure(updates)
+        like = updates if params is None else params
+        _check_momentum(state.mu, updates, mu_dtype)
+        pieces, treedef = pieces_of(like), jax.tree.structure(updates)
         wide = lambda x: x.astype(widen(x.dtype))
         split = lambda tree: [
             piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
@@ -338,7 +354,7 @@ def _kept(
             for parts, piece in zip(new, pieces, strict=True)
         ]
         return join(scaled), after._replace(
-            mu=_written(join(after.mu), state.mu, after.count, pieces)
+            mu=_written(join(after.mu), state.mu, after.count, pieces, mu_dtype, params)
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -353,10 +369,37 @@ def _read(mu: Any) -> Any:
     return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
 
 
-def _written(mu: Any, old: Any, count: Any, pieces: list[_Pieces]) -> Any:
-    """What a state keeps of a momentum, in the dtypes and boxes of the one that it had."""
+def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
+    """Refuses a momentum of other matrices, or of another kind."""
+    is_int8 = isinstance(mu, RowCodes)
+    if is_int8 != (mu_dtype == jnp.int8):
+        raise ValueError(
+            f"the state's mu is {'int8' if is_int8 else 'not int8'}, but the transformation has "
+            f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with. Muon's momentum "
+            "is not converted: to begin it anew, take that of tx.init(params)"
+        )
+    shapes = lambda tree: {
+        path_str(keys) or "params": jnp.shape(x)
+        for keys, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    found, expected = shapes(mu.codes if is_int8 else mu), shapes(updates)
+    if found != expected:
+        differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
+        raise ValueError(
+            f"the state's momentum does not fit the matrices at {some(differ)}: it was made with "
+            "other parameters, or other muon_weight_dimension_numbers"
+        )
+
+
+def _written(
+    mu: Any, old: Any, count: Any, pieces: list[_Pieces], mu_dtype: Any, params: Any
+) -> Any:
+    """What a state keeps of a momentum, in the boxes of the one that it had."""
     if not isinstance(old, RowCodes):
-        return jax.tree.map(lambda m, o: m.astype(o.dtype), mu, old)
+        like = old if params is None else params
+        dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
+        cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(old), cast)
     pairs: list[Any] = []
     for (keys, m), piece in zip(jax.tree_util.tree_leaves_with_path(mu), pieces, strict=True):
         seed = rounding_seed(count, salt_of(path_str(keys)))
@@ -382,7 +425,7 @@ def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms
     """Of the update of a matrix of this shape."""
     inputs, outputs = sizes_of(shape, numbers)
     if consistent_rms is None:
-        return math.sqrt(max(1, outputs / inputs))
+        return math.sqrt(max(1, outputs / max(1, inputs)))
     return math.sqrt(max(inputs, outputs)) * consistent_rms
 
 

@@ -63,9 +63,10 @@ def stochastic_rounding(
         The transformation; its state is a `StochasticRoundingState`.
 
     Raises:
-        TypeError: in `init`, if a parameter is in float16 or narrower.
-        ValueError: in `init`, if no parameter is in bfloat16; in `update`, if
-            `params` are left out.
+        TypeError: if `inner` is no transformation; if a parameter is in
+            float16 or narrower.
+        ValueError: if no parameter is in bfloat16; in `update`, if `params`
+            are left out, or the state is another transformation's.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6), jnp.bfloat16)}
@@ -79,6 +80,11 @@ def stochastic_rounding(
         Zamirai et al., [Revisiting BFloat16
         Training](https://arxiv.org/abs/2010.06192).
     """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"stochastic_rounding: expected a transformation, got {inner!r}: for example "
+            "stochastic_rounding(adam_mini(1e-3))"
+        )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> StochasticRoundingState:
@@ -91,6 +97,13 @@ def stochastic_rounding(
                 "stochastic_rounding rounds the parameters, and update got none: call "
                 "tx.update(grads, state, params)"
             )
+        if not isinstance(state, StochasticRoundingState):
+            raise ValueError(
+                "stochastic_rounding: expected the StochasticRoundingState that init made, got a "
+                f"{type(state).__name__}: call tx.update(grads, state, params), in this order; the "
+                "state of the transformation inside goes into its field inner_state"
+            )
+        _check_params(params)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def round_leaf(keys: Any, u: Any, p: Any) -> Any:
@@ -182,14 +195,15 @@ def _check_params(params: Any) -> None:
         is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
         if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
             raise TypeError(
-                f"{'/'.join(path)}: expected bfloat16, or float32 and wider, which are left alone; "
-                f"got {dtype}, whose few bits of exponent lose small parameters and gradients "
+                f"{'/'.join(path) or 'params'}: expected bfloat16, or float32 and wider, which are "
+                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and gradients "
                 "before they can be rounded: keep the parameters in bfloat16"
             )
     if dtypes and jnp.bfloat16 not in dtypes.values():
         path, dtype = next(iter(dtypes.items()))
         raise ValueError(
             "stochastic_rounding: expected parameters in bfloat16, and found none "
-            f"({'/'.join(path)} is {dtype}): leave it out, or cast them, "
-            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)"
+            f"({'/'.join(path) or 'params'} is {dtype}): leave it out, or cast them, "
+            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params); of a run that had some, what "
+            "adds the updates has widened them (eqx.apply_updates does): use optax.apply_updates"
         )

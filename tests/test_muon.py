@@ -555,3 +555,50 @@ def test_integers_are_no_parts():
     complex_params = {"w": jnp.ones((3, 4), jnp.complex64)}
     with pytest.raises(TypeError, match="w: mu_dtype=int8 keeps real numbers"):
         muon_mini(0.02, mu_dtype="int8").init(complex_params)
+
+
+# --- Dtypes and states that do not fit -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_functions_see_the_parameters_and_not_the_gradients(parts):
+    """A function of dtypes, and gradients in another one."""
+    of_wide = lambda one, other: (
+        lambda p: jax.tree.map(
+            lambda x: one if x.ndim == 2 and x.dtype == jnp.float32 else other, p
+        )
+    )
+    cut = outer(BlockSpec(((0, None), (-1, 2))), per_neuron())
+    tx = muon_mini(
+        0.02,
+        parts=parts,
+        muon_weight_dimension_numbers=of_wide(MuonDimensionNumbers(), None),
+        block_specs=of_wide(cut, per_element()),
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "b": jnp.ones(16)}
+    grads = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    as_wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    found, expected = (tx.update(g, tx.init(params), params)[0] for g in (grads, as_wide))
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+def test_the_next_update_casts_the_momentum():
+    params = make_params()
+    state = mini(mu_dtype=jnp.bfloat16).init(params)
+    _, state = mini().update(gradients(params, 0), state, params)
+    for part in parts(state):
+        assert {m.dtype for m in jax.tree.leaves(part.mu)} == {jnp.dtype("float32")}
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name():
+    params = make_params()
+    grads, tx = gradients(params, 0), mini()
+    for state in (optax.adamw(1.0).init(params), params):
+        with pytest.raises(ValueError, match="muon_mini: expected the PartitionState"):
+            tx.update(grads, state, params)
+    other = muon_mini(0.02, muon_weight_dimension_numbers={**NUMBERS, "conv": None},
+                      block_specs=SPECS)  # fmt: skip
+    with pytest.raises(ValueError, match=r"momentum does not fit the matrices at conv"):
+        tx.update(grads, other.init(params), params)
+    with pytest.raises(TypeError, match=r"kernel: expected a matrix of floating-point numbers"):
+        tx.init({**params, "kernel": jnp.ones((8, 12), jnp.int32)})

@@ -730,3 +730,18 @@ def test_a_donated_step_keeps_no_array_of_a_parameters_size(inner, copies):
     assert memory.temp_size_in_bytes <= 12.1 * copies * 4 * size + 0.1 * size
     init = jax.jit(tx.init).lower(p).compile().memory_analysis()
     assert init.temp_size_in_bytes <= 0.01 * size
+
+
+def test_parameters_that_were_widened_are_refused():
+    """`eqx.apply_updates` adds a float32 update to bfloat16 parameters, and keeps the sum."""
+    tx = stochastic_rounding(adam_mini(1e-3))
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
+    state = tx.init(params)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    with pytest.raises(ValueError, match=r"eqx.apply_updates does"):
+        tx.update(wide, state, wide)
+    for wrong in (state.inner_state, params):
+        with pytest.raises(ValueError, match="expected the StochasticRoundingState"):
+            tx.update(params, wrong, params)
+    with pytest.raises(TypeError, match="expected a transformation"):
+        stochastic_rounding(adam_mini)

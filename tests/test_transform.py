@@ -357,3 +357,47 @@ def test_state_of_other_specs_is_refused():
     tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_tensor()})
     with pytest.raises(ValueError, match=r"kernel: the state's nu has shape \(1, 1\)"):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
+def test_one_transformation_on_two_models_of_the_same_shapes(mu_dtype):
+    """The structures of both have the same hash: JAX's does not see names."""
+    models = [{"head": {"kernel": jnp.ones((8, 8))}}, {"embed": {"embedding": jnp.ones((8, 8))}}]
+    make = lambda: adam_mini(1e-3, weight_decay=0.0, mu_dtype=mu_dtype)
+    shared = make()
+    for params in models:
+        grads = jax.tree.map(lambda p: jnp.arange(64.0).reshape(p.shape), params)
+        found, expected = (tx.update(grads, tx.init(params)) for tx in (shared, make()))
+        chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_a_gradient_of_other_numbers_is_refused(dtype):
+    params = {"a": {"kernel": jnp.ones((2, 3))}}
+    tx = adam_mini(1e-3)
+    grads = {"a": {"kernel": jnp.ones((2, 3), dtype)}}
+    with pytest.raises(TypeError, match=rf"a/kernel: got a gradient of {dtype} for a parameter"):
+        tx.update(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize("mu_dtype", [jnp.float32, jnp.bfloat16])
+def test_complex_parameters_need_a_moment_of_their_own_dtype(mu_dtype):
+    with pytest.raises(TypeError, match=r"w: mu_dtype=.* keeps real numbers"):
+        adam_mini(1e-3, mu_dtype=mu_dtype).init({"w": jnp.ones(3, jnp.complex64)})
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "match"),
+    [
+        (lambda p: "bias", TypeError, "mask: expected True or False"),
+        (lambda p: {"k": "no", "b": True}, TypeError, "mask at k: expected True or False"),
+        ({"k": lambda: True, "b": True}, TypeError, "mask at k: expected True or False"),
+        ({"k": np.array([True, False]), "b": True}, TypeError, "mask at k: expected True or False"),
+        (lambda p: {"other": True}, ValueError, "mask must have the structure"),
+        (lambda p: None, ValueError, "mask: the function returned None"),
+    ],
+)
+def test_what_a_mask_function_returns_is_checked_as_a_mask_is(mask, error, match):
+    with pytest.raises(error, match=match):
+        tx = adam_mini(1e-3, mask=mask, block_specs=per_tensor())
+        tx.init({"k": jnp.ones((2, 3)), "b": jnp.ones(3)})
