@@ -196,8 +196,8 @@ def _check_params(params: Any) -> None:
         if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
             raise TypeError(
                 f"{'/'.join(path) or 'params'}: expected bfloat16, or float32 and wider, which are "
-                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and gradients "
-                "before they can be rounded: keep the parameters in bfloat16"
+                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and "
+                "gradients before they can be rounded: keep the parameters in bfloat16"
             )
     if dtypes and jnp.bfloat16 not in dtypes.values():
         path, dtype = next(iter(dtypes.items()))

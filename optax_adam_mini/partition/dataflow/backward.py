@@ -323,9 +323,13 @@ class _Backward:
         return labels
 
     def _of_piece(self, place: int) -> int:
-        """The group of a piece of a parameter: a layer, unless pieces are put together again."""
+        """The group of a piece of a parameter: a layer, unless pieces are put together again.
+
+        Those that are go the same way from there on, to the same last step that puts together.
+        """
         together = self.facts.put_together(place)
-        return self.groups.named(("piece", min(together) if together else place))
+        last = [step for step in self.facts.program.steps if id(step) in together][-1:]
+        return self.groups.named(("piece", id(last[0]) if last else place))
 
 
 def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> np.ndarray:
