@@ -401,6 +401,7 @@ def test_training_is_the_same_on_every_mesh(axes, axis_type, on_one_device, v):
     assert_same_training(training.train_on_mesh(mesh, v), on_one_device)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_in_shard_map(on_one_device, v):
     mesh = training.make_mesh({"data": 8})
     assert_same_training(training.train_by_shard_map(mesh, v), on_one_device)
