@@ -161,7 +161,7 @@ def test_specs_of_the_whole_tree_and_decay_by_the_mask():
 
 
 @pytest.mark.parametrize(
-    "mu_dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (None, jnp.float32)), jnp.int8]
+    "mu_dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (None, jnp.int8)), jnp.float32]
 )
 def test_parameters_in_bfloat16(mu_dtype):
     params = make_params(jnp.bfloat16)

@@ -864,6 +864,7 @@ FULL = adam_mini(RATE, b2=0.99, block_specs=SPECS)
 EIGHT = adam_mini(RATE, b2=0.99, block_specs=SPECS, mu_dtype=jnp.int8)
 
 
+@pytest.mark.slow
 def test_trains_as_well_as_with_float32(network):
     """Paired, eight seeds: within 1% in the mean of the last 100 steps, and within 4% each."""
     params, first, second = network

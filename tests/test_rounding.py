@@ -688,7 +688,7 @@ def test_a_float32_run_of_adamw_goes_on_in_bfloat16(mu_dtype):
     assert int(new.inner_state[0].count) == 4
 
 
-@pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
+@pytest.mark.parametrize("mu_dtype", [None, pytest.param(jnp.int8, marks=pytest.mark.slow)])
 def test_the_state_of_a_wrapped_adamw_is_converted_and_back(mu_dtype):
     p = tree()
     adam, mini = (
