@@ -27,7 +27,7 @@ OPTIMIZED = ("eager", "export", "memory", "primitives", "product", "quantized", 
 
 @pytest.fixture(autouse=True)
 def _compile_fast(request):
-    """Ordinarily without most optimizations: half of the time of a test is compilation."""
+    """Ordinarily without most optimizations: these tests compile more than they run."""
     parts = request.path.parts
     if "examples" in parts:  # these say so themselves
         return

@@ -101,10 +101,8 @@ def write(output: Path, file: str, name: str) -> str:
         f"{name} --steps {steps}{where}`, with Python {machine['python']} and JAX "
         f"{machine['jax']} on {machine['device']}:\n\n{markdown(columns, rows)}"
     )
-    if (
-        len(others := [row for row in rows if row["learning_rate"] == rows[1]["learning_rate"]][1:])
-        > 1
-    ):
+    others = [row for row in rows[1:] if row["learning_rate"] == adamw["learning_rate"]]
+    if len(others) > 1:
         page += f"\nThe rows against the columns, seed by seed:\n\n{_each_other(workload, others)}"
     curve = rate_curve(workload, content["runs"])
     if len(curve) > 1:
@@ -117,7 +115,7 @@ def write(output: Path, file: str, name: str) -> str:
 
 
 def _each_other(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every row but the first against each one above it."""
+    """Each row against those above it, at one learning rate."""
     columns: Columns = {"": lambda row: row["title"]}
     for index, other in enumerate(rows[:-1]):
         columns[other["title"]] = lambda row, index=index, other=other: (

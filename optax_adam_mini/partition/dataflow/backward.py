@@ -54,6 +54,7 @@ class _Backward:
         for place in facts.program.losses:
             self.spent[place] = facts.acts(self.values[place])
         self._products = {id(step) for step in facts.summed.values()}
+        self._pieces: dict[int, int] = {}
         self._couplings: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
 
     def run(self) -> list[list[Label]]:
@@ -327,9 +328,11 @@ class _Backward:
 
         Those that are go the same way from there on, to the same last step that puts together.
         """
-        together = self.facts.put_together(place)
-        last = [step for step in self.facts.program.steps if id(step) in together][-1:]
-        return self.groups.named(("piece", id(last[0]) if last else place))
+        if place not in self._pieces:
+            together = self.facts.put_together(place)
+            last = [step for step in self.facts.program.steps if id(step) in together][-1:]
+            self._pieces[place] = self.groups.named(("piece", id(last[0]) if last else place))
+        return self._pieces[place]
 
 
 def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> np.ndarray:

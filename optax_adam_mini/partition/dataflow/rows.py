@@ -108,13 +108,19 @@ def _borders(
     found: list[set[int]] = [set() for _ in sizes]
     for place, axis, pieces in _taken_apart(result):
         factor = facts.values[place].whole(axis)
-        for out, size in enumerate(sizes):  # before it meets data
-            if (index, outputs[out]) in factor.own and factor.size == size:
-                found[out].update(end for piece in _joined(facts, pieces) for end in piece)
+        before = [  # it meets data
+            out
+            for out, size in enumerate(sizes)
+            if (index, outputs[out]) in factor.own and factor.size == size
+        ]
         own = numbers & factor.features.keys()
-        ends = {end for piece in _joined(facts, pieces) for end in piece} if own else set[int]()
+        if not (before or own):
+            continue
+        ends = {end for piece in _joined(facts, pieces) for end in piece}
         if ends <= {0, factor.size}:
             continue
+        for out in before:
+            found[out].update(ends)
         for number in own:
             part = factor.features[number]
             for out in range(len(sizes)):
