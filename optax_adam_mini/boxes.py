@@ -12,7 +12,7 @@ parameter's size it has the parameter's name (or mesh axes), and along any other
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,28 @@ def kept_names(names: Iterable[Any], part: Sequence[int], whole: Sequence[int]) 
     return tuple(name if size == full else None for name, size, full in axes)
 
 
+def leaves_with_path(
+    tree: Any, is_leaf: Callable[[Any], Any] = lambda _: False
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a tree and the keys along the path to each, boxes left out.
+
+    Args:
+        tree: any pytree.
+        is_leaf: as in `jax.tree_util.tree_leaves_with_path`.
+    """
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    stop = lambda x: is_leaf(x) or _is_box(x)
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
+        if is_leaf(node) or not _is_box(node):
+            found.append((keys, node))
+            continue
+        for _, inside in jax.tree_util.tree_leaves_with_path(
+            node, is_leaf=lambda x, box=node: x is not box
+        ):
+            found += [((*keys, *more), leaf) for more, leaf in leaves_with_path(inside, is_leaf)]
+    return found
+
+
 def axis_names(box: Any) -> tuple[Any, ...] | None:
     """The axis names in a parameter's box; None if it is not a box, or has no names.
 
@@ -61,7 +83,7 @@ def with_kept_names(parts: Any, params: Any) -> Any:
     """
 
     def renamed(box: Any, param: Any) -> Any:
-        if not _is_box(box) or not (inside := jax.tree.leaves(box)):
+        if not has_names(box) or not (inside := jax.tree.leaves(box)):
             return box
         shapes = jnp.shape(inside[0]), jnp.shape(jax.tree.leaves(param)[0])
         if hasattr(box, "unbox"):
@@ -78,11 +100,16 @@ def with_kept_names(parts: Any, params: Any) -> Any:
                     box.set_metadata(key, PartitionSpec(*kept) if is_spec else kept)
         return box
 
-    return jax.tree.map(renamed, parts, params, is_leaf=_is_box)
+    return jax.tree.map(renamed, parts, params, is_leaf=has_names)
+
+
+def has_names(x: Any) -> bool:
+    """Whether it is a box with axis names."""
+    return axis_names(x) is not None
 
 
 def _is_box(x: Any) -> bool:
-    return axis_names(x) is not None
+    return hasattr(x, "unbox") or hasattr(x, "get_metadata")
 
 
 def _metadata(box: Any) -> dict[str, Any]:

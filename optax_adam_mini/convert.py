@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_of, resolve_block_specs
 from optax_adam_mini.messages import check_has_state
@@ -131,7 +132,7 @@ def _convert(
 ) -> Any:
     block_specs = called(block_specs, params)
     specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
     is_outer = has_outer(block_specs, params)
 
@@ -140,7 +141,7 @@ def _convert(
             return node
         is_int8 = isinstance(node.mu, Codes)
         mu = of_state(node.mu, jnp.int8 if is_int8 else None)
-        paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(mu)]
+        paths = [path_of(keys) for keys, _ in leaves_with_path(mu)]
         for path in paths:
             if path not in by_path:
                 raise ValueError(

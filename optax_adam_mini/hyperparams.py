@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -108,9 +109,25 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
         return _checked(name, value, math.inf, "a number or a schedule", False)
     schedule: Any = value
     try:
+        takes = inspect.signature(schedule)
+        takes.bind(0)
+    except ValueError:  # a function of C has no signature
+        pass
+    except TypeError:
+        named = getattr(schedule, "__name__", type(schedule).__name__)
+        raise TypeError(
+            f"{name}: expected a schedule, a function count -> number, got "
+            f"{named}({', '.join(takes.parameters)}): if it makes a schedule, call it"
+        ) from None
+    try:
         returned: Any = schedule(jnp.zeros([], jnp.int32))
     except Exception:  # what it says, it says where it is used
         return value
+    if callable(returned):
+        raise TypeError(
+            f"{name}: expected a schedule, a function count -> number, got one that returns the "
+            f"function {returned!r}: call it"
+        )
     if returned is None or (not jnp.isscalar(returned) and jnp.shape(returned) != ()):
         raise ValueError(
             f"{name}: the schedule returned {returned!r} for step 0, expected a number: a schedule "

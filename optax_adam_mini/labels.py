@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.product import Outer, Spec
 
 T = TypeVar("T")
@@ -142,14 +143,14 @@ def of_leaves(
     empty: list[tuple[str, ...]] = []
     used: set[tuple[str, ...]] = set()
     missing: list[str] = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty):
+    for keys, leaf in leaves_with_path(params, is_leaf=is_empty):
         path = path_of(keys)
         if is_empty(leaf):
             empty.append(path)
             continue
         prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in given), None)
         if prefix is None:
-            missing.append("/".join(path))
+            missing.append("/".join(path) or "params")
         else:
             used.add(prefix)
             found.append(("/".join(path), leaf, given[prefix]))
@@ -164,6 +165,8 @@ def of_leaves(
         raise ValueError(
             f"{what} must have the structure of the parameters, or be a prefix of it: "
             + "; ".join(lacking + surplus)
+            + ": the parameters are one array, as optax.flatten makes them, which mixes all blocks"
+            * (missing == ["params"])
         )
     return found
 
@@ -196,7 +199,7 @@ def check_arrays(params: Any) -> None:
         TypeError: if there are such.
     """
     is_spec = lambda x: isinstance(x, Spec)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_spec):
+    for keys, leaf in leaves_with_path(params, is_leaf=is_spec):
         path = path_str(keys) or "params"
         if is_spec(leaf):
             raise TypeError(
@@ -257,7 +260,7 @@ def spec_leaves(labels: Any) -> dict[tuple[str, ...], Spec]:
     """
     is_spec = lambda x: isinstance(x, Spec)
     specs: dict[tuple[str, ...], Spec] = {}
-    for keys, spec in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_spec):
+    for keys, spec in leaves_with_path(labels, is_leaf=is_spec):
         if not is_spec(spec):
             is_kept = isinstance(spec, str) and spec in ("mean", "outer")
             hint = f": v={spec!r} is an argument of infer_block_specs" if is_kept else ""
@@ -275,10 +278,8 @@ def is_empty(tree: Any) -> bool:
 
 
 def path_of(keys: Sequence[Any]) -> tuple[str, ...]:
-    """The names along a key path, without the `.value` of the box a Flax parameter may sit in."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-    boxed = keys and keys[-1] == jax.tree_util.GetAttrKey("value")
-    return names[:-1] if boxed else names
+    """The names along a key path."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def path_str(keys: Sequence[Any]) -> str:
@@ -322,7 +323,7 @@ def check_only_params(
     is_variable = lambda x: isinstance(x, nnx.Variable)
     found = [
         (path_str(keys), node)
-        for keys, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_variable)
+        for keys, node in leaves_with_path(params, is_leaf=is_variable)
         if is_variable(node) and not (isinstance(node, nnx.Param) or is_empty(node))
     ]
     others = [(path, node) for path, node in found if not is_given(path)]
@@ -352,7 +353,7 @@ def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any
     Raises:
         ValueError: if no path matches.
     """
-    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_str(keys) for keys, _ in leaves_with_path(params)]
     if not paths or has_masked(params) or any(map(matches, paths)):
         return
     closest = difflib.get_close_matches(given, paths, n=3, cutoff=0.0)
@@ -392,7 +393,7 @@ def completed(
         ValueError: if there is no default where one is needed; the message has `seen(keys, leaf)`,
             what the rules of the label function `what` look at.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
     if unmatched and default is None:
         shown = some([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])

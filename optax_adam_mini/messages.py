@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str, some
 from optax_adam_mini.product import Spec
 
@@ -44,6 +45,22 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
     if not all(hasattr(state, name) for name in ("count", "mu", "nu")):
         raise ValueError(f"update: expected the state that init made, got a {type(state).__name__}")
+
+
+def check_is_chain(state: Any, length: int) -> None:
+    """Refuses what is not the state of a chain of so many transformations.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if type(state) in (tuple, list) and len(state) == length:
+        return
+    of_others = f" of {len(state)}" * (type(state) in (tuple, list))
+    raise ValueError(
+        f"update: expected the state that init made, a tuple of {length}, got a "
+        f"{type(state).__name__}{of_others}: call tx.update(grads, state, params), in this order, "
+        "with the state of the same transformation"
+    )
 
 
 def check_grids(
@@ -93,7 +110,7 @@ def check_mask_leaves(mask: Any) -> None:
     Raises:
         TypeError: if it is not.
     """
-    for keys, value in jax.tree_util.tree_leaves_with_path(mask):
+    for keys, value in leaves_with_path(mask):
         is_array = hasattr(value, "dtype") and value.dtype == jnp.bool_ and value.shape == ()
         is_function = callable(value) and not keys  # the mask itself, of which init sees the rest
         if not (isinstance(value, bool) or is_array or is_function):
@@ -139,8 +156,7 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
         pass
     is_none = lambda x: x is None
     got, expected = (
-        [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_none)]
-        for t in (tree, like)
+        [path_str(keys) for keys, _ in leaves_with_path(t, is_leaf=is_none)] for t in (tree, like)
     )
     if type(tree) is not type(like):
         said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]

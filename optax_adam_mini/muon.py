@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adam_mini.boxes import with_kept_names
+from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.hyperparams import (
     check_count,
     check_hyperparams,
@@ -198,11 +198,16 @@ def muon_mini(
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
 
-    matrices = optax.chain(
-        _kept(orthogonalize, pieces_of, dtype, consistent_rms),
-        optax.identity(),  # the state of `optax.contrib.muon` has an entry here
-        add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+    matrices = in_dtypes(
+        optax.chain(
+            _kept(orthogonalize, pieces_of, dtype, consistent_rms),
+            optax.identity(),  # the state of `optax.contrib.muon` has an entry here
+            add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        4,
+        learning_rate=learning_rate, weight_decay=weight_decay, beta=beta, eps=eps,
+        **({} if consistent_rms is None else {"consistent_rms": consistent_rms}),
     )  # fmt: skip
     rest = adam_mini(
         adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,
@@ -212,7 +217,7 @@ def muon_mini(
     def both(params: Any) -> optax.GradientTransformationExtraArgs:
         names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
         labels = jax.tree.unflatten(jax.tree.structure(params), names)
-        return optax.partition({MUON: in_dtypes(matrices), ADAM: rest}, labels)
+        return optax.partition({MUON: matrices, ADAM: rest}, labels)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _check_gradients(updates, params)
@@ -236,7 +241,7 @@ def _check_gradients(updates: Any, params: Any) -> None:
     check_order(updates)
     if params is None:
         return
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     grads = list(zip(leaves, leaves_as(params, "gradients", updates), strict=True))
     if missing := [path_str(keys) or "params" for (keys, _), g in grads if g is None]:
         raise ValueError(
@@ -314,7 +319,7 @@ def _kept(
     """`scale_by_muon` on pieces in float32, with a momentum that is kept whole in `mu_dtype`."""
 
     def init_fn(params: Any) -> Any:
-        for keys, p in jax.tree_util.tree_leaves_with_path(params):
+        for keys, p in leaves_with_path(params):
             path, of_param = path_str(keys) or "params", jnp.result_type(p)
             check_param_dtype(path, of_param, mu_dtype)
             if not jnp.issubdtype(of_param, jnp.inexact):
@@ -379,8 +384,7 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
             "is not converted: to begin it anew, take that of tx.init(params)"
         )
     shapes = lambda tree: {
-        path_str(keys) or "params": jnp.shape(x)
-        for keys, x in jax.tree_util.tree_leaves_with_path(tree)
+        path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
     }
     found, expected = shapes(mu.codes if is_int8 else mu), shapes(updates)
     if found != expected:
@@ -401,7 +405,7 @@ def _written(
         cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(old), cast)
     pairs: list[Any] = []
-    for (keys, m), piece in zip(jax.tree_util.tree_leaves_with_path(mu), pieces, strict=True):
+    for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
         seed = rounding_seed(count, salt_of(path_str(keys)))
         pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
@@ -430,7 +434,7 @@ def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms
 
 
 def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
-    return [(axes,) if isinstance(axes, int) else tuple(axes) for axes in numbers]
+    return [tuple(axes) if isinstance(axes, Sequence) else (axes,) for axes in numbers]
 
 
 def dimension_numbers(given: Any, params: Any) -> list[Any]:
@@ -443,7 +447,7 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     """
     from optax.contrib import MuonDimensionNumbers
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     if given is None:
         is_matrix = lambda p: jnp.ndim(p) == 2 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
         return [MuonDimensionNumbers() if is_matrix(p) else None for _, p in leaves]
@@ -451,7 +455,7 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     name = "muon_weight_dimension_numbers"
     by_path = {
         path_of(keys): numbers
-        for keys, numbers in jax.tree_util.tree_leaves_with_path(
+        for keys, numbers in leaves_with_path(
             given(params) if callable(given) else given, is_leaf=is_one
         )
     }
@@ -470,9 +474,11 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
 
 
 def _check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:
-    axes = [axis for part in _axes(numbers) for axis in part]
-    distinct = {axis % len(shape) for axis in axes if -len(shape) <= axis < len(shape)}
-    if not all(_axes(numbers)) or len(distinct) < len(axes):
+    parts = [part if isinstance(part, Sequence) else (part,) for part in numbers]
+    axes = [axis for part in parts for axis in part]
+    known = [axis for axis in axes if isinstance(axis, (int, np.integer))]
+    distinct = {axis % len(shape) for axis in known if -len(shape) <= axis < len(shape)}
+    if not all(parts) or len(distinct) < len(axes):
         raise ValueError(
             f"{path} {shape}: {numbers} does not fit: expected axes of the parameter, each once, "
             "at least one of inputs (reduction_axis) and one of outputs (output_axis); give None "

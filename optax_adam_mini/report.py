@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_str, resolve_block_specs
 from optax_adam_mini.muon import dimension_numbers, rows_of, sizes_of
@@ -129,7 +130,7 @@ def block_table(
 
 def _matrices(numbers: Any, params: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The path of every parameter with its matrix, None for what is none, and the tree of those."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     found = [None] * len(leaves) if numbers is None else dimension_numbers(numbers, params)
     rest = [optax.MaskedNode() if n else p for (_, p), n in zip(leaves, found, strict=True)]
     paths = [path_str(keys) for keys, _ in leaves]

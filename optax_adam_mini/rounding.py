@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_of
 
 if TYPE_CHECKING:
@@ -106,13 +107,13 @@ def stochastic_rounding(
         _check_params(params)
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        def round_leaf(keys: Any, u: Any, p: Any) -> Any:
+        def round_leaf(path: Any, u: Any, p: Any) -> Any:
             if u is None or not _is_bfloat16(p):
                 return u
             old = p.astype(jnp.float32)
             new = round_to_bfloat16(
                 (old + u).astype(jnp.float32),
-                rounding_seed(count, salt_of((path_of(keys), "params"))),
+                rounding_seed(count, salt_of((path, "params"))),
             )
             # Infinity stays, and zero keeps its sign: adding -0.0 changes nothing.
             return jnp.where(new == old, -0.0, new - old)
@@ -120,10 +121,10 @@ def stochastic_rounding(
         updates, inner_state = inner.update(
             _widened(updates), state.inner_state, _widened(params), **extra_args
         )
-        rounded = jax.tree_util.tree_map_with_path(
-            round_leaf, updates, params, is_leaf=lambda u: u is None
-        )
-        return rounded, StochasticRoundingState(count, inner_state)
+        treedef = jax.tree.structure(params)
+        pairs = zip(leaves_with_path(params), treedef.flatten_up_to(updates), strict=True)
+        rounded = [round_leaf(path_of(keys), u, p) for (keys, p), u in pairs]
+        return jax.tree.unflatten(treedef, rounded), StochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -190,7 +191,7 @@ def _widened(tree: Any) -> Any:
 
 def _check_params(params: Any) -> None:
     dtypes = {path_of(keys): getattr(p, "dtype", None)
-              for keys, p in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+              for keys, p in leaves_with_path(params)}  # fmt: skip
     for path, dtype in dtypes.items():
         is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
         if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from optax_adam_mini.boxes import kept_names
+from optax_adam_mini.boxes import kept_names, leaves_with_path
 from optax_adam_mini.labels import path_of, some
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def opt_state_shardings(
         >>> found[0].mu["kernel"].spec, found[0].nu["kernel"].spec, found[0].count.spec
         (P('fsdp', None), P(None, None), P())
     """
-    shapes = {
-        path_of(keys): jnp.shape(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves_with_path(params)}
     shardings = _resolve(param_shardings, shapes, mesh)
     meshes = {sharding.mesh for sharding in shardings.values()}
     if len(meshes) != 1:
@@ -79,20 +77,21 @@ def opt_state_shardings(
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
-    def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
-        shape, sharding = shapes[path_of(keys)], shardings[path_of(keys)]
+    def of_leaf(path: Path, leaf: Any) -> NamedSharding:
+        shape, sharding = shapes[path], shardings[path]
         if len(leaf.shape) != len(shape):
             return replicated
         return sharding.update(spec=PartitionSpec(*kept_names(sharding.spec, leaf.shape, shape)))
 
     def is_like_params(node: Any) -> bool:
-        leaves = jax.tree_util.tree_leaves_with_path(node)
+        leaves = leaves_with_path(node)
         return type(node) is type(bare) and all(path_of(keys) in shapes for keys, _ in leaves)
 
     def of_node(node: Any) -> Any:
-        if is_like_params(node):
-            return jax.tree_util.tree_map_with_path(of_leaf, node)
-        return jax.tree.map(lambda _: replicated, node)
+        if not is_like_params(node):
+            return jax.tree.map(lambda _: replicated, node)
+        found = [of_leaf(path_of(keys), leaf) for keys, leaf in leaves_with_path(node)]
+        return jax.tree.unflatten(jax.tree.structure(node), found)
 
     # Shardings that are in the parameters' own types say nothing here.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -106,8 +105,7 @@ def _resolve(
     """The sharding of every parameter, checked."""
     is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
     by_path = {
-        path_of(keys): sharding
-        for keys, sharding in jax.tree_util.tree_leaves_with_path(given, is_leaf=is_one)
+        path_of(keys): sharding for keys, sharding in leaves_with_path(given, is_leaf=is_one)
     }
     found: dict[Path, NamedSharding] = {}
     missing: list[str] = []

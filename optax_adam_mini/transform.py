@@ -34,6 +34,7 @@ from optax_adam_mini.labels import (
 from optax_adam_mini.messages import (
     check_gradient,
     check_grids,
+    check_is_chain,
     check_is_state,
     check_mask,
     check_mask_leaves,
@@ -224,7 +225,10 @@ def adam_mini(
             ),
             add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
-        )
+        ),
+        3,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
     )
 
 
@@ -239,19 +243,34 @@ def _checked(
     return {**decays, "mu_dtype": mu_dtype, "nesterov": nesterov, "bounded": bounded}
 
 
-def in_dtypes(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Computes everything in float32, and casts once, at the end, to the parameters' dtypes."""
+def in_dtypes(
+    tx: optax.GradientTransformation, length: int | None = None, **hyperparams: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Computes everything in float32, and casts once, at the end, to the parameters' dtypes.
+
+    Args:
+        tx: what computes it.
+        length: of the chain that `tx` is, if it is one.
+        hyperparams: its numbers and schedules. `init` refuses arrays that are out of range.
+    """
+    numbers = {name: value for name, value in hyperparams.items() if not callable(value)}
+
+    def init_fn(params: Any) -> Any:
+        check_hyperparams(are_known=True, **numbers)
+        return tx.init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
         check_order(updates)
+        if length is not None:
+            check_is_chain(state, length)
         params = _with_gradients(updates, params)
         new, state = tx.update(updates, state, params)
         like = updates if params is None else params
         cast = lambda u, p: None if u is None else u.astype(jnp.result_type(p))
         return jax.tree.map(cast, new, like, is_leaf=lambda u: u is None), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _with_gradients(updates: Any, params: Any) -> Any:

@@ -217,8 +217,8 @@ FAULTS = {
     ),
     "the numbers of the moment of a parameter": Fault(
         "rounding.py",
-        '(path_of(keys), "params")',
-        "path_of(keys)",
+        '(path, "params")',
+        "path",
         "test_rounding.py::test_coins_are_uncorrelated",
     ),
     "parameters rounded toward zero": Fault(

@@ -27,6 +27,7 @@ from optax_adam_mini import (
     per_neuron,
     per_tensor,
 )
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "frameworks.md"
@@ -78,7 +79,7 @@ def nu_shapes(opt_state):
     """The shapes of nu by path; nu is float32, and there is one of each in the state."""
     nu = optax.tree.get(opt_state, "nu")
     assert {leaf.dtype for leaf in jax.tree.leaves(nu)} == {jnp.dtype(jnp.float32)}
-    return {path_str(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(nu)}
+    return {path_str(keys): leaf.shape for keys, leaf in leaves_with_path(nu)}
 
 
 def refusal(params, block_specs=None):

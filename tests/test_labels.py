@@ -1,7 +1,11 @@
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
+from optax.contrib import MuonDimensionNumbers
 
 from optax_adam_mini import (
     adam_mini,
@@ -10,6 +14,7 @@ from optax_adam_mini import (
     flax_layers,
     fused,
     infer_block_specs,
+    muon_mini,
     outer,
     per_element,
     per_head,
@@ -117,6 +122,18 @@ def test_functions_that_were_not_called_are_refused(function):
         (lambda p: adam_mini(float("nan")), "learning_rate must be at least 0, got nan"),
         (lambda p: adam_mini(lambda _: None), "learning_rate: the schedule returned None"),
         (lambda p: adam_mini(lambda _: jnp.ones(3)), "learning_rate: the schedule returned"),
+        (lambda p: adam_mini(optax.cosine_decay_schedule), r"got cosine_decay_schedule\(init_value, decay_steps, .*call it"),
+        (lambda p: adam_mini(lambda _: optax.constant_schedule(1.0)), "one that returns the function .*call it"),
+        (lambda p: adam_mini(jnp.array(-0.1)).init(p), "learning_rate must be at least 0, got -0.1"),
+        (lambda p: optax.inject_hyperparams(adam_mini)(float("nan")).init(p), "learning_rate must be at least 0, got nan"),
+        (lambda p: adam_mini(0.1, weight_decay=jnp.array(-1.0)).init(p), "weight_decay must be at least 0"),
+        (lambda p: muon_mini(jnp.array(-0.1)).init(p), "learning_rate must be at least 0"),
+        (lambda p: muon_mini(0.1, beta=jnp.array(1.5)).init(p), r"beta must be in \[0, 1\), got 1.5"),
+        (lambda p: muon_mini(0.1, muon_weight_dimension_numbers=MuonDimensionNumbers(0.0, 1)).init(p["w"]), "does not fit: expected axes"),
+        (lambda p: adam_mini(0.1).update(p, p, adam_mini(0.1).init(p)), "a tuple of 3, got a dict: .* in this order"),
+        (lambda p: adam_mini(0.1).update(p, optax.sgd(0.1).init(p), p), "a tuple of 3, got a tuple of 2"),
+        (lambda p: adam_mini(0.1).update(p, muon_mini(0.1).init(p), p), "a tuple of 3, got a PartitionState"),
+        (lambda p: optax.flatten(adam_mini(0.1, block_specs={"w": per_neuron(), "b": per_element()})).init(p), "no spec for params; .* as optax.flatten makes them"),
         (lambda p: adam_mini(0.1, mu_dtype="float8_e4m3fn"), "mu_dtype must be .* jnp.int8 is what keeps 8 bits"),
         (lambda p: adam_mini(0.1, mu_dtype="complex64"), "mu_dtype must be a floating-point dtype"),
     ],
@@ -124,3 +141,19 @@ def test_functions_that_were_not_called_are_refused(function):
 def test_wrong_inputs_are_one_clear_error(use, message):
     with pytest.raises((TypeError, ValueError), match=message):
         use({"w": jnp.ones((3, 4)), "b": jnp.ones(4)})
+
+
+class Attention(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+
+
+def test_a_field_called_value_keeps_its_name():
+    params = {"attention": Attention(*(jnp.ones((3, 4)) for _ in range(3)))}
+    paths = ["attention/query", "attention/key", "attention/value"]
+    assert [path for path, _ in resolve_block_specs(per_neuron(), params)] == paths
+    with pytest.raises(ValueError, match=r"no spec for attention/query, attention/key$"):
+        adam_mini(0.1, block_specs={"attention": Attention(None, None, per_neuron())}).init(params)
+    boxed = {"kernel": nn.Partitioned(jnp.ones((3, 4)), ("in", "out"))}
+    assert [path for path, _ in resolve_block_specs(per_neuron(), boxed)] == ["kernel"]

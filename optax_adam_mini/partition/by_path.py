@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
     LabelFn,
     check_default,
@@ -63,7 +63,7 @@ def _label(
 ) -> Any:
     """The specs of `params`; a function of the module, so that it can go to another process."""
     check_is_params("by_path", params)
-    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_str(keys) for keys, _ in leaves_with_path(params)]
     for rule, _ in rules:
         check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
     specs = [next((s for rule, s in rules if rule.search(path)), None) for path in paths]

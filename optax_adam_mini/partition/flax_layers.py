@@ -22,6 +22,7 @@ from optax_adam_mini.blocks import (
     per_tensor,
     per_token,
 )
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
     LabelFn,
     check_is_params,
@@ -270,7 +271,7 @@ def _label(
             module,
             params,
         )
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
     attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
     specs: list[Spec] = []

@@ -6,11 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from optax_adam_mini.blocks import per_neuron
-from optax_adam_mini.boxes import axis_names
+from optax_adam_mini.boxes import axis_names, has_names, leaves_with_path
 from optax_adam_mini.labels import (
     LabelFn,
     check_default,
@@ -89,7 +88,7 @@ def _label(
     named = logical_axes(params)
     specs: list[Spec | None] = []
     unused = set(table)
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for keys, leaf in leaves_with_path(params):
         names = named.get(path_of(keys), ())
         if names and len(names) != jnp.ndim(leaf):
             raise ValueError(
@@ -142,7 +141,6 @@ def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...
 
 def logical_axes(params: Any) -> dict[tuple[str, ...], Names]:
     """The names of the axes of the parameters that have any, by path."""
-    is_box = lambda x: axis_names(x) is not None
-    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    boxes = leaves_with_path(params, is_leaf=has_names)
     named = {path_of(keys): axis_names(box) for keys, box in boxes}
     return {path: names for path, names in named.items() if names is not None}

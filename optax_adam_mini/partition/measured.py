@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
     LabelFn,
     path_of,
@@ -92,7 +93,7 @@ def measure_block_specs(
     named.setdefault("per coordinate", per_element())
     by_name = {name: resolve_block_specs(specs, params) for name, specs in named.items()}
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     missing = ["/".join(path_of(keys)) for keys, _ in leaves if path_of(keys) not in moments]
     if missing:
         raise ValueError(f"measure_block_specs: adam_state has no nu for {some(missing)}")
@@ -172,11 +173,7 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
             "measure_block_specs: adam_state has not made a step yet: train with AdamW for a few "
             "hundred, and measure then"
         )
-    return {
-        path_of(keys): v
-        for node in states
-        for keys, v in jax.tree_util.tree_leaves_with_path(node.nu)
-    }
+    return {path_of(keys): v for node in states for keys, v in leaves_with_path(node.nu)}
 
 
 @functools.partial(jax.jit, static_argnums=0)

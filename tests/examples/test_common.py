@@ -25,6 +25,7 @@ from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
 from examples.resnet import train as resnet
 from optax_adam_mini import ScaleByAdamMiniState
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 from tests.examples.language import TINY_RUN, write_corpus
 from tests.examples.running import REPOSITORY, command, only_run, run_command
@@ -193,7 +194,7 @@ def test_muon_has_the_matrices_and_adam_mini_the_rest(name):
     program = MODULES[name].make_program(config, "muon_mini_int8")
     state = program.abstract_state().opt_state
     (muon,) = (s for s in jax.tree.leaves(state, is_leaf=_is_muon) if _is_muon(s))
-    paths = lambda tree: {path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    paths = lambda tree: {path_str(keys) for keys, _ in leaves_with_path(tree)}
     (adam,) = (s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s))
     of_muon, of_adam = paths(muon.mu.codes), paths(adam.mu.codes)
     assert of_muon.isdisjoint(of_adam)

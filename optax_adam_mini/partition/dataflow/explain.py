@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
-
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import check_used, path_str, some
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
@@ -66,7 +65,7 @@ def explain(
           used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
     """
     check_kept("explain", v)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
     check_used(
         f"explain: parameter={parameter!r}", lambda path: path == parameter, parameter, params

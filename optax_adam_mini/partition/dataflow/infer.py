@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
@@ -82,7 +83,7 @@ def infer_block_specs(
         {'a': per_neuron(axis=1), 'b': per_neuron(axis=1), 'c': per_neuron(axis=(1, 2))}
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     if leaves and not any(
         jnp.issubdtype(getattr(p, "dtype", float), jnp.inexact) for _, p in leaves
     ):
@@ -97,7 +98,7 @@ def infer_block_specs(
             "infer_block_specs: unreadable must be a BlockSpec such as per_element(), got "
             f"{unreadable!r} of type {type(unreadable).__name__}"
         )
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     paths = [path_str(keys) for keys, _ in leaves]
     for rule, _ in rules:
         check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
@@ -191,7 +192,7 @@ def infer_muon_dimension_numbers(
             f"{name}: unreadable must be MuonDimensionNumbers, or None to leave the parameter to "
             f"Adam, got {unreadable!r} of type {type(unreadable).__name__}"
         )
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     for rule, _ in rules:
         check_used(f"{name}: the override {rule.pattern!r}", rule.search, rule.pattern, params)
     result = interpret(name, fn, params, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Role, Trail, Use
@@ -78,7 +79,7 @@ def _check(name: str, fn: Any, params: Any) -> None:
             f"{name}: fn must be the loss or the forward pass, got {type(fn).__name__}, and params "
             f"their pytree, got {type(params).__name__}: call {name}(fn, params, *args)"
         )
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for keys, leaf in leaves_with_path(params):
         found = None
         if not _is_array(leaf):
             found = f"{_short(leaf)} of type {type(leaf).__name__}"

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_adam_mini import explain, infer_block_specs, infer_muon_dimension_numbers, per_head
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 
 B, T, D, H, N, V = 2, 6, 32, 4, 8, 11  # batch, time, width, heads, head_dim, tokens
@@ -32,7 +33,7 @@ X, TOKENS, IMAGE = shape(B, T, D), shape(B, T, dtype="int32"), shape(B, 8, 8, 3)
 def grids(fn, params, *args):
     """The grid of every parameter, by its path."""
     specs = jax.tree.leaves(infer_block_specs(fn, params, *args, v="mean"))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = leaves_with_path(params)
     return {
         path_str(keys): spec.grid(leaf.shape)
         for (keys, leaf), spec in zip(leaves, specs, strict=True)
