@@ -91,6 +91,19 @@ def union(a: Factor, b: Factor) -> Factor:
 Factors = tuple[Factor, ...]
 
 
+def beside(a: Factors, b: Factors) -> Factors:
+    """What is known of several axes apart, those as one that count the same outputs alike."""
+    found = list(a)
+    distances = lambda factor: {use: part.distance for use, part in factor.features.items()}
+    for factor in b:
+        alike = [i for i, old in enumerate(found) if distances(old) == distances(factor)]
+        if alike:
+            found[alike[0]] = union(found[alike[0]], factor)
+        elif factor != NOTHING:
+            found.append(factor)
+    return tuple(found)
+
+
 @functools.cache
 def blank(size: int) -> Factors:
     """An axis of which nothing is known."""

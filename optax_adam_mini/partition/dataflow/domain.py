@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.axes import (
-    NOTHING,
     Factor,
     Factors,
     Indices,
@@ -80,7 +79,7 @@ class Value:
     """Parameters were summed over axes of their own to make it: a norm, a penalty."""
     is_plain: bool = False
     """A loop carries something else than parameters in it, sooner or later."""
-    dropped: Factor = NOTHING
+    dropped: Factors = ()
     """What is known of the axes of size 1 that were left out."""
     is_fixed: bool = False
     """It is made of constants and of arrays that the function closes over."""

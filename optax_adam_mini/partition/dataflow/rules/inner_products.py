@@ -135,7 +135,7 @@ def _meet(a: Side, b: Side) -> bool:
 
 def _extents(value: Value, use: int) -> dict[int, tuple[int, int]]:
     """By the distance of neighbours, from which to which output of a use the axes go."""
-    factors = [*map(value.whole, range(len(value.shape))), value.dropped]
+    factors = [*map(value.whole, range(len(value.shape))), *value.dropped]
     parts = sorted(factor.features[use] for factor in factors if use in factor.features)
     return {part.distance: (part.start, part.stop) for part in parts}
 
