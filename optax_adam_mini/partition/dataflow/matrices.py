@@ -28,11 +28,13 @@ def find_matrices(result: Result) -> list[Matrix | str]:
             tuple(axis for axis, found in enumerate(roles) if role in found)
             for role in (Role.REDUCTION, Role.OUTPUT)
         )
-        if any(use.is_lookup for use in result.uses.get(index, ())):
+        has_one_role = all(len(axis) < 2 for axis in roles)
+        is_kernel = inputs and outputs and has_one_role  # of a kernel, an expert may be chosen
+        if not is_kernel and any(use.is_lookup for use in result.uses.get(index, ())):
             found.append("a table, of which rows are chosen")
         elif not (inputs and outputs):
             found.append("no kernel: it has no inputs and outputs")
-        elif any(len(axis) > 1 for axis in roles):
+        elif not has_one_role:
             found.append("no one matrix: an axis is of inputs in one use and of outputs in another")
         elif all(met.isdisjoint(step.outputs) for step in _used_in(result, index)):
             found.append("an output head: its outputs meet no further kernel")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optax_adam_mini import infer_block_specs
+from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers
 from tests.partition.dataflow.models.parts import (
     ROWS,
     B,
@@ -332,6 +332,13 @@ def test_one_function_has_one_cut(function, form, v):
     forms, params, x = FORMS[function]
     first = next(iter(forms.values()))
     assert found(forms[form], params, x, v) == found(first, params, x, v)
+
+
+@pytest.mark.parametrize("form", EXPERTS)
+def test_muon_has_the_experts_however_they_are_chosen(form):
+    numbers = infer_muon_dimension_numbers(EXPERTS[form], MLP, ROWS)
+    assert numbers["u"] == numbers["v"] == ((1,), (2,))
+    assert numbers["w"] is None
 
 
 @pytest.mark.parametrize("form", FINER_FILTERS)
