@@ -110,9 +110,10 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
     schedule: Any = value
     try:
         takes = inspect.signature(schedule)
+    except (TypeError, ValueError):  # some functions that are written in C have none
+        takes = inspect.Signature([inspect.Parameter("count", inspect.Parameter.POSITIONAL_ONLY)])
+    try:
         takes.bind(0)
-    except ValueError:  # a function of C has no signature
-        pass
     except TypeError:
         named = getattr(schedule, "__name__", type(schedule).__name__)
         raise TypeError(

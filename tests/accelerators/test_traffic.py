@@ -21,10 +21,11 @@ def test_the_update_moves_six_arrays_of_adamws_seven(name, chip, dtype):
     mini = [optimizer for optimizer in MINI if optimizer in row]
     assert len(mini) == (4 if dtype == "float32" else 3)
     for optimizer in mini:
-        # Rows and columns are float32 whatever the parameters are: some arrays of rows, of which
-        # those of a kernel of heads have 1/128 of its size each.
+        # Rows and columns are float32 whatever the parameters are. In a kernel of heads an array of
+        # rows has 1/128 of the kernel's size, and the update in 8 bits keeps six of them: the
+        # factors of the old second moment and of the new one.
         share = row[optimizer]["temporary_share"] * (1 if dtype == "float32" else 0.5)
-        assert share <= (0.04 if "8 bits" in optimizer else 0.03)
+        assert share <= (0.05 if "8 bits" in optimizer else 0.03)
     if name == PER_ELEMENT:
         # v is kept in float32, which is two arrays of bfloat16.
         most = adamw + 0.01 if dtype == "float32" else 9.01

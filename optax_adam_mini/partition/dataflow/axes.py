@@ -94,6 +94,19 @@ def union(a: Factor, b: Factor) -> Factor:
 Factors = tuple[Factor, ...]
 
 
+def beside(a: Factors, b: Factors) -> Factors:
+    """The descriptions of separate axes; those with the same outputs and distances are one."""
+    found = list(a)
+    distances = lambda factor: {use: part.distance for use, part in factor.features.items()}
+    for factor in b:
+        alike = [i for i, old in enumerate(found) if distances(old) == distances(factor)]
+        if alike:
+            found[alike[0]] = union(found[alike[0]], factor)
+        elif factor != NOTHING:
+            found.append(factor)
+    return tuple(found)
+
+
 @functools.cache
 def blank(size: int) -> Factors:
     """An axis about which nothing is known."""

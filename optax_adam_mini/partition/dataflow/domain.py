@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.axes import (
-    NOTHING,
     Factor,
     Factors,
     Indices,
@@ -80,7 +79,7 @@ class Value:
     """It sums parameters over their own axes: a norm, a penalty."""
     is_plain: bool = False
     """A loop carries something other than parameters in it, at least in some iteration."""
-    dropped: Factor = NOTHING
+    dropped: Factors = ()
     """What is known about the axes of size 1 that were dropped."""
     is_fixed: bool = False
     """It is computed only from constants and arrays that the function closes over."""

@@ -18,10 +18,10 @@ from optax_adam_mini.partition.dataflow.axes import (
     Factors,
     Indices,
     Part,
+    beside,
     blank,
     merged,
     regrouped,
-    union,
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
@@ -167,7 +167,7 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
         value.axes[axis] = factors
     if relation.keeps_dropped:
         for operand in ins:
-            value.dropped = union(value.dropped, operand.dropped)
+            value.dropped = beside(value.dropped, operand.dropped)
         if step.name in _RESHAPING:
             _drop_axes(step, ins[0], value)
     _flag(facts, step, relation, value)
@@ -181,12 +181,12 @@ def _drop_axes(step: Step, operand: Value, value: Value) -> None:
     if step.name != "broadcast_in_dim" and before > after:
         for axis, size in enumerate(operand.shape):
             if size == 1:
-                value.dropped = union(value.dropped, operand.whole(axis))
-    elif before < after and value.dropped != NOTHING:
+                value.dropped = beside(value.dropped, (operand.whole(axis),))
+    elif before < after and value.dropped:
         new = [axis for axis, size in enumerate(value.shape) if size == 1]
         for axis in new:
             if value.axes[axis] == blank(1):
-                value.axes[axis] = (value.dropped,)
+                value.axes[axis] = (whole(value.dropped, 1),)
 
 
 def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
@@ -280,7 +280,7 @@ def _follow(
         is_parameter = keeps and operand.kind == Kind.WEIGHT
         own = frozenset((param, -1) for param in operand.params if is_parameter)
         moves = operand.kind == Kind.DATA
-        was = operand.dropped._replace(size=result.shape[axis], moves=moves)
+        was = whole(operand.dropped or (NOTHING,), result.shape[axis])._replace(moves=moves)
         found[axis].append((was._replace(own=was.own | own if keeps else own),))
         return
     sizes = [result.shape[axis] for axis in link.result_axes]
@@ -336,7 +336,7 @@ def _with_what_was(old: Value, new: Value) -> Value:
         is_summary=old.is_summary and new.is_summary,
         is_plain=old.is_plain or new.is_plain,
         is_fixed=old.is_fixed and new.is_fixed,
-        dropped=union(old.dropped, new.dropped),
+        dropped=beside(old.dropped, new.dropped),
         mixtures=old.mixtures | new.mixtures,
     )
 

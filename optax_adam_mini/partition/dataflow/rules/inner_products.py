@@ -137,7 +137,7 @@ def _meet(a: Side, b: Side) -> bool:
 
 def _extents(value: Value, use: int) -> dict[int, tuple[int, int]]:
     """For each distance of neighbours, the start and stop of the outputs of a use."""
-    factors = [*map(value.whole, range(len(value.shape))), value.dropped]
+    factors = [*map(value.whole, range(len(value.shape))), *value.dropped]
     parts = sorted(factor.features[use] for factor in factors if use in factor.features)
     return {part.distance: (part.start, part.stop) for part in parts}
 
