@@ -70,7 +70,7 @@ def from_adam_state(
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
         nu = spec.block_mean(v.astype(widen(v.dtype)))
-        # Step 0 is no training step, so no later step uses the same random numbers.
+        # Updates count from 1, so no later step uses the random numbers of step 0.
         seed = rounding_seed(0, salt_of(path))
         return write(spec, m.astype(widen(m.dtype)), nu, dtype or m.dtype, seed), nu
 

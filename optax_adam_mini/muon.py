@@ -104,7 +104,7 @@ def muon_mini(
         adam_b2: its `b2`.
         adam_eps_root: its `eps_root`.
         adam_weight_decay: its `weight_decay`.
-        adam_learning_rate: its `learning_rate`; None for that of the matrices.
+        adam_learning_rate: its `learning_rate`; None for the learning rate of the matrices.
         muon_weight_dimension_numbers: which axes of a matrix are inputs and outputs: a pytree of
             `optax.contrib.MuonDimensionNumbers` like the parameters or a prefix of it, with `None`
             for what goes to Adam-mini, or a function of the parameters that returns one;

@@ -71,7 +71,7 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compile the update of Llama models for many devices, AdamW beside Adam-mini."""
+    """Compile the update of Llama models for many devices, with AdamW and with Adam-mini."""
 
     cases: tuple[str, ...] = CASES
     """MODEL:FSDPxTENSOR@TOPOLOGY, such as llama2-7b:8x2@v5e:4x4; without @TOPOLOGY, the case is

@@ -191,7 +191,7 @@ class Comparison:
         return _walk(start, lambda rate: self._score(contender, rate, sweep))
 
     def _score(self, contender: str, rate: float, seeds: int) -> float:
-        """A score, of which smaller is better; among equal accuracies the loss decides."""
+        """A score; smaller is better, and the loss decides among equal accuracies."""
         runs = self.runs(contender, rate, range(1, 1 + seeds))
         scores = [self.workload.score(run) for run in runs]
         return float(np.mean([first + 1e-6 * second for first, second in scores]))

@@ -326,7 +326,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def begin(path: Path, options: Options) -> dict[str, Any]:
-    """The content of the file, or that of a new file."""
+    """The content of the file, or the content that a new file begins with."""
     settings = {
         name: globals()[name.upper()]
         for name in ("context", "layers", "heads", "width", "batch_size", "held_out_windows", "b1",

@@ -34,7 +34,7 @@ class Workload:
         return math.nan if found is None else found
 
     def score(self, run: Mapping[str, Any]) -> tuple[float, float]:
-        """A score, of which smaller is better; among equal accuracies the loss decides."""
+        """A score; smaller is better, and the loss decides among equal accuracies."""
         loss = run["held_out_loss"]
         if loss is None:
             return math.inf, math.inf

@@ -82,7 +82,7 @@ def measure_block_specs(
         >>> print(specs["kernel"].note)
         outer 0.00; one block 0.60, other axes 0.45, last axis 0.42
         >>> state = from_adam_state(state, params, specs)
-        >>> tx = adam_mini(1e-3, block_specs=specs)  # goes on with this state
+        >>> tx = adam_mini(1e-3, block_specs=specs)  # continues with this state
     """
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(

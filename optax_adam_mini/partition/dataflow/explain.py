@@ -21,7 +21,7 @@ from optax_adam_mini.product import Outer, Spec
 
 # The paths of libraries, which are not the user's own code.
 _LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
-_MANY = 8  # uses, of which each is tried alone
+_MANY = 8  # uses: up to this many are each tried alone
 
 
 def explain(

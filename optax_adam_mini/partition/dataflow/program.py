@@ -36,7 +36,7 @@ STOPPING = {
 }  # fmt: skip
 # Primitives after which each index of an axis acts by itself.
 TAKES = {"scan_slice", "dynamic_slice", "gather"}
-# Primitives that reduce many numbers to one, to which all contribute alike.
+# Primitives that reduce many numbers to one, all in the same way.
 SUMS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
     "pmax", "pmin",

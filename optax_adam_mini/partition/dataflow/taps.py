@@ -64,7 +64,7 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
                 for where in met
                 for left, right in _sums(program, reached[i])
             )
-            # In a loop, products that depend on one another are no filter.
+            # In a loop, products that depend on one another do not make a filter.
             if is_summed and not (in_loop and _makes(program, product.step, product.data)):
                 slices.add(id(product.slice))
                 if product.step.name == "mul":

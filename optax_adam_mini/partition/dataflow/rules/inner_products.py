@@ -85,9 +85,9 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             and bool(data.uses(data.batch) & data.uses(data.contracted))
         )
     if _meet(a, b):
-        # Both sides have the same outputs: the norm of a vector, positions matched with themselves,
-        # the derivative of a mixture. If each side also has uses of its own, the shared outputs are
-        # only a factor of both, and the sides differ.
+        # Both sides share outputs: the norm of a vector, positions matched with themselves, the
+        # derivative of a mixture. These couple nothing. If each side also has its own uses, the
+        # shared outputs are only a factor of both, and the check below decides.
         if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
             return False
         left, right = a.uses(a.contracted), b.uses(b.contracted)
