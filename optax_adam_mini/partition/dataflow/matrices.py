@@ -1,4 +1,4 @@
-"""What is a matrix for Muon: kernels between two others, and neither tables nor output heads."""
+"""Finds the matrices for Muon: kernels other than tables and output heads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from optax_adam_mini.partition.dataflow.program import Step
 
 
 class Matrix(NamedTuple):
-    """Which axes of a parameter are inputs and which outputs; along the others it is several."""
+    """The axes of a parameter that are inputs and outputs; other axes stack several matrices."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
 def find_matrices(result: Result) -> list[Matrix | str]:
-    """Of every parameter its matrix, or why it is none.
+    """For every parameter, its matrix or the reason why it is none.
 
     An output head is a kernel whose outputs meet no further kernel on their way to the loss.
     """
@@ -44,7 +44,7 @@ def find_matrices(result: Result) -> list[Matrix | str]:
 
 
 def _used_in(result: Result, index: int) -> list[Step]:
-    """The steps in which a parameter, or what is made of it, is a kernel."""
+    """The steps in which a parameter, or a value that is still that parameter, is a kernel."""
     return [
         step
         for step, relation in result.trail
@@ -54,7 +54,7 @@ def _used_in(result: Result, index: int) -> list[Step]:
 
 
 def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
-    """The operands that are kernels in a step: parameters that are contracted with data."""
+    """The operands that are kernels in a step: parameters contracted with data."""
     found: list[int] = []
     for operand in relation.uses:
         shape = result.facts.values[step.inputs[operand]].shape
@@ -65,7 +65,7 @@ def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
 
 
 def _meeting_kernels(result: Result) -> set[int]:
-    """The values that meet a kernel, or of which something is made that does."""
+    """The values that meet a kernel, or that such values depend on."""
     found, count = set[int](), -1
     while count != (count := len(found)):
         for step, relation in reversed(result.trail):

@@ -1,8 +1,8 @@
-"""Filters that are written out: a parameter is taken apart, and its products are summed again.
+"""Finds filters that are written as sums of shifted products.
 
-`sum(shifted(x, i) * w[i] for i in range(taps))` is a convolution of each channel with a filter of
-its own. Each of its products looks like a gain. `sum(shifted(x, i) @ w[i] for i in range(taps))` is
-a convolution too. Each of its products looks like a layer of a stack.
+`sum(shifted(x, i) * w[i] for i in range(taps))` convolves each channel with its own filter. By
+itself, each of its products looks like a gain. `sum(shifted(x, i) @ w[i] for i in range(taps))` is
+a convolution too. By itself, each of its products looks like a layer of a stack.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transp
 
 
 class Product(NamedTuple):
-    """One index of a parameter, times data."""
+    """A product of data and one index of a parameter."""
 
     step: Step
     slice: Step
     moved: int
-    """The data that it is multiplied with."""
+    """The data that the index is multiplied with."""
     data: int
-    """What was moved about to make them."""
+    """The data before they were shifted."""
 
 
 def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
-    """The products of filters that are written out, and the steps that take their taps, by id."""
+    """The ids of the products in such filters, and of the steps that take their taps."""
     made = {place: step for step in program.steps for place in step.outputs}
     families: dict[tuple[int, int, str], list[Product]] = {}
     for step in program.steps:
@@ -64,7 +64,7 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
                 for where in met
                 for left, right in _sums(program, reached[i])
             )
-            # Of a loop: not where one product is what the next one is made of.
+            # In a loop, products that depend on one another do not make a filter.
             if is_summed and not (in_loop and _makes(program, product.step, product.data)):
                 slices.add(id(product.slice))
                 if product.step.name == "mul":
@@ -73,7 +73,7 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
 
 
 def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
-    """The step that takes one index of a parameter, if a value is one."""
+    """The step that takes one index of a parameter to make this value, if there is one."""
     while (step := made.get(place)) is not None and step.name in _MOVES:
         place = step.inputs[0]
     if step is None or step.name not in _SLICES:
@@ -86,7 +86,7 @@ def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
 
 
 def _root(program: Program, made: dict[int, Step], place: int) -> int:
-    """What a value was before it was moved about: shifted, padded, cut."""
+    """The value that was shifted, padded or sliced to make this one."""
     step = made.get(place)
     if step is None or step.name not in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
         return place
@@ -96,10 +96,10 @@ def _root(program: Program, made: dict[int, Step], place: int) -> int:
 
 
 def _summed_in(program: Program, step: Step) -> set[int]:
-    """The values that a product goes into by sums.
+    """The values that a product goes into through sums and layout steps.
 
-    A product of matrices may be a layer, which adds to what other layers read: of it only values
-    that nothing but the next sum reads.
+    A product of matrices may instead be a layer, whose sum other layers read: it is followed only
+    while a value has one reader.
     """
     is_matrix = step.name != "mul"
     through = _ADDING | LAYOUT if is_matrix else LINEAR | LAYOUT
@@ -121,7 +121,7 @@ def _makes(program: Program, step: Step, place: int) -> bool:
 
 
 def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:
-    """The operands of the sums that values go into."""
+    """The operands of the sums that these values go into."""
     steps = {
         id(step): step for place in places for step in program.consumers.get(place, ())
         if step.name in ("add", "add_any", "sub")
