@@ -20,7 +20,7 @@ from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_of, resol
 from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import OuterMoments, Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import Codes, check_kept, in_state, of_state, read, write
-from optax_adam_mini.rounding import rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
 

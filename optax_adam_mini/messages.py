@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import path_str, some
+from optax_adam_mini.labels import path_of, path_str, some
 from optax_adam_mini.product import Spec
 
 _CONVERT = "convert it, from_adam_state(state, params, block_specs)"
@@ -173,6 +173,33 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
         f"update: the {what} must have the structure of the parameters given to init: "
         + "; ".join(said)
     )
+
+
+def check_in_bfloat16(params: Any) -> None:
+    """Refuses parameters that `stochastic_rounding` cannot round, and trees without bfloat16.
+
+    Raises:
+        TypeError: if one is in float16 or narrower.
+        ValueError: if none is in bfloat16.
+    """
+    dtypes = {path_of(keys): getattr(p, "dtype", None)
+              for keys, p in leaves_with_path(params)}  # fmt: skip
+    for path, dtype in dtypes.items():
+        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"{'/'.join(path) or 'params'}: expected bfloat16, or float32 and wider, which are "
+                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and "
+                "gradients before they can be rounded: keep the parameters in bfloat16"
+            )
+    if dtypes and jnp.bfloat16 not in dtypes.values():
+        path, dtype = next(iter(dtypes.items()))
+        raise ValueError(
+            "stochastic_rounding: expected parameters in bfloat16, and found none "
+            f"({'/'.join(path) or 'params'} is {dtype}): leave it out, or cast them, "
+            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params); of a run that had some, what "
+            "adds the updates has widened them (eqx.apply_updates does): use optax.apply_updates"
+        )
 
 
 def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: Any) -> None:

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adam_mini.boxes import leaves_with_path, with_kept_names
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import (
     check_count,
     check_hyperparams,
     check_is_bool,
     check_mu_dtype,
-    check_param_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import (
-    BlockSpecs,
-    of_leaves,
-    path_of,
-    path_str,
-    remembered_block_specs,
-)
-from optax_adam_mini.messages import (
-    check_gradient,
-    check_mask_leaves,
-    check_order,
-    leaves_as,
-    some,
-)
-from optax_adam_mini.product import Outer, Spec
-from optax_adam_mini.quantized import RowCodes, read_row, write_row
-from optax_adam_mini.rounding import rounding_seed, salt_of
-from optax_adam_mini.sums import widen
+from optax_adam_mini.labels import BlockSpecs, path_str, some
+from optax_adam_mini.matrices import Pieces, dimension_numbers, specs_of
+from optax_adam_mini.messages import check_gradient, check_mask_leaves, check_order, leaves_as
+from optax_adam_mini.momentum import kept
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, PyTree
-    from optax.contrib import MuonDimensionNumbers
+    from jaxtyping import PyTree
 
 MUON, ADAM = "muon", "adam"  # the parts of the state, as `optax.contrib.muon` calls them
 
@@ -186,14 +169,14 @@ def muon_mini(
 
     given = muon_weight_dimension_numbers
 
-    def pieces_of(params: Any) -> list[_Pieces]:
+    def pieces_of(params: Any) -> list[Pieces]:
         """The pieces of every matrix in a tree of matrices."""
         numbers = dimension_numbers(given, params)
-        specs = _specs(block_specs, params) if parts else [None] * len(numbers)
+        specs = specs_of(block_specs, params) if parts else [None] * len(numbers)
         shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
-        return [_Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
+        return [Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
 
-    def orthogonalize(pieces: list[_Pieces]) -> optax.GradientTransformation:
+    def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
             ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
             preconditioning=preconditioning,
@@ -202,7 +185,7 @@ def muon_mini(
 
     matrices = in_dtypes(
         optax.chain(
-            _kept(orthogonalize, pieces_of, dtype, consistent_rms),
+            kept(orthogonalize, pieces_of, dtype, consistent_rms),
             optax.identity(),  # `optax.contrib.muon` has an entry in its state here
             add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
@@ -257,232 +240,3 @@ def _check_gradients(updates: Any, params: Any) -> None:
 
 
 _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
-
-
-class _Pieces(NamedTuple):
-    """The matrices into which a kernel is cut along its outputs; one, if it is not cut."""
-
-    numbers: MuonDimensionNumbers
-    cuts: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Axes, and the start of each piece but the first along each axis."""
-
-    @classmethod
-    def of(
-        cls, shape: tuple[int, ...], numbers: MuonDimensionNumbers, spec: Spec | None
-    ) -> _Pieces:
-        runs = spec.runs(shape) if isinstance(spec, Outer) else [()] * len(shape)
-        _, outputs = ([axis % len(shape) for axis in axes] for axes in _axes(numbers))
-        ends = {
-            axis: np.cumsum([size for n, size in runs[axis] for _ in range(n)]) for axis in outputs
-        }
-        return cls(numbers, tuple((axis, tuple(e[:-1].tolist())) for axis, e in ends.items()))
-
-    @property
-    def matrices(self) -> int:
-        return math.prod(1 + len(starts) for _, starts in self.cuts)
-
-    def split(self, x: Array) -> list[Array]:
-        pieces = [x]
-        for axis, starts in self.cuts:
-            pieces = [part for x in pieces for part in jnp.split(x, starts, axis)]
-        return pieces
-
-    def join(self, pieces: list[Array]) -> Array:
-        for axis, starts in reversed(self.cuts):
-            n = 1 + len(starts)
-            pieces = [
-                pieces[i] if n == 1 else jnp.concatenate(pieces[i : i + n], axis)
-                for i in range(0, len(pieces), n)
-            ]
-        return pieces[0]
-
-
-def _specs(block_specs: Any, params: Any) -> list[Spec]:
-    """The specs of the matrices, which say which parts have separate rows."""
-    leaves, treedef = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
-    labels = remembered_block_specs(block_specs, treedef, shapes) if block_specs is not None else []
-    specs = [spec for _, spec in labels]
-    if leaves and not any(isinstance(spec, Outer) for spec in specs):
-        raise ValueError(
-            "parts=True: the parts of a kernel are those that have rows of their own, and "
-            "block_specs has no rows for a matrix (no outer): give "
-            "block_specs=infer_block_specs(loss_fn, params, ...), or leave parts out"
-        )
-    return specs
-
-
-def _kept(
-    orthogonalize: Callable[[list[_Pieces]], optax.GradientTransformation],
-    pieces_of: Callable[[Any], list[_Pieces]],
-    mu_dtype: Any,
-    consistent_rms: Any,
-) -> optax.GradientTransformation:
-    """`scale_by_muon` on pieces in float32, with momenta stored for whole kernels in `mu_dtype`."""
-
-    def init_fn(params: Any) -> Any:
-        for keys, p in leaves_with_path(params):
-            path, of_param = path_str(keys) or "params", jnp.result_type(p)
-            check_param_dtype(path, of_param, mu_dtype)
-            if not jnp.issubdtype(of_param, jnp.inexact):
-                raise TypeError(
-                    f"{path}: expected a matrix of floating-point numbers, got {of_param}: give "
-                    "None in muon_weight_dimension_numbers"
-                )
-        pieces, treedef = pieces_of(params), jax.tree.structure(params)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
-        if mu_dtype == jnp.int8:
-            rows = [
-                jnp.zeros(rows_of(p.shape, piece.numbers)[1], jnp.bfloat16)
-                for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
-            ]
-            mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))
-        state: Any = orthogonalize(pieces).init(params)
-        return state._replace(mu=mu)
-
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        like = updates if params is None else params
-        _check_momentum(state.mu, updates, mu_dtype)
-        pieces, treedef = pieces_of(like), jax.tree.structure(updates)
-        wide = lambda x: x.astype(widen(x.dtype))
-        split = lambda tree: [
-            piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
-        ]
-        join = lambda parts: treedef.unflatten(
-            piece.join(x) for x, piece in zip(parts, pieces, strict=True)
-        )
-        new: Any
-        after: Any
-        new, after = orthogonalize(pieces).update(
-            split(updates), state._replace(mu=split(_read(state.mu)))
-        )
-        scaled = [
-            [u * _scale(u.shape, piece.numbers, consistent_rms) for u in parts]
-            for parts, piece in zip(new, pieces, strict=True)
-        ]
-        return join(scaled), after._replace(
-            mu=_written(join(after.mu), state.mu, after.count, pieces, mu_dtype, params)
-        )
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _read(mu: Any) -> Any:
-    """The momentum from a state, as a tree like the parameters."""
-    if not isinstance(mu, RowCodes):
-        return mu
-    codes, treedef = jax.tree.flatten(mu.codes)
-    pairs = zip(codes, jax.tree.leaves(mu.largest), strict=True)
-    return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
-
-
-def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
-    """Refuses a momentum of other matrices or with another `mu_dtype`."""
-    is_int8 = isinstance(mu, RowCodes)
-    if is_int8 != (mu_dtype == jnp.int8):
-        raise ValueError(
-            f"the state's mu is {'int8' if is_int8 else 'not int8'}, but the transformation has "
-            f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with. Muon's momentum "
-            "is not converted: to begin it anew, take that of tx.init(params)"
-        )
-    shapes = lambda tree: {
-        path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
-    }
-    found, expected = shapes(mu.codes if is_int8 else mu), shapes(updates)
-    if found != expected:
-        differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
-        raise ValueError(
-            f"the state's momentum does not fit the matrices at {some(differ)}: it was made with "
-            "other parameters, or other muon_weight_dimension_numbers"
-        )
-
-
-def _written(
-    mu: Any, old: Any, count: Any, pieces: list[_Pieces], mu_dtype: Any, params: Any
-) -> Any:
-    """The momentum as a state stores it, in the boxes of the old one."""
-    if not isinstance(old, RowCodes):
-        like = old if params is None else params
-        dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
-        cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(old), cast)
-    pairs: list[Any] = []
-    for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
-        seed = rounding_seed(count, salt_of(path_str(keys)))
-        pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
-    in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
-    return RowCodes(in_tree_of(0), in_tree_of(1))
-
-
-def rows_of(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of a matrix's rows, along its longer side, and the shape of one number per row."""
-    axes = max(_axes(numbers), key=lambda axes: math.prod(shape[axis] for axis in axes))
-    axes = tuple(axis % len(shape) for axis in axes)
-    return axes, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
-
-
-def sizes_of(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a matrix."""
-    inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in _axes(numbers))
-    return inputs, outputs
-
-
-def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms: Any) -> Any:
-    """The scale of the update of a matrix of this shape."""
-    inputs, outputs = sizes_of(shape, numbers)
-    if consistent_rms is None:
-        return math.sqrt(max(1, outputs / max(1, inputs)))
-    return math.sqrt(max(inputs, outputs)) * consistent_rms
-
-
-def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
-    return [tuple(axes) if isinstance(axes, Sequence) else (axes,) for axes in numbers]
-
-
-def dimension_numbers(given: Any, params: Any) -> list[Any]:
-    """The dimension numbers of every leaf of `params`, None for leaves that go to Adam-mini.
-
-    Raises:
-        TypeError: if an entry of `given` is neither dimension numbers nor None.
-        ValueError: if a parameter has no entry, if an entry has no parameter, or if dimension
-            numbers do not fit a parameter's shape.
-    """
-    from optax.contrib import MuonDimensionNumbers
-
-    leaves = leaves_with_path(params)
-    if given is None:
-        is_matrix = lambda p: jnp.ndim(p) == 2 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
-        return [MuonDimensionNumbers() if is_matrix(p) else None for _, p in leaves]
-    is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    name = "muon_weight_dimension_numbers"
-    by_path = {
-        path_of(keys): numbers
-        for keys, numbers in leaves_with_path(
-            given(params) if callable(given) else given, is_leaf=is_one
-        )
-    }
-    for path, numbers in by_path.items():
-        if not is_one(numbers):
-            raise TypeError(
-                f"{name}: {'/'.join(path) or 'params'}: expected "
-                f"optax.contrib.MuonDimensionNumbers, or None for Adam-mini, got {numbers!r} of "
-                f"type {type(numbers).__name__}"
-            )
-    found = of_leaves(name, "entry", by_path, params)
-    for path, leaf, numbers in found:
-        if numbers is not None:
-            _check_fits(path or "params", numbers, jnp.shape(leaf))
-    return [numbers for _, _, numbers in found]
-
-
-def _check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:
-    parts = [part if isinstance(part, Sequence) else (part,) for part in numbers]
-    axes = [axis for part in parts for axis in part]
-    known = [axis for axis in axes if isinstance(axis, (int, np.integer))]
-    distinct = {axis % len(shape) for axis in known if -len(shape) <= axis < len(shape)}
-    if not all(parts) or len(distinct) < len(axes):
-        raise ValueError(
-            f"{path} {shape}: {numbers} does not fit: expected axes of the parameter, each once, "
-            "at least one of inputs (reduction_axis) and one of outputs (output_axis); give None "
-            "to leave the parameter to Adam-mini"
-        )

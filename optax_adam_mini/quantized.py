@@ -38,7 +38,7 @@ import numpy as np
 
 from optax_adam_mini import sums
 from optax_adam_mini.product import Spec
-from optax_adam_mini.rounding import random_bits
+from optax_adam_mini.random_bits import random_bits
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int8, UInt32
@@ -126,7 +126,7 @@ def write(
         TypeError: if codes are differentiated: their derivative is 0 almost everywhere.
 
     Examples:
-        >>> from optax_adam_mini.rounding import rounding_seed
+        >>> from optax_adam_mini.random_bits import rounding_seed
         >>> m, nu = jnp.array([2.4804688, 0.0, -0.05859375]), jnp.array([1.0])
         >>> write(per_tensor(), m, nu, jnp.dtype("int8"), rounding_seed(1, 0))
         Array([ 92,   0, -12], dtype=int8)
@@ -228,7 +228,7 @@ def write_row(
         The codes, and the largest magnitude of each row or a little more, in bfloat16.
 
     Examples:
-        >>> from optax_adam_mini.rounding import rounding_seed
+        >>> from optax_adam_mini.random_bits import rounding_seed
         >>> codes, largest = write_row(jnp.ones((2, 5)), (1,), rounding_seed(1, 0))
         >>> codes.dtype, largest.dtype, largest.shape
         (dtype('int8'), dtype(bfloat16), (2, 1))

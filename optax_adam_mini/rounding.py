@@ -9,8 +9,6 @@ stored, and they are the same on any mesh, in any process and after any restart.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,9 +18,11 @@ import optax
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_of
+from optax_adam_mini.messages import check_in_bfloat16
+from optax_adam_mini.random_bits import random_bits, rounding_seed, salt_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Int32, PyTree, UInt32
+    from jaxtyping import Array, Float, Int, PyTree, UInt32
 
 
 class StochasticRoundingState(NamedTuple):
@@ -90,7 +90,7 @@ def stochastic_rounding(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> StochasticRoundingState:
-        _check_params(params)
+        check_in_bfloat16(params)
         return StochasticRoundingState(jnp.zeros([], jnp.int32), inner.init(_widened(params)))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -105,7 +105,7 @@ def stochastic_rounding(
                 f"{type(state).__name__}: call tx.update(grads, state, params), in this order; the "
                 "state of the transformation inside goes into its field inner_state"
             )
-        _check_params(params)
+        check_in_bfloat16(params)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def round_leaf(path: Any, u: Any, p: Any) -> Any:
@@ -138,6 +138,7 @@ def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Flo
         seed: seed of the rounding.
 
     Examples:
+        >>> from optax_adam_mini.random_bits import rounding_seed
         >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
         dtype('float32')
     """
@@ -152,61 +153,9 @@ def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Flo
     return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
 
 
-def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
-    """The seed for a step, `count`, and for the array that `salt` stands for."""
-    return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
-
-
-def salt_of(what: Hashable) -> np.uint32:
-    """A number for a path or another tuple of names, the same in every process.
-
-    Examples:
-        >>> int(salt_of(("layer", "kernel")))
-        841920579
-    """
-    return np.uint32(zlib.crc32(repr(what).encode()))  # repr's quotes separate the names
-
-
-def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
-    """A random number of `bits` bits, at most 31, for each coordinate."""
-    place = np.uint32(0)
-    for axis, size in enumerate(shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    # Add the seed: multiplied by a place that is a power of two, it would lose bits.
-    return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
-
-
-def mixed(x: Any) -> Any:
-    """A hash in which every bit depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def _is_bfloat16(x: Any) -> bool:
     return getattr(x, "dtype", None) == jnp.bfloat16
 
 
 def _widened(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_bfloat16(x) else x, tree)
-
-
-def _check_params(params: Any) -> None:
-    dtypes = {path_of(keys): getattr(p, "dtype", None)
-              for keys, p in leaves_with_path(params)}  # fmt: skip
-    for path, dtype in dtypes.items():
-        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
-            raise TypeError(
-                f"{'/'.join(path) or 'params'}: expected bfloat16, or float32 and wider, which are "
-                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and "
-                "gradients before they can be rounded: keep the parameters in bfloat16"
-            )
-    if dtypes and jnp.bfloat16 not in dtypes.values():
-        path, dtype = next(iter(dtypes.items()))
-        raise ValueError(
-            "stochastic_rounding: expected parameters in bfloat16, and found none "
-            f"({'/'.join(path) or 'params'} is {dtype}): leave it out, or cast them, "
-            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params); of a run that had some, what "
-            "adds the updates has widened them (eqx.apply_updates does): use optax.apply_updates"
-        )

@@ -52,7 +52,7 @@ from optax_adam_mini.quantized import (
     read,
     write,
 )
-from optax_adam_mini.rounding import rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:

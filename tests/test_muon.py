@@ -29,7 +29,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
-from optax_adam_mini.rounding import rounding_seed
+from optax_adam_mini.random_bits import rounding_seed
 from tests import sharded_training as training
 
 SHAPES = {"kernel": (8, 12), "heads": (3, 12, 2, 4), "conv": (3, 3, 2, 5), "table": (20, 8),

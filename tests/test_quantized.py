@@ -40,7 +40,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.product import Outer
 from optax_adam_mini.quantized import Codes, allowed_b2, read, write
-from optax_adam_mini.rounding import rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seed, salt_of
 from tests import numpy_adam_mini
 from tests.strategies import given, shapes_and_specs
 from tests.test_product import MATRIX, product, rows_by_head

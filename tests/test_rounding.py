@@ -34,7 +34,8 @@ from optax_adam_mini import (
     to_adam_state,
 )
 from optax_adam_mini.quantized import write
-from optax_adam_mini.rounding import round_to_bfloat16, rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seed, salt_of
+from optax_adam_mini.rounding import round_to_bfloat16
 from tests import test_optax_contract as contract
 
 BF16, F32 = jnp.bfloat16, jnp.float32

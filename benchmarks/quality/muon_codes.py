@@ -26,7 +26,7 @@ from examples.common.cli import comparison_table, exit_status
 from examples.common.interrupts import end_on_interrupt
 from optax_adam_mini import per_neuron
 from optax_adam_mini.quantized import read, read_row, write, write_row
-from optax_adam_mini.rounding import random_bits, rounding_seed
+from optax_adam_mini.random_bits import random_bits, rounding_seed
 
 ROWS = (1,)  # the axes that a row lies along
 

@@ -23,6 +23,7 @@ from optax_adam_mini import (
     scale_by_adam_mini,
 )
 from optax_adam_mini.blocks import BlockSpec
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 from optax_adam_mini.product import Outer, Spec, outer
 
@@ -92,7 +93,7 @@ ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]
 
 def _that_match(rules: list[tuple[str, Spec]], block_specs: Any) -> list[tuple[str, Spec]]:
     """The rules that match a layer of this model; some are for layers of the other model."""
-    paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(block_specs)]
+    paths = [path_str(keys) for keys, _ in leaves_with_path(block_specs)]
     return [rule for rule in rules if any(re.search(rule[0], path) for path in paths)]
 
 

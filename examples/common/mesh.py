@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.cli import ConfigError
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
 
 AXES = ("data", "fsdp", "tensor")
@@ -203,7 +204,8 @@ def param_shardings(params: Any, rules: Sequence[tuple[str, P]], mesh: Mesh) -> 
             names = names[:-1]
         return names or None
 
-    return jax.tree_util.tree_map_with_path(of_param, params)
+    found = [of_param(keys, param) for keys, param in leaves_with_path(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def split_batch(mesh: Mesh, shape: tuple[int, ...], rows: Callable[[slice], np.ndarray]) -> Any:

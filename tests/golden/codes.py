@@ -11,7 +11,7 @@ import numpy as np
 
 from optax_adam_mini import per_tensor
 from optax_adam_mini.quantized import read, write
-from optax_adam_mini.rounding import rounding_seed
+from optax_adam_mini.random_bits import rounding_seed
 from tests.test_quantized import ALL_CODES, GOLDEN, INT8, POSITIVE
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality.muon_codes import CODES, errors, noise
-from optax_adam_mini.rounding import rounding_seed
+from optax_adam_mini.random_bits import rounding_seed
 
 
 @pytest.mark.parametrize("name", CODES)

@@ -1,0 +1,120 @@
+"""Muon's momentum: orthogonalized in pieces, stored for whole kernels, in 8 bits if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_adam_mini.boxes import leaves_with_path, with_kept_names
+from optax_adam_mini.hyperparams import check_param_dtype
+from optax_adam_mini.labels import path_str, some
+from optax_adam_mini.matrices import Pieces, rows_of, scale_of
+from optax_adam_mini.quantized import RowCodes, read_row, write_row
+from optax_adam_mini.random_bits import rounding_seed, salt_of
+from optax_adam_mini.sums import widen
+
+
+def kept(
+    orthogonalize: Callable[[list[Pieces]], optax.GradientTransformation],
+    pieces_of: Callable[[Any], list[Pieces]],
+    mu_dtype: Any,
+    consistent_rms: Any,
+) -> optax.GradientTransformation:
+    """`scale_by_muon` on pieces in float32, with momenta stored for whole kernels in `mu_dtype`."""
+
+    def init_fn(params: Any) -> Any:
+        for keys, p in leaves_with_path(params):
+            path, of_param = path_str(keys) or "params", jnp.result_type(p)
+            check_param_dtype(path, of_param, mu_dtype)
+            if not jnp.issubdtype(of_param, jnp.inexact):
+                raise TypeError(
+                    f"{path}: expected a matrix of floating-point numbers, got {of_param}: give "
+                    "None in muon_weight_dimension_numbers"
+                )
+        pieces, treedef = pieces_of(params), jax.tree.structure(params)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
+        if mu_dtype == jnp.int8:
+            rows = [
+                jnp.zeros(rows_of(p.shape, piece.numbers)[1], jnp.bfloat16)
+                for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
+            ]
+            mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))
+        state: Any = orthogonalize(pieces).init(params)
+        return state._replace(mu=mu)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        like = updates if params is None else params
+        _check_momentum(state.mu, updates, mu_dtype)
+        pieces, treedef = pieces_of(like), jax.tree.structure(updates)
+        wide = lambda x: x.astype(widen(x.dtype))
+        split = lambda tree: [
+            piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
+        ]
+        join = lambda parts: treedef.unflatten(
+            piece.join(x) for x, piece in zip(parts, pieces, strict=True)
+        )
+        new: Any
+        after: Any
+        new, after = orthogonalize(pieces).update(
+            split(updates), state._replace(mu=split(_read(state.mu)))
+        )
+        scaled = [
+            [u * scale_of(u.shape, piece.numbers, consistent_rms) for u in parts]
+            for parts, piece in zip(new, pieces, strict=True)
+        ]
+        return join(scaled), after._replace(
+            mu=_written(join(after.mu), state.mu, after.count, pieces, mu_dtype, params)
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _read(mu: Any) -> Any:
+    """The momentum from a state, as a tree like the parameters."""
+    if not isinstance(mu, RowCodes):
+        return mu
+    codes, treedef = jax.tree.flatten(mu.codes)
+    pairs = zip(codes, jax.tree.leaves(mu.largest), strict=True)
+    return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
+
+
+def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
+    """Refuses a momentum of other matrices or with another `mu_dtype`."""
+    is_int8 = isinstance(mu, RowCodes)
+    if is_int8 != (mu_dtype == jnp.int8):
+        raise ValueError(
+            f"the state's mu is {'int8' if is_int8 else 'not int8'}, but the transformation has "
+            f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with. Muon's momentum "
+            "is not converted: to begin it anew, take that of tx.init(params)"
+        )
+    shapes = lambda tree: {
+        path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
+    }
+    found, expected = shapes(mu.codes if is_int8 else mu), shapes(updates)
+    if found != expected:
+        differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
+        raise ValueError(
+            f"the state's momentum does not fit the matrices at {some(differ)}: it was made with "
+            "other parameters, or other muon_weight_dimension_numbers"
+        )
+
+
+def _written(
+    mu: Any, old: Any, count: Any, pieces: list[Pieces], mu_dtype: Any, params: Any
+) -> Any:
+    """The momentum as a state stores it, in the boxes of the old one."""
+    if not isinstance(old, RowCodes):
+        like = old if params is None else params
+        dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
+        cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(old), cast)
+    pairs: list[Any] = []
+    for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
+        seed = rounding_seed(count, salt_of(path_str(keys)))
+        pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
+    in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
+    return RowCodes(in_tree_of(0), in_tree_of(1))

@@ -1,0 +1,48 @@
+"""Random bits without a key: a hash of the step, of what is rounded, and of the coordinate.
+
+They are the same on any mesh, in any process and after any restart.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32, UInt32
+
+
+def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
+    """The seed for a step, `count`, and for the array that `salt` stands for."""
+    return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
+
+
+def salt_of(what: Hashable) -> np.uint32:
+    """A number for a path or another tuple of names, the same in every process.
+
+    Examples:
+        >>> int(salt_of(("layer", "kernel")))
+        841920579
+    """
+    return np.uint32(zlib.crc32(repr(what).encode()))  # repr's quotes separate the names
+
+
+def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
+    """A random number of `bits` bits, at most 31, for each coordinate."""
+    place = np.uint32(0)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
+    # Add the seed: multiplied by a place that is a power of two, it would lose bits.
+    return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
+
+
+def mixed(x: Any) -> Any:
+    """A hash in which every bit depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
