@@ -67,9 +67,7 @@ def draw(results: Path) -> Figure:
                     continue
                 size, (mean, low, high) = found[contender]
                 errors = [[100 * (mean - low)], [100 * (high - mean)]] if index else None
-                beside = 0.35 * (
-                    contender == "outer, 8 bits, bfloat16 to nearest"
-                )  # not over another
+                beside = 0.35 * (index == 3)  # so that no bar hides another
                 panel.errorbar(size + beside, 100 * mean, yerr=errors, fmt="osD^v"[index],
                                color=f"C{index}", capsize=3, label=marked.label)  # fmt: skip
             panel.axhline(0, color="gray", linewidth=0.8)
