@@ -91,7 +91,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name not in ("default", "heavy ball", "a preset")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIONS
+    ],
+)
 def test_with_a_number_for_each_coordinate_it_is_optax_contrib_muon(name):
     rate = optax.linear_schedule(0.05, 0.0, 40) if name == "schedule" else 0.02
     # At Adam's 0.999 Optax's 1 - b2**t has five digits fewer than ours.
@@ -106,8 +114,9 @@ def test_with_a_number_for_each_coordinate_it_is_optax_contrib_muon(name):
 
 @pytest.mark.parametrize("given", ["none", "prefix", "function"])
 def test_the_ways_to_give_dimension_numbers(given):
-    params = {"a": make_params(), "b": jnp.ones((4, 6))}
-    numbers = {"a": NUMBERS, "b": MuonDimensionNumbers()}
+    some = ("heads", "bias")
+    params = {"a": {name: make_params()[name] for name in some}, "b": jnp.ones((4, 6))}
+    numbers = {"a": {name: NUMBERS[name] for name in some}, "b": MuonDimensionNumbers()}
     if given == "none":
         numbers, params = None, {"a": jnp.ones((4, 6)), "b": jnp.ones((3, 4, 5))}
     elif given == "prefix":
@@ -135,7 +144,7 @@ def test_a_running_muon_is_taken_over():
         adam.nu.b["table"], list(parts(state))[1].nu["table"].mean(0, keepdims=True), rtol=1e-5
     )
     found, expected = (
-        t.update(gradients(params, 5), s, params)[0]
+        jax.jit(t.update)(gradients(params, 5), s, params)[0]
         for t, s in ((ours(0.02, block_specs=SPECS), switched), (theirs(0.02), state))
     )
     chex.assert_trees_all_close(found["heads"], expected["heads"], rtol=1e-6, atol=1e-6)
@@ -171,7 +180,7 @@ def test_parameters_in_bfloat16(mu_dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, gradients(params, 0)))
-    expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+    expected, _ = jax.jit(tx.update)(wide[1], tx.init(wide[0]), wide[0])
     chex.assert_trees_all_close(
         jax.tree.map(lambda u: u.astype(jnp.float32), updates), expected, rtol=1e-2, atol=2e-4
     )
@@ -191,7 +200,13 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("multi_steps", "partition") else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRAPPERS
+    ],
+)
 def test_wrapped_it_is_as_optax_contrib_muon_wrapped(name):
     found, expected = (
         train(WRAPPERS[name](make(0.02, **more)), make_params(), 5)[0]
@@ -219,7 +234,13 @@ def test_injected_hyperparams(mu_dtype):
 
 @pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
 def test_jit_is_eager(mu_dtype):
-    jitted, eager = (train(mini(mu_dtype=mu_dtype), make_params(), 4, jit)[0] for jit in (1, 0))
+    # Without `jax.jit` each operation is compiled for each shape: one leaf of each kind.
+    some = ("heads", "table", "bias")
+    params, numbers, specs = (
+        {name: tree[name] for name in some} for tree in (make_params(), NUMBERS, SPECS)
+    )
+    tx = mini(muon_weight_dimension_numbers=numbers, block_specs=specs, mu_dtype=mu_dtype)
+    jitted, eager = (train(tx, params, 4, jit)[0] for jit in (True, False))
     chex.assert_trees_all_close(jitted, eager, rtol=1e-5, atol=1e-5)
 
 
@@ -242,8 +263,37 @@ def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
 # --- On meshes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
-def test_8_devices_give_the_numbers_of_one(mu_dtype):
+def test_updates_in_8_bits_are_the_same_on_8_devices():
+    some = {"kernel": P("fsdp", "tensor"), "table": P("tensor", "fsdp"), "bias": P("tensor")}
+    params, numbers, specs = (
+        {name: tree[name] for name in some} for tree in (make_params(), NUMBERS, SPECS)
+    )
+    tx = mini(muon_weight_dimension_numbers=numbers, block_specs=specs, mu_dtype="int8")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    of_params = {name: NamedSharding(mesh, spec) for name, spec in some.items()}
+    of_state = opt_state_shardings(tx, params, of_params)
+    alone = jax.jit(tx.update)
+    sharded = jax.jit(
+        tx.update,
+        in_shardings=(of_params, of_state, of_params),
+        out_shardings=(of_params, of_state),
+    )
+    one = many = tx.init(params)
+    for step in range(2):
+        grads = gradients(params, step)
+        expected, one = alone(grads, one, params)
+        found, many = sharded(
+            *jax.device_put((grads, many, params), (of_params, of_state, of_params))
+        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    muon, sharded_muon = (next(parts(state)).mu for state in (one, many))
+    assert sharded_muon.codes["kernel"].sharding.spec == P("fsdp", "tensor")
+    chex.assert_trees_all_equal(jax.device_get(sharded_muon), jax.device_get(muon))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_training_on_8_devices_equals_one_device(mu_dtype):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     of_params = {name: NamedSharding(mesh, spec) for name, spec in training.SPECS.items()}
     params, tokens = training.init_params(), jax.ShapeDtypeStruct((16, 9), "int32")
@@ -311,11 +361,7 @@ def apart(x, parts):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "qkv",
-        "stacked",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two axes", "outputs first")),
-    ],
+    [pytest.param(name, marks=[] if name == "stacked" else pytest.mark.slow) for name in FUSED],
 )
 def test_parts_are_matrices_of_their_own(name):
     shape, numbers, parts = FUSED[name]
