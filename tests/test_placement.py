@@ -192,7 +192,13 @@ WAYS = {
     "linen": functools.partial(linen, "mesh"),
     "linen, logical": functools.partial(linen, "logical"),
 }
-QUICK = {("nnx, eager", "auto"), ("linen", "auto")}
+# The way, the mesh and the optimizer: the others go through the same functions.
+QUICK = {
+    ("nnx, eager", "auto", "mean"),
+    ("nnx, eager", "auto", "outer, int8"),
+    ("linen", "auto", "outer, int8"),
+    ("linen", "auto", "two groups"),
+}
 
 
 def shards(tree):
@@ -201,13 +207,13 @@ def shards(tree):
     return sorted((x.shape, x.sharding.shard_shape(x.shape)) for x in arrays)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("way", "mesh"),
+    ("way", "mesh", "kind"),
     [
-        pytest.param(way, mesh, marks=[] if (way, mesh) in QUICK else pytest.mark.slow)
+        pytest.param(way, mesh, kind, marks=[] if (way, mesh, kind) in QUICK else pytest.mark.slow)
         for way in WAYS
         for mesh in MESHES
+        for kind in KINDS
         if not (mesh == "explicit" and way.startswith("linen"))  # Linen's Dense takes no such mesh
     ],
 )
