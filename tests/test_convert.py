@@ -49,7 +49,7 @@ WRAPPERS = {
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("plain", "multi_steps") else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "multi_steps" else pytest.param(name, marks=pytest.mark.slow)
         for name in WRAPPERS
     ],
 )
@@ -73,7 +73,15 @@ def test_takes_over_in_8_bits_in_any_wrapper(name, specs):
     train(mini, p, converted, range(4, 6))
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("masked", "two", "multi_steps")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRAPPERS
+    ],
+)
 @each_in_turn
 def test_takes_over_in_any_wrapper(name, specs):
     schedule = optax.linear_schedule(0.1, 0.0, 10)

@@ -349,8 +349,7 @@ INNER = {
 }  # fmt: skip
 
 
-OFTEN = ["adamw", "lion", "adafactor", "muon", "adam_mini int8", "multi_steps", "multi_transform",
-         "inject_hyperparams"]  # fmt: skip
+OFTEN = ["adamw", "adam_mini int8", "multi_steps", "multi_transform", "inject_hyperparams"]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +412,15 @@ OUTSIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("masked", "inject_hyperparams", "multi_steps")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OUTSIDE
+    ],
+)
 def test_what_is_outside_and_leaves_the_update_alone(name):
     """Gradients in float32, which is what comes out."""
     tx = stochastic_rounding(optax.sgd(0.1))
