@@ -504,6 +504,7 @@ def test_refuses_other_runs_and_short_contexts(sums_file, tmp_path):
         main(tiny_config(folder, sums_file, tmp_path / "runs"))
 
 
+@pytest.mark.slow  # test_gpt2.py has a quick one
 def test_command_line(tmp_path):
     refused = run_command("finetune", f"--run={tmp_path}", f"--runs={tmp_path}")
     assert refused.returncode == 2

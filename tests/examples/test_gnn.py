@@ -848,6 +848,7 @@ def test_show_blocks(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow  # test_gpt2.py has a quick one
 def test_command_line():
     refused = run_command("gnn", "--heads=2")
     assert refused.returncode == 2

@@ -745,6 +745,7 @@ def test_show_blocks(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow  # test_gpt2.py has a quick one
 def test_command_line():
     refused = run_command("resnet", "--data-dir=/no/such")
     assert refused.returncode == 2
