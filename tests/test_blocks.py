@@ -54,7 +54,7 @@ BY_HEAD_QKV = [(64, per_tensor()), (64, per_tensor()), (64, per_neuron())] * 12
         ((1, 1), per_head(1), (1, 1)),
     ],
 )
-def test_grid(shape, spec, grid):
+def test_a_spec_cuts_a_shape_into_its_grid(shape, spec, grid):
     assert spec.grid(shape) == grid
     mean = jax.eval_shape(spec.block_mean, jax.ShapeDtypeStruct(shape, jnp.float32))
     chex.assert_shape(mean, grid)
@@ -135,13 +135,13 @@ def test_specs_are_hashable_and_comparable():
         ),
     ],
 )
-def test_errors(make, error, text):
+def test_specs_that_do_not_fit_are_refused(make, error, text):
     with pytest.raises(error) as raised:
         make()
     assert text in str(raised.value)
 
 
-def test_repr_can_be_typed():
+def test_repr_of_a_spec_evaluates_to_the_spec():
     """A spec or label function in an error or a log says how to make it."""
     names = {name: getattr(optax_adam_mini, name) for name in optax_adam_mini.__all__}
     for text in [

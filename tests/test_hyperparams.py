@@ -55,7 +55,7 @@ from optax_adam_mini import adam_mini
     ],
     ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),
 )
-def test_refused_when_built(kwargs, error, text):
+def test_wrong_hyperparameters_are_refused_when_the_optimizer_is_built(kwargs, error, text):
     with pytest.raises(error) as raised:
         adam_mini(**{"learning_rate": 1e-3, **kwargs})
     assert text in str(raised.value)

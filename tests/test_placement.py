@@ -217,7 +217,7 @@ def shards(tree):
         if not (mesh == "explicit" and way.startswith("linen"))  # Linen's Dense takes no such mesh
     ],
 )
-def test_it_trains_where_flax_places_it(way, mesh, kind):
+def test_training_works_where_flax_places_the_state(way, mesh, kind):
     mesh, tx = mesh_of(mesh), KINDS[kind]()
     losses, state, params = WAYS[way](tx, mesh)
     if way.startswith("nnx"):
@@ -248,14 +248,14 @@ def test_it_trains_where_flax_places_it(way, mesh, kind):
 @pytest.mark.parametrize("kind", ["adamw", "outer, int8"])
 @pytest.mark.parametrize("boxes", ["mesh", "logical"])
 @pytest.mark.slow
-def test_a_checkpoint_is_restored_where_linen_says(boxes, kind, tmp_path):
+def test_a_checkpoint_is_restored_to_the_shardings_of_linen(boxes, kind, tmp_path):
     mesh = mesh_of("auto")
     losses, _, _ = linen(boxes, KINDS[kind](), mesh, tmp_path)
     expected, _, _ = linen(boxes, KINDS[kind](), mesh)
     assert losses == expected
 
 
-def test_trees_of_a_state():
+def test_mu_and_nu_are_trees_like_the_parameters():
     """`jax.tree.map` with the parameters, `optax.tree.map_params`, `optax.tree.get`."""
     params = {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}
     names = {"kernel": "kernel", "bias": "bias"}
@@ -273,7 +273,7 @@ def test_trees_of_a_state():
 
 
 @pytest.mark.slow
-def test_adapters_alone_and_stacked_layers():
+def test_lora_adapters_and_stacked_layers_are_placed_as_their_parameters():
     with jax.set_mesh(mesh_of("auto")):
         lora = nnx.LoRA(
             16, 4, 24, base_module=nnx.Linear(16, 24, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)

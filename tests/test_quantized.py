@@ -103,7 +103,7 @@ def round_often(spec, m, nu, times):
 # --- The code ------------------------------------------------------------------------------------
 
 
-def test_all_codes():
+def test_every_code_is_read_and_written_as_itself():
     assert (len(TABLE), TABLE[127], (np.diff(TABLE) > 0).all()) == (255, 0, True)
     nu = jnp.array([1 / 1.25**2])
     values = decode(per_tensor(), jnp.asarray(ALL_CODES), nu)
@@ -149,7 +149,7 @@ def test_the_last_code_is_beyond_the_bound_where_row_and_column_are_quiet():
     assert last >= 32 * np.sqrt(v[3, 5]) * (1 - 1e-6)
 
 
-def test_codes_of_today_are_read_tomorrow():
+def test_codes_of_version_0_3_are_read():
     """Written by version 0.3; `python -m tests.golden.codes` would make another format."""
     with np.load(pathlib.Path(__file__).parent / "golden" / "codes.npz") as file:
         for name, spec in GOLDEN.items():
@@ -209,7 +209,7 @@ def check_step(spec, shape, dtype=np.float32, *, nesterov=False, seed=0, b1=0.9,
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_a_step_on_any_grid_is_the_formulas(case, dtype, nesterov, seed):
+def test_a_step_on_any_grid_equals_the_formulas_in_numpy(case, dtype, nesterov, seed):
     shape, spec, _ = case
     check_step(spec, shape, jnp.dtype(dtype), nesterov=nesterov, seed=seed)
 
@@ -224,14 +224,14 @@ def test_a_step_on_any_grid_is_the_formulas(case, dtype, nesterov, seed):
         (outer(per_neuron(axis=1), per_neuron(), stacked=0), (3, 6, 8)),
     ],
 )
-def test_a_step_of_rows_and_columns_is_the_formulas(spec, shape, nesterov):
+def test_a_step_of_rows_and_columns_equals_the_formulas_in_numpy(spec, shape, nesterov):
     check_step(spec, shape, nesterov=nesterov)
 
 
 # --- Rounding ------------------------------------------------------------------------------------
 
 
-def test_the_mean_of_many_is_the_moment():
+def test_the_mean_of_many_roundings_is_the_moment():
     """From the last code to a hundredth of the first one; and no further off than chance is."""
     n, seeds = 64, 20_000
     m = jnp.asarray(TABLE[-1] * np.geomspace(1, 1e-9, n) * np.resize([1, -1], n), jnp.float32)
@@ -245,7 +245,7 @@ def test_the_mean_of_many_is_the_moment():
     assert (np.abs(error) <= 5 * deviation + 1e-6 * np.abs(m)).all()
 
 
-def test_errors_are_uncorrelated():
+def test_rounding_errors_are_uncorrelated():
     """Those of coordinates, of parameters and of steps: half way between two codes, all coins."""
     steps, size = 400, 256
     paths = [("a",), ("b",), ("a", "b"), ("a/b",), ("b", "a")]
@@ -339,7 +339,7 @@ LONG = {"steps": 6000, "last": 1000}
         ),
     ],
 )
-def test_noise_of_the_update(n, decays, options, limit):
+def test_updates_are_close_to_those_with_float32(n, decays, options, limit):
     assert noise((n,), *decays, **options) < limit
 
 
@@ -358,7 +358,7 @@ def test_noise_of_the_update(n, decays, options, limit):
         ),
     ],
 )
-def test_noise_of_the_update_of_rows_and_columns(decays, options, limit):
+def test_updates_of_rows_and_columns_are_close_to_those_with_float32(decays, options, limit):
     assert noise((64, 64), *decays, spec=MATRIX, **options) < limit
 
 
@@ -381,7 +381,7 @@ def test_small_coordinates_of_a_large_block_move():
     assert ratio.std() < 0.7
 
 
-def test_no_random_key():
+def test_8_bits_need_no_random_key_in_the_state():
     assert "seed" not in inspect.signature(adam_mini).parameters
     assert "key" not in inspect.signature(adam_mini).parameters
     state = int8(0.1, block_specs=per_neuron()).init({"w": jnp.ones((4, 6))})
@@ -444,7 +444,7 @@ def check_same(found, expected):
 
 
 @pytest.mark.slow
-def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
+def test_training_is_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
     """Three steps on eight devices, and three on four."""
     params = sums_of_powers_of_two(99)
 
@@ -475,14 +475,14 @@ def test_the_same_on_other_meshes_and_after_a_checkpoint(expected, tmp_path):
     check_same(some_steps(EXACT, *restored, range(3, 6), update), expected)
 
 
-def test_the_same_inside_jit(expected):
+def test_training_is_the_same_inside_jit(expected):
     params = sums_of_powers_of_two(99)
     update = jax.jit(lambda *args: EXACT.update(*args))
     check_same(some_steps(EXACT, params, EXACT.init(params), range(6), update), expected)
 
 
 @pytest.mark.slow
-def test_the_same_with_explicit_shardings(expected):
+def test_training_is_the_same_with_explicit_shardings(expected):
     mesh = mesh_of(8, AxisType.Explicit)
     with jax.set_mesh(mesh):
         placed = place(mesh, sums_of_powers_of_two(99))
@@ -562,7 +562,7 @@ def test_no_moment_exceeds_its_bound(decays, grads):
         (0.0, 0.9999, "take b2 between 0 and 0.99902"),
     ],
 )
-def test_decays_with_which_moments_exceed_it_are_refused(b1, b2, text):
+def test_decays_that_8_bits_cannot_hold_are_refused(b1, b2, text):
     params = {"w": jnp.ones((2, 3))}
     inject = optax.inject_hyperparams(adam_mini, static_args=("mu_dtype", "block_specs"))
     for make in (
@@ -578,7 +578,7 @@ def test_decays_with_which_moments_exceed_it_are_refused(b1, b2, text):
     adam_mini(0.1, b1, b2).init(params)
 
 
-def test_the_decays_that_the_message_names_are_taken():
+def test_the_decays_that_the_message_advises_are_accepted():
     for b1 in (0.0, 0.5, 0.9, 0.95):
         with pytest.raises(ValueError, match=r"mu_dtype=int8") as raised:
             int8(0.1, b1, 0.999999)
@@ -586,7 +586,7 @@ def test_the_decays_that_the_message_names_are_taken():
             int8(0.1, b1, float(number)).init({"w": jnp.ones(3)})
 
 
-def test_traced_decays_are_brought_into_the_bound():
+def test_scheduled_decays_are_clipped_to_what_8_bits_can_hold():
     """Schedules: nothing is clipped, though b2 grows beyond what 8 bits can keep."""
     inject = optax.inject_hyperparams(scale_by_adam_mini, static_args=("mu_dtype", "block_specs"))
     g = jnp.zeros((4, 4)).at[1, 2].set(1.0)
@@ -599,7 +599,7 @@ def test_traced_decays_are_brought_into_the_bound():
         assert 0.9 < updates[1, 2] < 1.1
 
 
-def test_what_inject_hyperparams_makes_of_a_dtype_is_said():
+def test_an_injected_mu_dtype_is_refused_with_advice():
     with pytest.raises(TypeError, match="static_args"):
         optax.inject_hyperparams(adam_mini)(0.1, mu_dtype=jnp.int8).init({"w": jnp.ones(3)})
 
@@ -731,7 +731,7 @@ def test_small_and_empty_parameters(shape):
         np.testing.assert_allclose(found, expected, rtol=0.13)
 
 
-def test_one_nameless_parameter():
+def test_a_bare_array_is_updated_in_8_bits():
     """Whose mu, one array of integers, is not taken for a count."""
     for g in (jnp.ones((4, 6)), jnp.float32(1.0)):
         for specs in (None, by_path([], default=per_tensor())):
@@ -742,7 +742,7 @@ def test_one_nameless_parameter():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("spec", [per_neuron(), per_head(2), MATRIX, rows_by_head(2)], ids=str)
-def test_what_is_no_number_spreads_as_with_float32(spec, bad):
+def test_nan_and_infinity_spread_as_with_float32(spec, bad):
     """No further than its block, and there a step is never silently wrong."""
     g = jax.random.normal(jax.random.key(0), (3, 4))
     updates = []
@@ -760,7 +760,7 @@ def test_what_is_no_number_spreads_as_with_float32(spec, bad):
 
 
 @pytest.mark.slow
-def test_float64():
+def test_float64_parameters_are_updated_in_8_bits():
     with jax.enable_x64(True):
         params = {"wide": jnp.ones((2, 4), jnp.float64), "narrow": jnp.ones((2, 4), jnp.float32)}
         grads = jax.tree.map(lambda p: p * jnp.arange(1.0, 5.0), params)
@@ -791,7 +791,7 @@ def test_complex_parameters_are_refused_and_integers_left_alone():
         assert not any(new_state[0].mu.codes[name].any() for name in ("w", "b"))
 
 
-def test_missing_gradients_and_parameters():
+def test_a_missing_gradient_leaves_its_moments_in_8_bits():
     params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "none": None}
     tx = int8(0.1, weight_decay=0.0)
     state = tx.init(params)
@@ -806,7 +806,7 @@ def test_missing_gradients_and_parameters():
 
 @pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes_stay(dtype, grad_dtype):
+def test_updates_and_state_keep_their_dtypes(dtype, grad_dtype):
     params = {"kernel": jnp.ones((4, 4), dtype), "bias": jnp.ones(4, dtype)}
     grads = jax.tree.map(lambda x: x.astype(grad_dtype), params)
     tx = int8(1e-2)
@@ -930,7 +930,7 @@ def test_to_8_bits_and_back_is_within_a_code():
     chex.assert_tree_all_finite(updates)
 
 
-def test_abstract_states_and_refusals():
+def test_conversion_to_8_bits_works_on_shapes_and_refuses_other_dtypes():
     params = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
     state = jax.eval_shape(optax.adamw(0.1).init, params)
     convert = functools.partial(from_adam_state, params=params, block_specs=per_neuron())
@@ -1026,7 +1026,7 @@ def leaves(saved, like, path):
 @pytest.mark.parametrize("restore", [standard, manager, pytree, msgpack, leaves])
 @pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
                                             ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
-def test_a_checkpoint_of_another_kind_is_no_state(restore, made, used, tmp_path):
+def test_a_checkpoint_of_another_mu_dtype_is_refused(restore, made, used, tmp_path):
     """The restore fails by itself, or the next update says what to do."""
     old, new = kind(made), kind(used)
     _, saved = old.update(PARAMS, old.init(PARAMS), PARAMS)
@@ -1040,7 +1040,7 @@ def test_a_checkpoint_of_another_kind_is_no_state(restore, made, used, tmp_path)
 @pytest.mark.parametrize("restore", [standard, lambda saved, like, path: saved])
 @pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
                                             ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
-def test_an_nnx_optimizer_of_another_kind_is_refused(made, used, restore, tmp_path):
+def test_an_nnx_optimizer_of_another_mu_dtype_is_refused(made, used, restore, tmp_path):
     model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones(4))))(model)
     of = lambda name: nnx.Optimizer(model, kind(name), wrt=nnx.Param)

@@ -33,7 +33,7 @@ def show(table):
     return console.file.getvalue()
 
 
-def test_table(capsys):
+def test_the_table_lists_the_blocks_and_bytes_of_each_parameter(capsys):
     params = {
         "wte": {"embedding": jax.ShapeDtypeStruct((100, 8), jnp.bfloat16)},
         "h": [
@@ -62,7 +62,7 @@ def test_table(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_five_bytes_a_parameter_of_a_whole_training():
+def test_bfloat16_training_in_8_bits_takes_five_bytes_a_parameter():
     """By the table, and by what there is."""
     params = {"kernel": jnp.ones((1024, 512), jnp.bfloat16)}
     tx = stochastic_rounding(adam_mini(1e-3, mu_dtype=jnp.int8, block_specs=per_neuron()))
@@ -79,7 +79,7 @@ def test_rows_are_joined_only_where_they_are_alike():
     assert "Dense_2/kernel" in text
 
 
-def test_cuts_in_words():
+def test_a_cut_is_described_in_words():
     assert describe(per_head(12), (768, 768)) == "12 heads x (768, 64)"
     assert describe(per_head(12, axis=-2, stacked=0), (32, 768, 12, 64)) == (
         "384 heads x (1, 768, 1, 64)"
@@ -140,7 +140,7 @@ def test_caption_says_what_mu_is_counted_in():
 
 @pytest.mark.parametrize("mu_dtype", [None, "int8"])
 @pytest.mark.parametrize("is_outer", [True, False])
-def test_what_goes_to_muon(mu_dtype, is_outer):
+def test_the_table_shows_the_matrices_and_bytes_of_muon(mu_dtype, is_outer):
     """Its bytes are those of the state that muon_mini makes, but for counters and coefficients."""
     shape = jax.ShapeDtypeStruct
     params = {
@@ -175,7 +175,7 @@ def test_what_goes_to_muon(mu_dtype, is_outer):
     assert f"optimizer state: {size:,} bytes" in found.caption
 
 
-def test_numbers_of_muon_that_do_not_fit():
+def test_dimension_numbers_that_do_not_fit_are_refused():
     params = {"kernel": jnp.ones((4, 6))}
     with pytest.raises(ValueError, match=r"kernel \(4, 6\): .*does not fit"):
         block_table(params, per_neuron(), muon_weight_dimension_numbers=MuonDimensionNumbers(0, 2))

@@ -88,7 +88,7 @@ TIMES = np.array([0.0, 1e-30, 1e-8, 1e-3, 0.004, 0.3, 1.0, 1.00001, 2.0, 1e2, 1e
 
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_every_parameter_is_a_neighbour_of_the_sum(jit, dtype):
+def test_a_parameter_is_rounded_to_a_neighbour_of_the_sum(jit, dtype):
     """Of parameters and updates of any sizes and signs."""
     rng = np.random.default_rng(0)
     p = np.float64(SIZES)[:, None] * rng.choice([1, -1], (80, 11, 12))
@@ -109,14 +109,14 @@ def test_every_parameter_is_a_neighbour_of_the_sum(jit, dtype):
     )
 
 
-def test_both_neighbours_are_met_on_either_side_of_zero():
+def test_a_parameter_is_rounded_up_and_down_on_either_side_of_zero():
     p, u = jnp.ones(4096, BF16), jnp.resize(jnp.array([0.002, -0.001, -2.002]), 4096)
     new = np.asarray(step_at(ROUNDED, 0, p, u), np.float32)
     for i, pair in enumerate([(1, 1 + 2**-7), (1 - 2**-8, 1), (-1 - 2**-7, -1)]):
         assert set(new[i::3]) == set(np.float32(pair))
 
 
-def test_the_mean_of_many_is_the_sum():
+def test_the_mean_of_many_roundings_is_the_sum():
     """z-scores of each coordinate, and of all their squares together."""
     steps = 20_000
     rng = np.random.default_rng(1)
@@ -151,7 +151,7 @@ def test_the_mean_over_coordinates_is_the_sum():
         assert np.abs((np.array(means) - x) / deviation).max() < 4.5
 
 
-def test_infinity_and_nan_pass_and_nothing_overflows_that_nearest_would_not():
+def test_infinity_and_nan_pass_and_rounding_makes_no_others():
     inf, nan = np.inf, np.nan
     p = jnp.array([inf, -inf, nan, 1.0, inf, inf, LARGEST, -LARGEST, LARGEST, LARGEST, 1.0], BF16)
     ulp = 2.0**120
@@ -176,7 +176,7 @@ def test_a_parameter_that_does_not_change_keeps_its_bits():
         assert np.asarray(new).view(np.uint16).tolist() == np.asarray(p).view(np.uint16).tolist()
 
 
-def test_coins_are_uncorrelated():
+def test_random_numbers_of_roundings_are_uncorrelated():
     """Those of coordinates, parameters, steps, and of 8-bit moments of the same parameters."""
     steps, leaves, size = 400, 4, 256
     paths = [(f"layer{i}", "kernel") for i in range(leaves)]
@@ -212,7 +212,7 @@ def test_coins_are_uncorrelated():
 
 
 @pytest.mark.slow
-def test_the_same_numbers_in_every_process():
+def test_random_numbers_are_the_same_in_every_process():
     code = (
         "import jax.numpy as jnp; from optax_adam_mini.rounding import *;"
         "print(float(round_to_bfloat16(jnp.full(999, 1.004), rounding_seed(3, salt_of(('a', 'b')))).sum()))"
@@ -240,7 +240,7 @@ def test_the_same_numbers_in_every_process():
     )
 
 
-def test_other_parameters_do_not_change_a_parameters_numbers():
+def test_other_parameters_do_not_change_a_parameters_random_numbers():
     """Freezing one, or adding one, leaves the others' run as it was."""
     p = jnp.ones(512, BF16)
     u = jnp.full(512, 0.004)
@@ -264,7 +264,7 @@ def steps_of(tx, p, u, steps):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_hundredth_of_a_unit_adds_up(sign):
+def test_updates_of_a_hundredth_of_a_unit_add_up(sign):
     """10,000 times it is 100 units; rounded to nearest it is none."""
     unit, steps, size = 2.0**-7, 10_000, 512
     p = jnp.full(size, sign * 1.03125, BF16)
@@ -281,7 +281,7 @@ def test_a_hundredth_of_a_unit_adds_up(sign):
 
 
 @pytest.mark.parametrize("of", [optax.adamw, adam_mini])
-def test_weight_decay_of_a_thousandth_of_a_unit_acts(of):
+def test_weight_decay_of_a_thousandth_of_a_unit_adds_up(of):
     unit, steps, size = 2.0**-7, 4000, 1024
     p, decay = jnp.full(size, 1.5, BF16), 1e-3 * unit / 1.5
     zeros = jnp.zeros(size)
@@ -362,7 +362,7 @@ OFTEN = ["adamw", "adam_mini int8", "multi_steps", "multi_transform", "inject_hy
     ]
     + [("adam_mini specs", "float32")],
 )
-def test_it_is_the_step_in_float32_rounded(name, grad_dtype):
+def test_a_step_is_the_float32_step_of_the_inner_optimizer_rounded(name, grad_dtype):
     """State and update are those of the inner transformation for float32, step by step."""
     inner = INNER[name]
     tx = stochastic_rounding(inner)
@@ -421,7 +421,7 @@ OUTSIDE = {
         for name in OUTSIDE
     ],
 )
-def test_what_is_outside_and_leaves_the_update_alone(name):
+def test_a_wrapper_outside_leaves_the_rounded_update_as_it_is(name):
     """Gradients in float32, which is what comes out."""
     tx = stochastic_rounding(optax.sgd(0.1))
     p, grads = tree(), tree(1, F32)
@@ -446,7 +446,7 @@ def test_gradients_are_accumulated_in_float32():
     check_is_neighbour(p, np.full(3, -1 - 3 * 2.0**-9, np.float32))
 
 
-def test_float32_integers_and_missing_gradients_are_left_alone():
+def test_leaves_that_are_not_bfloat16_and_missing_gradients_are_passed_on():
     params = {"w": jnp.linspace(0.1, 1, 7), "z": jnp.ones(2, jnp.complex64), "n": jnp.arange(3), "b": jnp.ones(7, BF16),
               "none": None}  # fmt: skip
     grads = {
@@ -464,7 +464,7 @@ def test_float32_integers_and_missing_gradients_are_left_alone():
     assert d["b"] is None
 
 
-def test_refusals():
+def test_parameters_of_other_dtypes_are_refused():
     tx = stochastic_rounding(optax.sgd(0.1))
     with pytest.raises(
         ValueError,
@@ -484,7 +484,7 @@ def test_refusals():
         tx.update(p, tx.init(p))
 
 
-def test_placeholders_and_abstract_parameters():
+def test_init_works_on_shapes_and_map_params_finds_the_moments():
     tx = stochastic_rounding(MINI(0.01, mu_dtype=jnp.int8))
     p = tree()
     state = tx.init(p)
@@ -558,7 +558,7 @@ def test_flax_adds_the_update_as_optax_does():
     chex.assert_trees_all_equal({**found.params, "wide": 0}, {**expected, "wide": 0})
 
 
-def test_nnx_optimizer_and_linen_boxes():
+def test_nnx_optimizers_and_boxed_linen_parameters_are_updated():
     model = nnx.Linear(8, 6, param_dtype=BF16, rngs=nnx.Rngs(0))
     tx = stochastic_rounding(adam_mini(0.01, mu_dtype=jnp.int8))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -635,7 +635,7 @@ def check_same_bits(found, expected):
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
-def test_the_same_bits_on_eight_devices(on_one_device, kind):
+def test_training_gives_the_same_bits_on_eight_devices(on_one_device, kind):
     mesh = mesh_of(8, kind)
     shardings = {name: NamedSharding(mesh, spec) for name, (spec, _, _) in SHARDED.items()}
     with jax.set_mesh(mesh):
@@ -648,7 +648,7 @@ def test_the_same_bits_on_eight_devices(on_one_device, kind):
 
 
 @pytest.mark.slow
-def test_shardings_of_the_state_and_a_checkpoint_on_other_devices(on_one_device, tmp_path):
+def test_a_checkpoint_is_restored_on_other_devices(on_one_device, tmp_path):
     """Three steps on eight devices, three on four."""
     params = small_integers(99)
 

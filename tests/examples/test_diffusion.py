@@ -249,7 +249,7 @@ def test_attention_computes_what_the_formulas_say():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_time_embedding():
+def test_time_embedding_is_sines_and_cosines():
     times = [0, 1, 37, 1000]
     actual = time_embedding(jnp.array(times), 8)
     for row, time in zip(actual, times, strict=True):
@@ -384,7 +384,7 @@ def test_sampling_with_eta_1_is_ancestral(monkeypatch, schedule, clip):
 
 @pytest.mark.parametrize("steps", [1, 7, 100])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_the_only_image_there_is_comes_back(steps, eta):
+def test_sampling_gives_back_the_only_training_image(steps, eta):
     """For one image, the noise in x is known: what is not the image."""
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 1)).astype(np.float32)
     alpha_bars = make_alpha_bars("linear", 100)
@@ -668,7 +668,7 @@ def test_sampler_draws_from_the_noise_of_its_key(tiny):
     assert not np.allclose(first, other)
 
 
-def test_grid():
+def test_samples_are_laid_out_in_a_grid():
     panel = np.arange(5 * 2 * 3 * 1).reshape(5, 2, 3, 1) / 30
     drawn = grid(panel)
     assert drawn.shape == (3 * 3 - 1, 3 * 4 - 1, 1)
@@ -768,7 +768,7 @@ class FakeFaces:
         return {"image": [self.images[i] for i in indices], "Smiling": [True for _ in indices]}
 
 
-def test_faces_from_the_hub(tiny, monkeypatch):
+def test_faces_are_read_from_the_hub(tiny, monkeypatch):
     hub = FakeHub(FakeFaces(3))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     config = Config(batch_size=2, eval_images=1, data=DiffusionImages("celeba"))

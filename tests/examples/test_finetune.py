@@ -122,7 +122,7 @@ def test_runs_from_anywhere_are_taken(run, tmp_path, devices):
 # The pairs
 
 
-def test_pairs_of_a_source_file():
+def test_pairs_are_read_from_a_source_file():
     source = b'''
 class Reader:
     """A class has none."""
@@ -209,7 +209,7 @@ def test_pairs_of_the_standard_library(tmp_path):
 
 
 @all_models
-def test_adapters_begin_as_nothing(config):
+def test_adapters_do_not_change_the_model_at_first(config):
     params, tokens = pretrained_weights(config), tokens_of(config)
     expected = jax.jit(make_logits(config))(params, tokens)
     for rank in (0, 2):
@@ -299,7 +299,7 @@ def test_loss_is_that_of_the_answers():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_trains_what_it_should(rank):
+def test_only_the_chosen_parameters_train(rank):
     start, batch = pretrained(LLAMA), answers(LLAMA)
     config = Config(lora_rank=rank, steps=10, hyper=OptimizerConfig(3e-2, 1))
     program = make_program(config, "adam_mini", start)

@@ -173,7 +173,7 @@ def test_another_order_of_the_nodes_gives_the_same_logits(kind):
     assert np.ptp(before, axis=0).min() > 0.1  # and the nodes do differ
 
 
-def test_segment_softmax():
+def test_segment_softmax_and_its_gradient_are_right():
     scores = np.array([[1e4], [1e4 + 1], [-1e4], [3], [5]], np.float32)
     segments = np.array([0, 0, 2, 2, 3])  # and nothing in 1
     third = 1 / (1 + math.e)
@@ -319,7 +319,7 @@ def has_nu(value) -> bool:
     ],
     ids=["gcn", "gat"],
 )
-def test_partition(options, expected):
+def test_partition_of_gcn_and_gat(options, expected):
     state = jax.eval_shape(make_program(Config(**options, v="mean"), "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     assert {path: leaf.shape for path, leaf in paths(nu).items()} == expected
@@ -436,7 +436,7 @@ def test_adam_mini_is_as_accurate_as_adamw(tmp_path, model):
 # The graphs
 
 
-def test_edges():
+def test_edges_go_both_ways_once_and_to_the_node_itself():
     # An edge in one direction, one in both, one twice, one to itself.
     senders, receivers = graphs.edges(np.array([[0, 1, 2, 3, 3, 2], [1, 2, 1, 0, 0, 2]]), 5)
     adjacency = np.zeros((5, 5), int)
@@ -586,7 +586,7 @@ def test_planetoid_files_are_as_python_2_wrote_them(tmp_path):
 
 
 @pytest.mark.parametrize(("dataset", "missing"), [("cora", 0), ("citeseer", 3)])
-def test_planetoid_files(tmp_path, dataset, missing):
+def test_planetoid_files_are_read(tmp_path, dataset, missing):
     data = Planetoid(tmp_path / "files", dataset, missing)
     data.config.check()
     graph = graphs.load(data.config)
@@ -728,7 +728,7 @@ def test_pickles_run_no_code(tmp_path, part):
     assert not made.exists()
 
 
-def test_pickles_make_no_array_of_addresses():
+def test_pickles_make_no_array_of_objects():
     """NumPy itself is not safe: its arrays take whatever the file holds for the addresses of
     objects."""
     addresses = struct.pack("P", id(None))
@@ -767,7 +767,7 @@ class FakeOgb:
         return {"train": np.array([3, 1]), "valid": np.array([0]), "test": np.array([2, 5])}
 
 
-def test_ogbn_arxiv(monkeypatch):
+def test_ogbn_arxiv_is_read_and_its_edges_go_both_ways(monkeypatch):
     ogb = FakeOgb()
     ogb.install(monkeypatch)
     graph = graphs.load(GraphConfig("ogbn-arxiv"))

@@ -366,7 +366,7 @@ def test_split_is_by_document_and_does_not_depend_on_order():
     )
 
 
-def test_standard_library_text():
+def test_text_of_the_standard_library_is_read():
     found = text.documents(TextConfig())
     names = {document.name for document in found}
     assert {"argparse.py", "json/decoder.py"} <= names
@@ -489,7 +489,7 @@ class FakeHub:
         return iter(self.rows)
 
 
-def test_streamed_text(monkeypatch):
+def test_streamed_text_is_read(monkeypatch):
     hub = FakeHub({"text": "é" * 50} for _ in range(10**9))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     found = text.documents(TextConfig(hf_dataset="fineweb", hf_bytes=950))

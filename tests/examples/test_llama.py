@@ -125,7 +125,7 @@ def test_late_positions_are_told_apart_in_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rms_norm(dtype):
+def test_rms_norm_computes_what_the_formula_says(dtype):
     config = dataclasses.replace(TINY, dtype=dtype)
     norm = rms_norm(config, nnx.Rngs(0))
     gain = np.random.default_rng(0).normal(size=16)

@@ -581,7 +581,7 @@ def cifar10(tmp_path: Path) -> Path:
     return folder
 
 
-def test_cifar10_files(cifar10):
+def test_cifar10_files_are_read(cifar10):
     config = ImageConfig(data_dir=str(cifar10))
     config.check()
     data = images.load(config)
@@ -660,7 +660,7 @@ class FakeRows:
         return {name: [column[i] for i in indices] for name, column in self.columns.items()}
 
 
-def test_images_from_the_hub(monkeypatch):
+def test_images_are_read_from_the_hub(monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
     hub = FakeHub(FakeRows(img=[Image.fromarray(image) for image in pixels], label=[4, 0, 9]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
