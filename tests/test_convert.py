@@ -124,7 +124,7 @@ def test_converted_nu_is_what_adam_mini_would_have(specs):
 
 
 def test_conversion_is_exact_where_nu_is_a_row_times_a_column():
-    """And there only: the product of the rounded means is what comes back."""
+    """And back, because the product of the row and the column is nu itself there."""
     row, column = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[4.0, 0.0, 1.0, 2.0]])
     p = params()
     adam, mini = optax.adamw(0.1), adam_mini(0.1, block_specs=OUTER_SPECS)

@@ -487,7 +487,7 @@ def test_equinox_attention_trains(digits):
 
 @pytest.mark.slow
 def test_equinox_takes_the_whole_model_as_params(digits):
-    """As `optax.adamw` does: its functions, numbers and integers, which have no gradient."""
+    """With its functions, floats and integers, which have no gradient, as `optax.adamw` does."""
 
     class Model(eqx.Module):
         conv: EquinoxConvolution
@@ -513,7 +513,7 @@ def test_equinox_takes_the_whole_model_as_params(digits):
     theirs = trained(optax.adamw(1e-2, weight_decay=0.1))
     assert loss(ours, *digits) < loss(model, *digits)
     chex.assert_trees_all_close(*(eqx.filter(m, eqx.is_array) for m in (ours, theirs)), atol=1e-4)
-    # And a parameter without a gradient stays, whatever else has none.
+    # A parameter whose gradient is None has the update None.
     grads = eqx.filter_grad(loss)(model, *digits)
     grads = eqx.tree_at(lambda m: m.conv.norm.weight, grads, None)
     tx = adam_mini(1e-2, block_specs=per_neuron(axis=0))
@@ -694,7 +694,7 @@ def test_a_field_called_weight_has_its_outputs_first():
     assert "weight (3, 4): its name is none of Flax's own" in refusal(params._asdict())
 
 
-# docs/frameworks.md, whose blocks tests/test_docs.py runs
+# The code of docs/frameworks.md, which tests/test_docs.py runs with Adam-mini
 
 
 OLD_LINE = re.compile(r"^# (?P<old>tx = optax\.adamw\(.*\))\ntx = adam_mini\(.*\)$", re.M)
@@ -706,7 +706,7 @@ SECTIONS = dict(
 @pytest.mark.slow
 @pytest.mark.parametrize("section", sorted(SECTIONS.keys() - {"What to check"}))
 def test_code_of_the_page_trains_with_adamw_too(section):
-    """The line above, uncommented, is all there is to change: it runs as well."""
+    """The page says that the optimizer's line is all there is to change: its old line runs too."""
     assert "infer_block_specs(" in SECTIONS[section]
     assert "checkpointer.restore(" in SECTIONS[section]
     old, count = OLD_LINE.subn(r"\g<old>", SECTIONS[section])

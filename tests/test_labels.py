@@ -33,7 +33,7 @@ def test_block_specs_may_be_one_spec_a_tree_a_prefix_or_a_function():
     assert resolve_block_specs(per_tensor(), params) == [
         (path, per_tensor()) for path in ("a/bias", "a/kernel", "b")
     ]
-    # A prefix, and nothing asked for where the parameters are empty.
+    # A prefix; and where a part of the parameters is empty, no spec is asked for.
     assert resolve_block_specs({"a": per_element(), "b": per_tensor()}, params)[1] == (
         "a/kernel",
         per_element(),

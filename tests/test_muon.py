@@ -45,7 +45,7 @@ MATRIX = outer(per_neuron(axis=0), per_neuron())
 SPECS = {name: MATRIX if len(shape) == 2 else per_element() for name, shape in SHAPES.items()}
 ours = functools.partial(muon_mini, muon_weight_dimension_numbers=NUMBERS)
 theirs = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=NUMBERS)
-# In 8 bits all that a float state has is tested, too.
+# A state in 8 bits has all that one in floats has, and codes: it is the one to test quickly.
 IN_8_BITS_FIRST = [pytest.param(None, marks=pytest.mark.slow), "int8"]
 mini = functools.partial(ours, 0.02, adam_learning_rate=4e-3, block_specs=SPECS)
 
@@ -133,7 +133,7 @@ def test_dimension_numbers_may_be_none_a_prefix_or_a_function(given):
 
 
 def test_a_muon_run_switches_to_muon_mini():
-    """Of its Adam the second moment becomes Adam-mini's, and nothing else changes."""
+    """Adam's second moment becomes Adam-mini's, and nothing else in the state changes."""
     params, state = train(theirs(0.02), make_params(), 5)
     tx = mini()
     switched = from_adam_state(state, params, SPECS)
@@ -387,7 +387,7 @@ def test_each_part_of_a_fused_kernel_is_a_matrix_of_its_own(name):
 
 
 def test_query_key_and_value_in_one_kernel_are_three_matrices():
-    """As they are read off a model; in 8 bits the state is that of one matrix."""
+    """With dimension numbers and specs inferred from a model, and the momentum in 8 bits."""
     width = 16
     params = {"qkv": jax.random.normal(jax.random.key(0), (width, 3 * width)),
               "out": jnp.eye(width), "head": jnp.ones((width, 5))}  # fmt: skip
@@ -445,7 +445,7 @@ def test_codes_round_to_a_neighbour_and_are_right_on_average():
     assert (largest[0] >= top).all()
     assert (largest[0] <= 1.008 * top).all()
     top = largest[0]
-    # In NumPy, and in float64: what a code stands for.
+    # The numbers that the codes stand for, in NumPy and float64.
     table = np.sign(np.arange(-127, 128)) * np.arange(-127.0, 128.0) ** 2 / 127**2
     values = table[np.asarray(codes, int) + 127] * top
     step = np.diff(table)[np.clip(np.searchsorted(table, m / np.maximum(top, 1e-30)), 1, 254) - 1]
@@ -487,7 +487,7 @@ def error_of_updates(scales, signal, steps=100, last=20):
 
 
 def test_updates_in_8_bits_are_close_to_those_in_float32():
-    """After Newton-Schulz, whatever the scales are."""
+    """After Newton-Schulz, for momenta whose entries or rows differ much in size, and of low rank."""
     rng = np.random.default_rng(1)
     shape = (64, 256)
     ones, spread = np.ones(shape), np.exp(1.5 * rng.normal(size=shape))
@@ -616,7 +616,7 @@ def test_integers_do_not_move_and_complex_parameters_are_refused():
 
 @pytest.mark.parametrize("parts", [False, True])
 def test_label_functions_get_the_parameters_and_not_the_gradients(parts):
-    """A function of dtypes, and gradients in another one."""
+    """A label function that reads dtypes would see those of bfloat16 gradients."""
     of_wide = lambda one, other: (
         lambda p: jax.tree.map(
             lambda x: one if x.ndim == 2 and x.dtype == jnp.float32 else other, p

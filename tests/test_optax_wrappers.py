@@ -1,4 +1,4 @@
-"""Whatever Optax wraps around an optimizer: the same numbers as around one written by hand."""
+"""Optax's wrappers around adam_mini, against the same wrappers around one written by hand."""
 
 import functools
 
@@ -151,7 +151,7 @@ def test_lookahead_equals_one_written_by_hand():
     ],
 )
 def test_wrapped_adam_mini_in_8_bits_is_close_to_one_written_by_hand(name, specs):
-    """A code is within an eighth, and of seven steps of 0.1 some errors are one way."""
+    """A code is within an eighth of the moment, so a parameter is within an eighth of its way."""
     by_hand = outer_by_hand if specs is OUTER_SPECS else adam_mini_by_hand
     ours = functools.partial(adam_mini, bounded=False, block_specs=specs, mu_dtype=jnp.int8)
     results = []
@@ -230,7 +230,7 @@ def test_microbatching_gives_the_gradients_of_the_whole_batch():
 
 
 def test_flattened_parameters_are_updated_as_by_adamw():
-    """Which flax_layers cuts per coordinate: Adam, and no memory saved."""
+    """`optax.flatten` makes one vector of them, which flax_layers cuts per element, as Adam does."""
     adam = optax.flatten(optax.adamw(0.1, weight_decay=1e-4))
     flat = optax.flatten(adam_mini(0.1))
     p, states = params(), [adam.init(params()), flat.init(params())]
@@ -407,7 +407,7 @@ def test_the_state_keeps_its_type_for_weakly_typed_parameters():
 
 
 def test_the_state_keeps_its_type_in_micro_steps_in_bfloat16():
-    """As with optax.adamw: the states are those of init, whatever the gradients' dtype."""
+    """Micro-steps sum gradients in float32, which must not change the dtypes of the state."""
     p = {"kernel": jnp.ones((3, 4), jnp.bfloat16), "bias": jnp.zeros(4, jnp.bfloat16)}
     for specs in (BLOCK_SPECS, OUTER_SPECS):
         steps = optax.MultiSteps(adam_mini(0.1, block_specs=specs), 2).gradient_transformation()

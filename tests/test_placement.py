@@ -56,7 +56,7 @@ def mesh_of(name):
     return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(kind,) * 2, devices=devices)
 
 
-# Along contracted axes an explicit mesh asks how the output is to be sharded.
+# Explicit axes must not shard what is contracted: Flax would have to be told the output's sharding.
 NAMES = {
     AxisType.Auto: (("fsdp", "tensor"), ("tensor", "fsdp")),
     AxisType.Explicit: ((None, "tensor"), (None, "fsdp")),
@@ -225,7 +225,7 @@ def test_training_works_where_flax_places_the_state(way, mesh, kind):
             losses, plain(KINDS[kind]()), rtol=2e-2 if "int8" in kind else 1e-4
         )
     assert losses[-1] < losses[0]
-    # Every array is where opt_state_shardings would have it.
+    # Every array has the sharding that opt_state_shardings gives.
     names = NAMES[mesh.axis_types[0]]
     of_param = {(16, 24): P(*names[0]), (24, 16): P(*names[1])}
     bare = {

@@ -99,7 +99,7 @@ def test_v_is_the_product_of_a_row_and_a_column(case, seed):
 
 
 def test_rows_of_unequal_sizes_weigh_by_their_size():
-    """Two rows and six, each a number: their mean is that of eight rows."""
+    """One number for two rows and one for six: the mean over rows is that of all eight."""
     spec = outer(fused(0, [(2, per_tensor()), (6, per_tensor())]), per_neuron())
     x = np.outer(np.repeat([1.0, 5.0], [2, 6]), [1.0, 2.0, 4.0]).astype(np.float32)
     np.testing.assert_allclose(spec.spread(spec.block_mean(x), x.shape), x, rtol=1e-6)
@@ -154,7 +154,7 @@ def test_updates_equal_the_formulas_in_numpy(spec, shape, nesterov):
 
 
 def test_v_equals_optax_factored_rms():
-    """Adafactor's of a matrix, whose averages are those of its rows and its columns."""
+    """Adafactor keeps the averages of rows and columns too, so its updates must be ours."""
     rng = np.random.default_rng(1)
     grads = jnp.asarray(rng.normal(size=(4, 130, 140)) * rng.lognormal(size=(130, 140)))
     grads = grads.astype(jnp.float32)
@@ -172,7 +172,7 @@ def test_v_equals_optax_factored_rms():
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-15, 1.0, 1e15])
 def test_v_is_right_where_the_product_is_out_of_float32s_range(scale):
-    """Where the product of a row and a column is out of float32's range, v is not."""
+    """The product of a row and a column may overflow or underflow where v does not."""
     row, column = np.array([[1.0], [1e-3], [0.0]]), np.array([[1.0, 1e-2, 0.0, 1e-3]])
     g = jnp.asarray(scale * row * column, jnp.float32)
     nu = MATRIX.block_mean(g, jnp.square)
@@ -188,7 +188,7 @@ LARGEST, SMALLEST = float(jnp.finfo(jnp.float32).max), float(jnp.finfo(jnp.float
 @pytest.mark.parametrize("spec", [MATRIX, rows_by_head(2)], ids=str)
 @pytest.mark.parametrize("v", [LARGEST, LARGEST / 4, 1e19, 1.0, 1e-19, 32 * SMALLEST])
 def test_v_is_right_near_the_ends_of_float32s_range(spec, v):
-    """Quotients of numbers near the largest, whose inverse is 0, and near the smallest."""
+    """The inverse of a number near the largest is flushed to 0, so v must not be made with it."""
     expected = v * np.arange(1, 17)[None] / 16
     edges = [[numpy_adam_mini.edges_of(r) for r in g.runs((1, 16))] for g in (spec.a, spec.b)]
     means = [jnp.asarray(numpy_adam_mini.block_mean(expected, e), jnp.float32) for e in edges]
@@ -222,7 +222,7 @@ def test_empty_parameters_are_updated():
 @pytest.mark.parametrize("bad", [1e20, 1e30, jnp.inf, jnp.nan])
 @pytest.mark.parametrize("mu_dtype", [None, "int8"])
 def test_overflow_and_nan_stop_only_their_row_and_column(bad, mu_dtype):
-    """Its row and its column are lost, for good; no other coordinate moves otherwise than before."""
+    """They stop for good; every other coordinate moves as before."""
     g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
     tx = scale_by_adam_mini(block_specs=rows_by_head(2), mu_dtype=mu_dtype)
     state = tx.init(g)

@@ -131,7 +131,7 @@ def test_every_code_is_read_and_written_as_itself():
     ids=str,
 )
 def test_the_last_code_is_beyond_the_bound(spec, shape, size):
-    """32 sqrt(n v), in blocks of any size; XLA makes the one number, and no array."""
+    """The bound is 32 sqrt(n v). XLA computes the one number that is read, and no large array."""
     nu = jax.tree.map(jnp.ones, spec.grid(shape), is_leaf=lambda x: x and isinstance(x[0], int))
     first = (slice(0, 1),) * len(shape)
     last = jax.jit(lambda nu: read(spec, jnp.full(shape, 127, jnp.int8), nu)[first])(nu)
@@ -141,7 +141,7 @@ def test_the_last_code_is_beyond_the_bound(spec, shape, size):
 
 
 def test_the_last_code_is_beyond_the_bound_where_row_and_column_are_quiet():
-    """All that they have had is in the coordinate where they meet: their product is far less."""
+    """All gradients were in the coordinate where they meet, so v is far more than their product."""
     v = np.ones((64, 64))
     v[3], v[:, 5], v[3, 5] = 0, 0, 64e-8
     nu = MATRIX.block_mean(jnp.asarray(v, jnp.float32))
@@ -150,7 +150,7 @@ def test_the_last_code_is_beyond_the_bound_where_row_and_column_are_quiet():
 
 
 def test_codes_of_version_0_3_are_read():
-    """Written by version 0.3; `python -m tests.golden.codes` would make another format."""
+    """Its checkpoints go on with the same moments and random numbers (tests/golden/codes.py)."""
     with np.load(pathlib.Path(__file__).parent / "golden" / "codes.npz") as file:
         for name, spec in GOLDEN.items():
             nu = tuple(file[f"{name}/nu{i}"] for i in range(2 if isinstance(spec, Outer) else 1))
@@ -159,7 +159,7 @@ def test_codes_of_version_0_3_are_read():
             again = write(spec, found, nu if len(nu) > 1 else nu[0], INT8, rounding_seed(1, 2))
             assert (np.abs(np.asarray(again, int) - file[f"{name}/codes"]) <= 1).all()
         assert int(salt_of(("layer", "kernel"))) == 841920579
-        # The random numbers too are what they were: of a step, a parameter and a coordinate.
+        # The random numbers of a step, a parameter and a coordinate are those of version 0.3.
         m = jnp.full((4, 4), 0.5 * (POSITIVE[50] + POSITIVE[51]))
         coins = write(per_tensor(), m, jnp.ones(1) / 1.25**2, INT8, rounding_seed(7, 841920579))
         np.testing.assert_array_equal(coins, file["coins"])
@@ -232,7 +232,7 @@ def test_a_step_of_rows_and_columns_equals_the_formulas_in_numpy(spec, shape, ne
 
 
 def test_the_mean_of_many_roundings_is_the_moment():
-    """From the last code to a hundredth of the first one; and no further off than chance is."""
+    """For moments from the largest code to a hundredth of the smallest, within what chance allows."""
     n, seeds = 64, 20_000
     m = jnp.asarray(TABLE[-1] * np.geomspace(1, 1e-9, n) * np.resize([1, -1], n), jnp.float32)
     m = jnp.concatenate([m, jnp.asarray([0.7 * TABLE[-1], 1e-5, 1e-4])])
@@ -246,7 +246,7 @@ def test_the_mean_of_many_roundings_is_the_moment():
 
 
 def test_rounding_errors_are_uncorrelated():
-    """Those of coordinates, of parameters and of steps: half way between two codes, all coins."""
+    """Between coordinates, parameters and steps. Half way between two codes each rounding is a coin."""
     steps, size = 400, 256
     paths = [("a",), ("b",), ("a", "b"), ("a/b",), ("b", "a")]
     m, nu = jnp.full(size, 0.5 * (POSITIVE[50] + POSITIVE[51])), jnp.array([1 / 1.25**2])
@@ -275,7 +275,7 @@ APART = {
 
 @pytest.mark.parametrize("name", APART)
 def test_two_parameters_never_share_random_numbers(name):
-    """Of codes of one gradient, a third differ: two coins of any odds do."""
+    """With the same gradient, codes would all be equal; rounded independently, a third differ."""
     tx = APART[name](scale_by_adam_mini(0.0, mu_dtype=jnp.int8, block_specs=per_tensor()))
     grads = dict.fromkeys("ab", jax.random.normal(jax.random.key(0), (64, 64)))
     state = tx.init(grads)
@@ -288,7 +288,7 @@ def test_two_parameters_never_share_random_numbers(name):
 
 @pytest.mark.parametrize("shape", [(1 << 12, 1 << 12), (1 << 24,), (3, 1 << 20, 2)])
 def test_every_step_has_random_numbers_of_its_own(shape):
-    """However many powers of two the size has."""
+    """Also for sizes that are powers of two, where a generator may repeat itself."""
     m, nu = jnp.full(shape, 1.01), jnp.full(shape, 1.0)  # between two codes
     first = jax.jit(lambda seed: write(per_element(), m, nu, INT8, seed).ravel()[:64])
     found = {np.asarray(first(rounding_seed(step, 0))).tobytes() for step in range(1, 65)}
@@ -320,12 +320,12 @@ LONG = {"steps": 6000, "last": 1000}
         (4096, (0.9, 0.999), {}, 0.05),
         (4096, (0.9, 0.95), {}, 0.05),
         (4096, (0.99, 0.9995), {}, 0.15),
-        # v at its full size: m is a fifteenth of the root, near the first codes.
+        # After many steps v has its full size: m is a fifteenth of the root, near the first codes.
         (4096, (0.99, 0.9995), LONG, 0.215),
         (4096, (0.9, 0.999), LONG, 0.05),
         (4096, (0.9, 0.999), {"sigma": 1.5}, 0.12),
         (4096, (0.9, 0.95), {"sigma": 1.5}, 0.12),
-        # Of the paper's arithmetic: the loudest coordinates are in the coarse codes.
+        # Not bounded, as in the paper: the largest moments are in the coarse codes.
         (4096, (0.9, 0.999), {"sigma": 1.5, "bounded": False}, 0.15),
         *(
             pytest.param(n, decays, options, limit, marks=pytest.mark.slow)
@@ -363,7 +363,7 @@ def test_updates_of_rows_and_columns_are_close_to_those_with_float32(decays, opt
 
 
 def test_small_coordinates_of_a_large_block_move():
-    """Of 1e-4 of the block's root: what no step keeps, the mean of many does."""
+    """Moments of 1e-4 of the block's root round to zero mostly, but are right on average."""
     tx = scale_by_adam_mini(mu_dtype=jnp.int8, block_specs=per_tensor())
     g = np.random.default_rng(0).normal(size=(8, 2**16)).astype(np.float32)
     g[:, ::64] = 1e-4
@@ -517,7 +517,7 @@ def largest_ratio(b1, b2):
 )
 @pytest.mark.parametrize(("b1", "b2"), DECAYS)
 def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
-    """One coordinate, and gradients that grow by b2 / b1: the inequality is an equation then."""
+    """Gradients of one coordinate that grow by b2 / b1 bring the moment closest to its bound."""
     shape, steps = (4, 4), 60
     sizes = 1e-3 * (b2 / b1) ** np.arange(steps) if b1 else np.eye(steps)[-1]
     grads = np.zeros((steps, *shape), np.float32)
@@ -542,7 +542,7 @@ def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     ),
 )
 def test_no_moment_exceeds_its_bound(decays, grads):
-    """In NumPy, whatever allowed decays are at each step."""
+    """For any gradients and any allowed decays at each step, in NumPy."""
     m, v = np.zeros(3), 0.0
     for t, g in enumerate(np.asarray(grads, np.float64)):
         b1, share = decays[t % len(decays)]
@@ -587,7 +587,7 @@ def test_the_decays_that_the_message_advises_are_accepted():
 
 
 def test_scheduled_decays_are_clipped_to_what_8_bits_can_hold():
-    """Schedules: nothing is clipped, though b2 grows beyond what 8 bits can keep."""
+    """Traced values cannot be refused. The schedule's b2 grows beyond what 8 bits can hold."""
     inject = optax.inject_hyperparams(scale_by_adam_mini, static_args=("mu_dtype", "block_specs"))
     g = jnp.zeros((4, 4)).at[1, 2].set(1.0)
     for b2 in (lambda t: 1 - 1e-6 / (1 + t), 0.999999):
@@ -732,7 +732,7 @@ def test_small_and_empty_parameters(shape):
 
 
 def test_a_bare_array_is_updated_in_8_bits():
-    """Whose mu, one array of integers, is not taken for a count."""
+    """Its mu is one array of integers, which must not be taken for the step count."""
     for g in (jnp.ones((4, 6)), jnp.float32(1.0)):
         for specs in (None, by_path([], default=per_tensor())):
             tx = int8(0.1, weight_decay=0.0, block_specs=specs)
@@ -743,7 +743,7 @@ def test_a_bare_array_is_updated_in_8_bits():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("spec", [per_neuron(), per_head(2), MATRIX, rows_by_head(2)], ids=str)
 def test_nan_and_infinity_spread_as_with_float32(spec, bad):
-    """No further than its block, and there a step is never silently wrong."""
+    """To their block and no further, and no update becomes zero that is not zero with float32."""
     g = jax.random.normal(jax.random.key(0), (3, 4))
     updates = []
     for mu_dtype in (jnp.int8, None):
@@ -880,7 +880,7 @@ def test_trains_as_well_as_with_float32(network):
 
 
 def test_a_run_of_adamw_goes_on_in_8_bits(network):
-    """Half way: no jump, and in the end within 1% of going on in float32."""
+    """The loss does not jump at the switch, and ends within 1% of going on in float32."""
     params, first, second = network
     adam = optax.adamw(RATE, b2=0.99)
     params, state, before = train(adam, params, jax.vmap(adam.init)(params), first)
@@ -951,7 +951,7 @@ def test_conversion_to_8_bits_works_on_shapes_and_refuses_other_dtypes():
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("spec", [per_neuron(), per_token(), MATRIX], ids=str)
 def test_a_donated_step_keeps_nothing_of_a_parameters_size(spec, nesterov):
-    """Not even in 8 bits, which were a quarter of the parameter."""
+    """Not even an array of codes, which would be a quarter of the parameter's size."""
     tx = int8(1e-3, nesterov=nesterov, block_specs=spec)
     p = jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
 
@@ -983,7 +983,7 @@ def test_the_table_has_the_bytes_of_the_state():
         block_table(params, specs, mu_dtype="int32")
 
 
-# --- A state says what it is -----------------------------------------------------------------------
+# --- States of another mu_dtype ---------------------------------------------------------------------
 
 KINDS = {"int8": jnp.int8, "float32": None, "bfloat16": jnp.bfloat16}
 PARAMS = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
@@ -1027,7 +1027,7 @@ def leaves(saved, like, path):
 @pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
                                             ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
 def test_a_checkpoint_of_another_mu_dtype_is_refused(restore, made, used, tmp_path):
-    """The restore fails by itself, or the next update says what to do."""
+    """Either by the restore itself or by the next update; never used as it is."""
     old, new = kind(made), kind(used)
     _, saved = old.update(PARAMS, old.init(PARAMS), PARAMS)
     with pytest.raises(Exception, match=r"mu|codes|structure|leaves|dtype|type"):
@@ -1085,7 +1085,7 @@ def test_codes_that_were_cast_and_codes_of_version_0_2_are_refused():
 
 @pytest.mark.parametrize(("made", "used"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_floats_are_cast_at_the_next_update(made, used):
-    """As those of optax.adamw are."""
+    """optax.adamw does so too."""
     for make in (kind, lambda name: optax.adamw(0.1, mu_dtype=KINDS[name])):
         old, new = make(made), make(used)
         _, state = old.update(PARAMS, old.init(PARAMS), PARAMS)

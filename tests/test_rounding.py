@@ -1,4 +1,4 @@
-"""Parameters rounded at random: against neighbours found in NumPy, and what chance allows."""
+"""Stochastic rounding of parameters, against neighbours found in NumPy and what chance allows."""
 
 import functools
 import subprocess
@@ -89,7 +89,7 @@ TIMES = np.array([0.0, 1e-30, 1e-8, 1e-3, 0.004, 0.3, 1.0, 1.00001, 2.0, 1e2, 1e
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_parameter_is_rounded_to_a_neighbour_of_the_sum(jit, dtype):
-    """Of parameters and updates of any sizes and signs."""
+    """For parameters and updates of any size and sign."""
     rng = np.random.default_rng(0)
     p = np.float64(SIZES)[:, None] * rng.choice([1, -1], (80, 11, 12))
     u = np.where(p == 0, 1e-3, p) * TIMES * rng.choice([1, -1], p.shape)
@@ -117,7 +117,7 @@ def test_a_parameter_is_rounded_up_and_down_on_either_side_of_zero():
 
 
 def test_the_mean_of_many_roundings_is_the_sum():
-    """z-scores of each coordinate, and of all their squares together."""
+    """By the z-score of each coordinate, and by the sum of their squares."""
     steps = 20_000
     rng = np.random.default_rng(1)
     sizes = np.geomspace(1e-30, 1e30, 61)
@@ -177,7 +177,7 @@ def test_a_parameter_that_does_not_change_keeps_its_bits():
 
 
 def test_random_numbers_of_roundings_are_uncorrelated():
-    """Those of coordinates, parameters, steps, and of 8-bit moments of the same parameters."""
+    """Between coordinates, parameters and steps, and with those of the parameters' 8-bit moments."""
     steps, leaves, size = 400, 4, 256
     paths = [(f"layer{i}", "kernel") for i in range(leaves)]
     tree = {path[0]: {"kernel": jnp.ones(size, BF16)} for path in paths}
@@ -241,7 +241,7 @@ def test_random_numbers_are_the_same_in_every_process():
 
 
 def test_other_parameters_do_not_change_a_parameters_random_numbers():
-    """Freezing one, or adding one, leaves the others' run as it was."""
+    """A run stays the same bit for bit when another parameter is added or frozen."""
     p = jnp.ones(512, BF16)
     u = jnp.full(512, 0.004)
     alone = step_at(ROUNDED, 5, {"b": p}, {"b": u})
@@ -265,7 +265,7 @@ def steps_of(tx, p, u, steps):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_updates_of_a_hundredth_of_a_unit_add_up(sign):
-    """10,000 times it is 100 units; rounded to nearest it is none."""
+    """10,000 of them are 100 units; rounded to nearest, the parameter would never move."""
     unit, steps, size = 2.0**-7, 10_000, 512
     p = jnp.full(size, sign * 1.03125, BF16)
     u = jnp.full(size, sign * unit / 100)
@@ -363,7 +363,7 @@ OFTEN = ["adamw", "adam_mini int8", "multi_steps", "multi_transform", "inject_hy
     + [("adam_mini specs", "float32")],
 )
 def test_a_step_is_the_float32_step_of_the_inner_optimizer_rounded(name, grad_dtype):
-    """State and update are those of the inner transformation for float32, step by step."""
+    """State and update are what the inner optimizer gives for parameters in float32."""
     inner = INNER[name]
     tx = stochastic_rounding(inner)
     p = tree()
@@ -379,7 +379,7 @@ def test_a_step_is_the_float32_step_of_the_inner_optimizer_rounded(name, grad_dt
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, old_state)
         if "int8" not in name and name != "chain":
             chex.assert_trees_all_close(state.inner_state, expected, rtol=1e-4, atol=1e-6)
-        # From the same state on: codes of 8 bits may fall on the other side.
+        # The next step starts from the same state: codes of 8 bits may be rounded differently.
         expected = state.inner_state
         new = optax.apply_updates(p, d)
         chex.assert_trees_all_equal_shapes_and_dtypes(new, p)
@@ -422,7 +422,7 @@ OUTSIDE = {
     ],
 )
 def test_a_wrapper_outside_leaves_the_rounded_update_as_it_is(name):
-    """Gradients in float32, which is what comes out."""
+    """The update is in float32 where the parameters are in bfloat16, and must stay so."""
     tx = stochastic_rounding(optax.sgd(0.1))
     p, grads = tree(), tree(1, F32)
     expected = optax.apply_updates(p, tx.update(grads, tx.init(p), p)[0])
@@ -434,7 +434,7 @@ def test_a_wrapper_outside_leaves_the_rounded_update_as_it_is(name):
 
 
 def test_gradients_are_accumulated_in_float32():
-    """256 gradients of 1 and 2**-8: in bfloat16 their sum loses the small ones."""
+    """One gradient of 1 and three of 2**-9: a sum in bfloat16 would lose the small ones."""
     tx = stochastic_rounding(optax.MultiSteps(optax.sgd(1.0), 4, use_grad_mean=False))
     p = jnp.zeros(3, BF16)
     state = tx.init(p)
@@ -624,7 +624,7 @@ def mesh_of(devices, kind):
 
 
 def check_same_bits(found, expected):
-    """Of the rounding: one bit in ten thousand may turn on the order of a sum."""
+    """But for the few whose rounding depends on the order of a sum."""
     found = jax.device_get(found)
     for name in SHARDED:
         same = np.asarray(found[0][name]) == np.asarray(expected[0][name])
@@ -709,7 +709,7 @@ def test_the_state_of_a_wrapped_adamw_is_converted_and_back(mu_dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.init(p))
     assert isinstance(converted.inner_state[0], ScaleByAdamMiniState)
     assert int(converted.count) == 3
-    # Adam's, of parameters in float32: such are what the inner transformation has.
+    # The inner optimizer's state is that of parameters in float32.
     back = to_adam_state(converted, jax.eval_shape(lambda: widened(tree())), SPECS)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
 
@@ -721,8 +721,8 @@ def test_the_state_of_a_wrapped_adamw_is_converted_and_back(mu_dtype):
     ("inner", "copies"), [(optax.adamw(1e-3), 0), (adam_mini(1e-3, mu_dtype=jnp.int8, block_specs=MATRIX), 1)]
 )  # fmt: skip
 def test_a_donated_step_keeps_no_array_of_a_parameters_size(inner, copies):
-    """But gradients in float32 for the sums of squares of XLA's CPU compiler; what those of TPUs and
-    of the H100 make of it, tests/accelerators looks at."""
+    """On CPU, XLA keeps the gradients in float32 for the sums of squares; tests/accelerators has
+    TPUs and the H100."""
     tx = stochastic_rounding(inner)
     p = {f"layer{i}": jax.ShapeDtypeStruct((512, 1024), BF16) for i in range(12)}
     size = 512 * 1024

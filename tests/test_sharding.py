@@ -326,7 +326,7 @@ def test_init_and_update_keep_explicit_shardings(spec, jitted, mu_dtype):
     assert differ.sum() <= (0 if mu_dtype is None else 1)
 
 
-# Long rows, which are added in a loop on CPU, along an axis that is sharded and one that is not.
+# Long sums, which are a loop on CPU, over an axis that is sharded and over one that is not.
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_sums_of_bfloat16_are_in_float32():
     ],
 )
 def test_sums_over_a_long_axis_equal_numpy(shape, spec, dtype):
-    """Which are added in a loop on CPU."""
+    """On CPU they are a loop, with a batching rule and a gradient."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     square = lambda x: x * x  # in the dtype that it is given
     edges = [numpy_adam_mini.edges_of(runs) for runs in spec.runs(shape)]

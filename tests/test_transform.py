@@ -132,7 +132,7 @@ def test_the_second_step_equals_one_computed_by_hand():
 
 
 def test_bias_corrections_have_all_digits():
-    """The first step is one learning rate long, though 1 - b2 has four digits of float32 left."""
+    """The first step is one learning rate long, though 1 - b2 has only four digits in float32."""
     tx = scale_by_adam_mini(0.999, 0.9999, eps=0.0, bounded=False, block_specs=per_element())
     g = jnp.array([3.0, -2.0])
     updates, _ = tx.update(g, tx.init(g))
@@ -151,7 +151,7 @@ def test_the_step_count_does_not_overflow():
     "spec", [per_tensor(), per_neuron(), outer(per_neuron(axis=0), per_neuron())], ids=str
 )
 def test_scaled_gradients_and_eps_make_the_same_steps(spec):
-    """What the FAQ says of gradients whose squares sum to more than float32 holds."""
+    """The FAQ advises it for gradients whose squares sum to more than float32 can hold."""
     rng = np.random.default_rng(0)
     p = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
     grads = rng.normal(size=(3, 64, 32)).astype(np.float32)
@@ -361,7 +361,7 @@ def test_a_state_of_other_block_specs_is_refused():
 
 @pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
 def test_one_transformation_on_two_models_of_the_same_shapes(mu_dtype):
-    """The structures of both have the same hash: JAX's does not see names."""
+    """JAX's hash of a tree's structure ignores names, so it must not be what specs are cached by."""
     models = [{"head": {"kernel": jnp.ones((8, 8))}}, {"embed": {"embedding": jnp.ones((8, 8))}}]
     make = lambda: adam_mini(1e-3, weight_decay=0.0, mu_dtype=mu_dtype)
     shared = make()

@@ -1,4 +1,4 @@
-"""What all examples do alike when something is asked of them that cannot be, or they are stopped."""
+"""What all examples do alike: refusals, broken runs, interrupts, the choice of an optimizer."""
 
 import dataclasses
 import errno

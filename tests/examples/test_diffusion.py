@@ -385,7 +385,7 @@ def test_sampling_with_eta_1_is_ancestral(monkeypatch, schedule, clip):
 @pytest.mark.parametrize("steps", [1, 7, 100])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_sampling_gives_back_the_only_training_image(steps, eta):
-    """For one image, the noise in x is known: what is not the image."""
+    """With one training image the exact noise in x is known, and used as the prediction."""
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 1)).astype(np.float32)
     alpha_bars = make_alpha_bars("linear", 100)
 

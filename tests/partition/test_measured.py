@@ -43,7 +43,7 @@ def state_of(grads, tx=None):
     ],
 )
 def test_the_cheapest_spec_that_explains_nu_is_chosen(g, expected):
-    """Without candidates: those of the shape."""
+    """Among the candidates for the shape, when none are given."""
     specs = measure_block_specs(*state_of({"w": g}))
     assert specs["w"].grid((4, 6)) == expected.grid((4, 6))
 
@@ -83,7 +83,7 @@ def test_the_chosen_specs_stay_within_the_budget():
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_measured_specs_after_conversion():
-    """In the wrappers of a running job; the loss goes on falling."""
+    """Inside a chain and MultiSteps, as a running job has it; the loss goes on falling."""
     target = ROW * COLUMN / 10
     loss = lambda p: jnp.mean((p["w"] + p["b"] - target) ** 2)
     make = lambda tx: optax.chain(optax.clip_by_global_norm(1.0), optax.MultiSteps(tx, 1))

@@ -1,4 +1,4 @@
-"""Models put together by machine, and their cuts derived from their parts by the principle alone.
+"""Random models made of layers, whose blocks follow from those of each layer.
 
 Each part is a layer of known cut, which reads the stream and writes into it or beside it. What its
 outputs are coupled by, inside the part, is what every use of them couples: as soon as something

@@ -1,4 +1,4 @@
-"""What `explain` says, and what is refused before anything is read."""
+"""The text of `explain`, and arguments that are refused before the model is read."""
 
 import pathlib
 import re
@@ -117,7 +117,7 @@ def test_explain_refuses_leaves_that_are_not_arrays():
 
 
 def test_the_code_that_the_refusal_of_a_whole_model_advises_runs():
-    """Both lines of it, as they stand there."""
+    """Both lines, the one for NNX and the one for Equinox."""
     with pytest.raises(TypeError) as error:
         infer_block_specs(lambda p, x: x, MLP, X)
     calls = [line.strip() for line in str(error.value).splitlines() if "fn = " in line]

@@ -1,4 +1,4 @@
-"""One function written in several ways has one cut, its rows included."""
+"""One function, written in several ways, has the same blocks, rows and columns in each."""
 
 import functools
 import operator
@@ -266,7 +266,7 @@ FORMS |= {
 
 
 def test_layers_side_by_side_in_one_kernel_have_blocks_of_their_own():
-    """Along the inputs in both, along the outputs as rows."""
+    """Layers side by side along the inputs, and along the outputs."""
     params = shapes(w=(3 * D, D), o=(D, 5))
     for form in FLAT_LAYERS.values():
         assert found(form, params, X, "mean")["w"] == (3, D)
@@ -326,7 +326,7 @@ def test_filters_are_never_joined(form):
 
 
 def test_gains_of_several_layers_are_not_read_as_a_filter():
-    """What is scaled by each was made by another kernel."""
+    """Each gain scales the outputs of another kernel, so they are not one filter."""
 
     def forward(p, x):
         for i in range(3):
@@ -338,7 +338,7 @@ def test_gains_of_several_layers_are_not_read_as_a_filter():
 
 
 def test_gains_of_a_query_and_a_key_are_not_read_as_a_filter():
-    """One value times two gains, which are not added."""
+    """One value is scaled by two gains, but the results are not added as a filter's are."""
 
     def forward(p, x):
         z = jax.nn.silu(x @ p["z"])

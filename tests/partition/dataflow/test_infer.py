@@ -1,4 +1,4 @@
-"""What the blocks of models are, of one function however it is written, and what is an error."""
+"""The blocks inferred for models and for one function written in many ways, and refusals."""
 
 import importlib
 import operator

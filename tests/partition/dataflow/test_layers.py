@@ -351,7 +351,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_one_model_have_the_same_blocks(layout):
-    """Every coordinate of the four matrices has a number, which a layout puts elsewhere."""
+    """Each coordinate of the four matrices has a number, by which it is found in every layout."""
     store, forward = LAYOUTS[layout]
     numbers = np.arange(4 * D * D).reshape(4, D, D)
     stored = store(dict(zip("qkvo", numbers, strict=True)))
@@ -563,7 +563,7 @@ def test_dimension_numbers_leave_embeddings_heads_and_vectors_to_adam():
 
 
 def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
-    """However often they are used, in loops, behind gains, through the loss; and tied tables."""
+    """Also tied tables, and heads that are used in a loop, behind a gain, or twice."""
 
     def fn(p, tokens):
         x = p["tokens"][tokens]

@@ -1,4 +1,4 @@
-"""What does nothing changes no block, whichever equation of whichever model it comes after."""
+"""Operations that change no value change no block, wherever in a model they are put."""
 
 import functools
 import operator

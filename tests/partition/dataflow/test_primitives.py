@@ -1,4 +1,4 @@
-"""Whatever primitive a parameter, or what it makes, goes into: blocks, or an error that says where."""
+"""Every primitive of JAX, on a parameter or what is made of it: blocks, or an error that says where."""
 
 import functools
 import importlib
