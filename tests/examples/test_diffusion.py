@@ -119,7 +119,7 @@ def paths(tree) -> dict[str, object]:
         ),
     ],
 )
-def test_parameter_counts(config, size, count):
+def test_parameter_counts_are_the_published_ones(config, size, count):
     _, params = abstract(config, size)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
@@ -690,7 +690,7 @@ def test_samples_are_laid_out_in_a_grid():
     ],
 )
 @pytest.mark.slow
-def test_resume_is_bit_for_bit(tiny, whole, tmp_path, capsys, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, whole, tmp_path, capsys, optimizer, fails_at):
     run_killed_at_save(fails_at, lambda: main(tiny_config(tmp_path, optimizer=optimizer)))
     folder = only_run(tmp_path)
     assert not (folder / "samples.png").exists()
@@ -842,7 +842,7 @@ def test_refuses_a_hub_out_of_reach(tmp_path, monkeypatch):
         ({"resume": "x", "eta": 0.5}, "leave out --eta"),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
@@ -860,7 +860,7 @@ def test_refuses_to_sample_what_is_not_there(tmp_path):
             main(Config(runs=str(tmp_path), sample=True, **options))
 
 
-def test_show_blocks(tmp_path, capsys):
+def test_show_blocks_prints_the_table_and_starts_no_run(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True))
     output = capsys.readouterr().out
     assert "rows" in output
@@ -868,7 +868,7 @@ def test_show_blocks(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_line():
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("diffusion", "--width=20")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --width is 20, which GroupNorm's 8 groups")

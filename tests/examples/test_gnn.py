@@ -251,7 +251,7 @@ def test_dropout_of_attention_keeps_its_mean():
         ),
     ],
 )
-def test_parameter_counts(options, count):
+def test_parameter_counts_are_the_published_ones(options, count):
     options = dict(options)
     data = GraphConfig(options.pop("dataset"))
     config = Config(**options, data=data)
@@ -261,7 +261,7 @@ def test_parameter_counts(options, count):
 
 @pytest.mark.parametrize("kind", ["gcn", "gat"])
 @pytest.mark.slow
-def test_initial_weights(kind):
+def test_initial_weights_have_the_right_distribution(kind):
     module = GNN(dataclasses.replace(CONFIGS[kind], width=64, num_classes=50))
     x, node = jnp.zeros((1, 500)), jnp.zeros(1, jnp.int32)
     init = jax.jit(lambda: module.init(jax.random.key(0), x, node, node, train=False))
@@ -412,7 +412,7 @@ def test_comparison_leaves_everything_in_the_run_folder(options, tmp_path, capsy
         *(pytest.param(MODELS[0], None, save, marks=pytest.mark.slow) for save in (4, 5)),
     ],
 )
-def test_resume_is_bit_for_bit(tmp_path, options, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options, optimizer, fails_at):
     main(tiny_config(tmp_path / "whole", **options, optimizer=optimizer))
     killed = tiny_config(tmp_path / "killed", **options, optimizer=optimizer)
     run_killed_at_save(fails_at, lambda: main(killed))
@@ -830,14 +830,14 @@ def test_refuses_data_out_of_reach(monkeypatch, tmp_path):
         ),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
     assert not (tmp_path / "runs").exists()  # refused before anything was made
 
 
-def test_show_blocks(tmp_path, capsys, monkeypatch):
+def test_show_blocks_prints_the_table_and_starts_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     # The files are not looked at.
     data = GraphConfig("citeseer", data_dir=str(tmp_path))
@@ -849,7 +849,7 @@ def test_show_blocks(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow  # test_gpt2.py has a quick one
-def test_command_line():
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("gnn", "--heads=2")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --heads is for attention, which gcn has not")

@@ -103,7 +103,7 @@ def test_muons_rate_is_walked_before_that_of_the_rest(monkeypatch, tmp_path):
     assert "muon_learning_rate" not in content["settings"]["hyper"]
 
 
-def test_what_was_trained_is_remembered(trained, tmp_path):
+def test_finished_trainings_are_not_repeated(trained, tmp_path):
     paired.main(options(tmp_path))
     count = len(trained)
     paired.main(options(tmp_path))
