@@ -1,1 +1,1 @@
-"""Measurements of what the README claims, one folder a claim, each run as `python -m`."""
+"""Measurements behind the README's claims, one folder per claim, each run with `python -m`."""

@@ -1,11 +1,11 @@
-"""TPUs and GPUs that need not be there: XLA compiles for them, and says what a program needs.
+"""TPUs and GPUs that need not be present: XLA compiles for them and reports what a program needs.
 
 python3 -m venv chips && chips/bin/pip install --editable '.[examples]' 'jax[tpu]'
 version=$(chips/bin/python -c 'import jax; print(jax.__version__)')
 chips/bin/pip install --no-deps jax-cuda12-{plugin,pjrt}==$version nvidia-cuda-{nvcc,runtime}-cu12
 
-What is compiled is what would run there. What is not known of it is time: no kernel is run, and on
-GPUs none is tuned.
+The compiled program is the one that would run there. Its time is unknown: no kernel is run, and GPU
+kernels are not autotuned.
 """
 
 import functools
@@ -21,19 +21,19 @@ from examples.common.cli import ConfigError
 
 
 class Chip(NamedTuple):
-    """What is published of one."""
+    """Published facts about a chip."""
 
     bandwidth: float
-    """Of its device memory, bytes a second."""
+    """Bandwidth of its device memory, bytes per second."""
     memory: float
-    """Bytes that a program may have."""
+    """Bytes that a program may use."""
     one: str
-    """The least topology that has it."""
+    """The smallest topology of this chip."""
 
 
 # Bandwidths: Cloud TPU documentation, "TPU v5e", "TPU v5p", "TPU v6e"; NVIDIA H100 data sheet, SXM.
-# Memory of a TPU: what its compiler says is "available HBM", less the 258 MiB that it reserves on a
-# v5e. Of an H100: 80 of its 85 GB; the driver, CUDA and the collectives need some.
+# Memory of a TPU: its compiler's "available HBM", less the 258 MiB that it reserves on a v5e.
+# Memory of an H100: 80 of its 85 GB; the driver, CUDA and the collectives need the rest.
 RESERVED = 258 * 2**20
 CHIPS = {
     "v5e": Chip(819e9, 15.75 * 2**30 - RESERVED, "v5e:2x2"),
@@ -41,7 +41,7 @@ CHIPS = {
     "v6e": Chip(1640e9, 31.25 * 2**30 - RESERVED, "v6e:2x2"),
     "h100": Chip(3350e9, 80e9, "h100:1"),
 }
-# Of an H100 SXM, from its data sheet and XLA's own description of it: what the compiler asks for.
+# The description of an H100 SXM that the compiler needs, from its data sheet and from XLA.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -62,12 +62,12 @@ EXAMPLES = "v5e:2x4, v5p:2x2x1, v6e:2x4 or h100:8"
 
 
 def without_devices() -> None:
-    """To be called before JAX looks for devices: the compilers look for a machine that has them."""
+    """Lets the compilers run without their devices. Call it before JAX looks for devices."""
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # by several processes: there is no device to share
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several processes may load it: they share no device
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
         XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         JAX_PLATFORMS="cpu",
@@ -76,7 +76,7 @@ def without_devices() -> None:
 
 
 def chip_of(topology: str) -> Chip:
-    """Of CHIP:SHAPE."""
+    """The chip of a topology CHIP:SHAPE."""
     name = topology.partition(":")[0]
     if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
         raise ConfigError(
@@ -86,9 +86,9 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[name]
 
 
-@functools.cache  # each description has devices of its own
+@functools.cache  # each description has its own devices
 def devices(topology: str) -> list[Any]:
-    """Those of a topology, such as v5e:2x4 or h100:8."""
+    """The devices of a topology, such as v5e:2x4 or h100:8."""
     chip_of(topology)
     name, _, shape = topology.partition(":")
     try:
@@ -105,7 +105,7 @@ def devices(topology: str) -> list[Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the compilers: XLA for GPUs is part of JAX."""
+    """The versions of the compilers; XLA for GPUs is part of JAX."""
     try:
         return {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}
     except metadata.PackageNotFoundError as error:

@@ -1,5 +1,5 @@
-"""Results of benchmarks: as JSON with a page of Markdown, or, where they take long, in a JSON file
-run by run, so that a benchmark can be interrupted and goes on where it stopped."""
+"""Results of benchmarks: JSON with a page of Markdown. Long benchmarks write their JSON file run by
+run, so that they can be interrupted and continued."""
 
 import json
 import math
@@ -19,7 +19,7 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on beside the settings."""
+    """The versions and the device that the numbers depend on."""
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -28,7 +28,7 @@ def machine() -> dict[str, str]:
 
 
 def markdown(columns: Columns, rows: Sequence[Row]) -> str:
-    """The rows as a table of Markdown, its first column to the left and the others to the right."""
+    """The rows as a Markdown table; the first column is left-aligned, the others right-aligned."""
     lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
     lines += [[cell(row) for cell in columns.values()] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -43,9 +43,9 @@ def write_rows(
     columns: Columns,
     content: Mapping[str, Any],
 ) -> None:
-    """`content`, which has `rows`, as name.json, and its rows as the page name.md.
+    """Writes `content` to name.json, and its `rows` to the page name.md.
 
-    The page names the command that printed it.
+    The page names the command that wrote it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(folder / f"{name}.json", content)
@@ -54,10 +54,10 @@ def write_rows(
 
 
 class Results:
-    """The runs of one study in `path`. Each is a mapping of what it was asked and what it found."""
+    """The runs of one study, in the file `path`. Each has `asked`, its settings, and `found`."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Begins the file, or goes on with it where it is of the same settings."""
+        """Begins the file, or continues it if its settings are the same."""
         self._path = path
         self._content: dict[str, Any] = {
             "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in the file
@@ -78,13 +78,13 @@ class Results:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        """All runs there are."""
+        """All runs so far."""
         return self._content["runs"]
 
     def get(
         self, asked: Mapping[str, Any], find: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """What was found for `asked`; `find` is called where it is not there yet."""
+        """What was found for `asked`; calls `find` if there is no such run yet."""
         for run in self.runs:
             if run["asked"] == asked:
                 return run["found"]
@@ -94,7 +94,7 @@ class Results:
         return found
 
     def conclude(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the rows of the table beside the runs that it was made from."""
+        """Stores the rows of the table beside the runs that they were made from."""
         self._content["rows"] = rows
         self._write()
 
@@ -104,5 +104,5 @@ class Results:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a number."""
+    """The value, or None for numbers that JSON cannot write: NaN and infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,12 +1,12 @@
-"""The boxes in which Flax keeps parameters, and the names that they give to axes.
+"""Flax's boxes of parameters, and the axis names in them.
 
-Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree, and what they know of an array
-is part of the tree's structure. An optimizer's state is in the same boxes, so that Flax places it
-on a mesh as it places the parameters. The package imports no Flax: a box is told by what it has.
+Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree; their metadata is part of the
+tree's structure. The optimizer state is in the same boxes, so that Flax places it on a mesh like
+the parameters. The package does not import Flax: it recognises a box by its attributes.
 
-One rule says how an array of the state is placed, here and in
-`opt_state_shardings`: **along an axis that it has in the
-parameter's size it has the parameter's name (or mesh axes), and along any other it has none.**
+One rule places an array of the state, here and in `opt_state_shardings`: **along an axis where the
+array has the parameter's size, it has the parameter's axis name (or mesh axes); along any other
+axis it has none.**
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _OF_VARIABLES = ("out_sharding", "optimizer_sharding", "sharding_names")
 
 
 def kept_names(names: Iterable[Any], part: Sequence[int], whole: Sequence[int]) -> tuple[Any, ...]:
-    """The rule: what an array of the state keeps of its parameter's names.
+    """The rule: the axis names that an array of the state has from its parameter.
 
     Args:
-        names: of the parameter's axes, or of the first of them.
+        names: the names of the parameter's axes, or of the first ones.
         part: the array's shape, of the parameter's rank.
         whole: the parameter's shape.
 
@@ -41,7 +41,7 @@ def kept_names(names: Iterable[Any], part: Sequence[int], whole: Sequence[int]) 
 def leaves_with_path(
     tree: Any, is_leaf: Callable[[Any], Any] = lambda _: False
 ) -> list[tuple[tuple[Any, ...], Any]]:
-    """The leaves of a tree and the keys along the path to each, boxes left out.
+    """The leaves of a tree and the keys along the path to each, without keys of boxes.
 
     Args:
         tree: any pytree.
@@ -63,7 +63,7 @@ def leaves_with_path(
 def axis_names(box: Any) -> tuple[Any, ...] | None:
     """The axis names in a parameter's box; None if it is not a box, or has no names.
 
-    Of a box of Linen these are `names`; of a variable of NNX it is metadata.
+    Linen's boxes have them in `names`, NNX's variables in their metadata.
     """
     names = getattr(box, "names", None) if hasattr(box, "unbox") else None
     if names is None:
@@ -78,7 +78,7 @@ def with_kept_names(parts: Any, params: Any) -> Any:
     """Puts arrays of the state into boxes, with the names that the rule keeps.
 
     Args:
-        parts: a tree like `params`, with their boxes, of arrays of their ranks.
+        parts: a tree like `params`, in the same boxes, of arrays of the same ranks.
         params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
     """
 
@@ -88,7 +88,7 @@ def with_kept_names(parts: Any, params: Any) -> Any:
         shapes = jnp.shape(inside[0]), jnp.shape(jax.tree.leaves(param)[0])
         if hasattr(box, "unbox"):
             return box.replace(names=kept_names(box.names, *shapes))
-        box = jax.tree.map(lambda x: x, box)  # a variable of its own
+        box = jax.tree.map(lambda x: x, box)  # copies the variable
         for key in _OF_VARIABLES:
             if names := _metadata(box).get(key):
                 if isinstance(names, NamedSharding):
@@ -104,7 +104,7 @@ def with_kept_names(parts: Any, params: Any) -> Any:
 
 
 def has_names(x: Any) -> bool:
-    """Whether it is a box with axis names."""
+    """Whether `x` is a box with axis names."""
     return axis_names(x) is not None
 
 

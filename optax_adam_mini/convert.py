@@ -1,7 +1,8 @@
-"""The state of a running Adam into Adam-mini's, and back.
+"""Converts the state of a running Adam to Adam-mini's, and back.
 
-At every step, the second moment of a block is the mean of Adam's over the block: both are moving
-averages of the squared gradient, and the mean is linear. So the conversion is exact.
+The second moment of a block is the mean of Adam's second moments over the block, at every step,
+because both are moving averages of the squared gradient and the mean is linear. So the conversion
+to Adam-mini's state is exact.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ def from_adam_state(
 ) -> PyTree:
     """Converts the state of `optax.adamw` (or `optax.adam`) to Adam-mini's.
 
-    `mu` and `count` are kept, so `adam_mini` can continue a job of `adamw`.
+    `mu` and `count` are kept, so `adam_mini` can continue a run of `adamw`.
 
     Args:
         state: optimizer state that contains an `optax.ScaleByAdamState`, in
             any chain or wrapper, or an `nnx.Optimizer`'s `opt_state`.
-        params: the parameters it was made for, arrays or
+        params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
         block_specs: specs, or label function, of the new `adam_mini`.
         mu_dtype: `mu_dtype` of the new `adam_mini`; None keeps `mu` as it is.
 
     Returns:
-        The same structure, with a `ScaleByAdamMiniState` instead of each
+        The same structure, with a `ScaleByAdamMiniState` in place of each
         `ScaleByAdamState`. Its `nu` has the means over blocks, float32 or
         wider.
 
     Raises:
         TypeError, ValueError: if `state` contains no `ScaleByAdamState`, if it
-            is not that of `params`, or if the specs do not fit them.
+            does not belong to `params`, or if the specs do not fit `params`.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
@@ -69,7 +70,7 @@ def from_adam_state(
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
         nu = spec.block_mean(v.astype(widen(v.dtype)))
-        # Of no step: the first that is made from here on has the next number.
+        # Updates count from 1, so no later step uses the random numbers of step 0.
         seed = rounding_seed(0, salt_of(path))
         return write(spec, m.astype(widen(m.dtype)), nu, dtype or m.dtype, seed), nu
 
@@ -85,17 +86,18 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     Args:
         state: optimizer state that contains a `ScaleByAdamMiniState`.
-        params: the parameters it was made for, arrays or
+        params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
         block_specs: the specs, or label function, that it was made with.
 
     Returns:
-        The same structure, with an `optax.ScaleByAdamState` instead of each.
-        Its `nu` has the parameters' shapes and dtypes.
+        The same structure, with an `optax.ScaleByAdamState` in place of each
+        `ScaleByAdamMiniState`. Its `nu` has the parameters' shapes and dtypes.
 
     Raises:
         TypeError, ValueError: if `state` contains no `ScaleByAdamMiniState`,
-            if it is not that of `params`, or if the specs do not fit them.
+            if it does not belong to `params`, or if the specs do not fit
+            `params`.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}

@@ -1,4 +1,4 @@
-"""The errors of `update` and `init` about states, gradients and masks that do not fit."""
+"""Errors of `update` and `init` about states, gradients and masks that do not fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_order(updates: Any) -> None:
     """Refuses a state where gradients are expected.
 
     Raises:
-        ValueError: if it is one.
+        ValueError: if `updates` contains a state.
     """
     is_state = lambda x: hasattr(x, "mu") and hasattr(x, "nu")
     if any(map(is_state, jax.tree.leaves(updates, is_leaf=is_state))):
@@ -39,7 +39,7 @@ def check_is_state(state: Any) -> None:
     """Refuses the state of another transformation.
 
     Raises:
-        ValueError: if it is such.
+        ValueError: if `state` is such a state.
     """
     if isinstance(state, optax.ScaleByAdamState):
         raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
@@ -48,10 +48,10 @@ def check_is_state(state: Any) -> None:
 
 
 def check_is_chain(state: Any, length: int) -> None:
-    """Refuses what is not the state of a chain of so many transformations.
+    """Refuses anything but the state of a chain of `length` transformations.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if `state` is anything else.
     """
     if type(state) in (tuple, list) and len(state) == length:
         return
@@ -66,10 +66,10 @@ def check_is_chain(state: Any, length: int) -> None:
 def check_grids(
     labels: Sequence[tuple[str, Spec]], shapes: Sequence[Any], nu: Sequence[Any]
 ) -> None:
-    """Refuses second moments whose shapes are not those of the specs' grids.
+    """Refuses second moments whose shapes are not the specs' grids.
 
     Raises:
-        ValueError: if one is; the message names the parameter.
+        ValueError: if a shape differs; the message names the parameter.
     """
     found = [jax.tree.map(jnp.shape, v) for v in nu]
     is_like_adams = found == [shape.shape for shape in shapes]
@@ -83,11 +83,11 @@ def check_grids(
 
 
 def check_gradient(path: str, shape: Any, gradient: Any) -> None:
-    """Refuses a gradient that has not the shape of its parameter, or is of other numbers.
+    """Refuses a gradient that does not have the shape, or the kind of numbers, of its parameter.
 
     Raises:
         TypeError: if a real parameter has a gradient of complex numbers, integers or booleans.
-        ValueError: if it has another shape.
+        ValueError: if the gradient has another shape.
     """
     if gradient is not None and jnp.shape(gradient) != shape.shape:
         raise ValueError(
@@ -108,11 +108,11 @@ def check_mask_leaves(mask: Any) -> None:
     """Refuses a mask that is neither a pytree of booleans nor a function that returns one.
 
     Raises:
-        TypeError: if it is not.
+        TypeError: if a leaf of `mask` is anything else.
     """
     for keys, value in leaves_with_path(mask):
         is_array = hasattr(value, "dtype") and value.dtype == jnp.bool_ and value.shape == ()
-        is_function = callable(value) and not keys  # the mask itself, of which init sees the rest
+        is_function = callable(value) and not keys  # `init` checks what the function returns
         if not (isinstance(value, bool) or is_array or is_function):
             raise TypeError(
                 f"mask{'' if not keys else ' at ' + path_str(keys)}: expected True or False, got "
@@ -122,10 +122,10 @@ def check_mask_leaves(mask: Any) -> None:
 
 
 def check_mask(mask: Any, params: Any) -> None:
-    """Refuses a mask that has not the structure of the parameters.
+    """Refuses a mask that does not have the structure of the parameters.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if the structure differs.
     """
     if callable(mask):
         mask = mask(params)
@@ -146,7 +146,7 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
     """The leaves of `tree`, which must have the structure of `like`; None counts as a leaf.
 
     Raises:
-        ValueError: if it has another one; the message says where.
+        ValueError: if it has another structure; the message says where.
     """
     try:
         leaves = jax.tree.structure(like).flatten_up_to(tree)
@@ -179,13 +179,13 @@ def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: An
     """Refuses an optimizer state that does not contain the wanted one.
 
     Args:
-        what: who asks, to begin the message with.
-        wanted: the name of the class of states that must be there.
-        others: what to say where there are others instead, by the names of their classes.
-        state: the optimizer's state.
+        what: the beginning of the message, which names the caller.
+        wanted: the class name of the state that must be there.
+        others: hints for states of other classes, by class name.
+        state: the optimizer state.
 
     Raises:
-        ValueError: if there is no `wanted` in it; the message names what there is.
+        ValueError: if `state` contains no `wanted`; the message names the states that it contains.
     """
     found: list[str] = []
 

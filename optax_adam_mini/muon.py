@@ -1,4 +1,4 @@
-"""Muon for the matrices, Adam-mini for the rest: one moment of every parameter."""
+"""`muon_mini`: Muon for matrices and Adam-mini for the rest, with one moment per parameter."""
 
 from __future__ import annotations
 
@@ -71,51 +71,53 @@ def muon_mini(
     bounded: bool = True,
     block_specs: BlockSpecs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for the matrices, and [`adam_mini`][] for the rest: half of AdamW's memory.
+    """Muon for matrices and [`adam_mini`][] for the rest: half of AdamW's memory.
 
-    As `optax.contrib.muon`, argument for argument, but that its Adam is Adam-mini. A matrix with
-    the gradient `g` is updated by its momentum, orthogonalized:
+    It takes the arguments of `optax.contrib.muon`, and uses Adam-mini in place of Adam. A matrix
+    with gradient `g` is updated by its orthogonalized momentum:
 
         m  = beta m + (1 - beta) g
         p -= learning_rate * (scale * orthogonalized(m_hat) + weight_decay * p)
 
     with Nesterov's momentum `m_hat`, and `scale = sqrt(max(1, outputs / inputs))`. Everything is
-    computed in float32 and cast once, last: to the parameters' dtypes.
+    computed in float32, and cast once, at the end, to the parameters' dtypes.
 
     Args:
-        learning_rate: of the matrices, a number or a schedule `count -> number`.
+        learning_rate: learning rate of the matrices, a number or a schedule `count -> number`.
         ns_coeffs: three coefficients of the Newton-Schulz iteration, or three for each step, or
             the name of a preset of `optax.contrib.muon`.
-        ns_steps: iterations.
+        ns_steps: number of iterations.
         beta: decay rate of the matrices' momentum, in [0, 1).
         eps: added to denominators, at least 0.
-        weight_decay: of the matrices, at least 0, multiplied by the learning rate; or a schedule.
-        weight_decay_mask: which parameters decay, of the matrices and, unlike `optax.contrib.muon`,
-            of the rest: a pytree of booleans like the parameters or a prefix of it, or a function
-            of the parameters that returns one; None for all.
+        weight_decay: weight decay of the matrices, at least 0, multiplied by the learning rate; or
+            a schedule.
+        weight_decay_mask: which parameters decay, among the matrices and, unlike in
+            `optax.contrib.muon`, among the rest: a pytree of booleans like the parameters or a
+            prefix of it, or a function of the parameters that returns one; None for all.
         mu_dtype: dtype of the momentum, and of Adam-mini's `mu`; None for the parameters'.
-            `jnp.int8` keeps both in 8 bits, an eighth of AdamW's state in all.
+            `jnp.int8` stores both in 8 bits, an eighth of AdamW's state in all.
         nesterov: whether to use Nesterov momentum, for both.
         adaptive: whether to scale updates by the dual norm of the momentum (arXiv 2409.20325).
-        preconditioning: of the Newton-Schulz iteration, as in `optax.contrib.muon`.
+        preconditioning: preconditioning of the Newton-Schulz iteration, as in
+            `optax.contrib.muon`.
         adam_b1: `b1` of [`adam_mini`][].
         adam_b2: its `b2`.
         adam_eps_root: its `eps_root`.
         adam_weight_decay: its `weight_decay`.
-        adam_learning_rate: its `learning_rate`; None for that of the matrices.
+        adam_learning_rate: its `learning_rate`; None for the learning rate of the matrices.
         muon_weight_dimension_numbers: which axes of a matrix are inputs and outputs: a pytree of
             `optax.contrib.MuonDimensionNumbers` like the parameters or a prefix of it, with `None`
             for what goes to Adam-mini, or a function of the parameters that returns one;
-            [`infer_muon_dimension_numbers`][] reads them off the model. None for all parameters of
-            two axes.
+            [`infer_muon_dimension_numbers`][] infers them from the loss. With None, all parameters
+            with two axes are matrices.
         consistent_rms: with a number, `scale = sqrt(max(inputs, outputs)) * consistent_rms`
             (Moonlight; 0.2 is about the size of AdamW's updates).
         parts: whether the parts of a fused kernel (query, key and value; a gate and its value) are
-            matrices of their own. They are those that `block_specs` gives separate rows, as
-            [`infer_block_specs`][] does. The state is the same.
+            separate matrices. The parts are those to which `block_specs` gives separate rows, as
+            [`infer_block_specs`][] does. The state is the same either way.
         bounded: as in [`adam_mini`][].
-        block_specs: as in [`adam_mini`][]; specs of the whole tree may be given. Those of the
-            matrices are looked at for `parts` alone.
+        block_specs: as in [`adam_mini`][]. It may cover the whole tree; the specs of matrices are
+            used only for `parts`.
 
     Returns:
         The transformation; its state is an `optax.transforms.PartitionState` of `"muon"`, with an
@@ -124,7 +126,7 @@ def muon_mini(
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in `init` for dimension
             numbers or block specs that do not fit the parameters; in `update` if weight decay needs
-            `params` and there are none, or if a parameter's gradient is None.
+            `params` and gets none, or if a parameter's gradient is None.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 3)), "head": jnp.ones((3, 8)), "bias": jnp.zeros(8)}
@@ -167,7 +169,7 @@ def muon_mini(
         raise ValueError(
             f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
         )
-    if isinstance(ns_coeffs, str):  # as its state has them
+    if isinstance(ns_coeffs, str):  # a preset: Optax's state has its numbers
         preset = muon(1.0, ns_coeffs).init(jnp.zeros((1, 1)))
         ns_coeffs = optax.tree.get(preset, "ns_coeffs")
     elif np.ndim(ns_coeffs) not in (1, 2) or np.shape(ns_coeffs)[-1] != 3:
@@ -185,7 +187,7 @@ def muon_mini(
     given = muon_weight_dimension_numbers
 
     def pieces_of(params: Any) -> list[_Pieces]:
-        """How every matrix of a tree of matrices is cut."""
+        """The pieces of every matrix in a tree of matrices."""
         numbers = dimension_numbers(given, params)
         specs = _specs(block_specs, params) if parts else [None] * len(numbers)
         shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
@@ -201,7 +203,7 @@ def muon_mini(
     matrices = in_dtypes(
         optax.chain(
             _kept(orthogonalize, pieces_of, dtype, consistent_rms),
-            optax.identity(),  # the state of `optax.contrib.muon` has an entry here
+            optax.identity(),  # `optax.contrib.muon` has an entry in its state here
             add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         ),
@@ -226,7 +228,7 @@ def muon_mini(
                 "muon_mini: expected the PartitionState that init made, got a "
                 f"{type(state).__name__}: call tx.update(grads, state, params), in this order"
             )
-        # Functions see the parameters, whose dtypes may not be the gradients'.
+        # Label functions get the parameters, whose dtypes may differ from the gradients'.
         return both(updates if params is None else params).update(
             updates, state, params, **extra_args
         )
@@ -237,7 +239,7 @@ def muon_mini(
 
 
 def _check_gradients(updates: Any, params: Any) -> None:
-    """Refuses what is no gradient of `params`, and None: `optax.partition` cannot tell its part."""
+    """Refuses gradients that do not fit `params`, and None, which `optax.partition` misplaces."""
     check_order(updates)
     if params is None:
         return
@@ -258,11 +260,11 @@ _PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 
 
 class _Pieces(NamedTuple):
-    """A matrix, or the matrices that it is cut into along its outputs."""
+    """The matrices into which a kernel is cut along its outputs; one, if it is not cut."""
 
     numbers: MuonDimensionNumbers
     cuts: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Axes, and where the second piece and each further one begins."""
+    """Axes, and the start of each piece but the first along each axis."""
 
     @classmethod
     def of(
@@ -296,7 +298,7 @@ class _Pieces(NamedTuple):
 
 
 def _specs(block_specs: Any, params: Any) -> list[Spec]:
-    """The specs of matrices, which say where they have rows of their own."""
+    """The specs of the matrices, which say which parts have separate rows."""
     leaves, treedef = jax.tree.flatten(params)
     shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
     labels = remembered_block_specs(block_specs, treedef, shapes) if block_specs is not None else []
@@ -316,7 +318,7 @@ def _kept(
     mu_dtype: Any,
     consistent_rms: Any,
 ) -> optax.GradientTransformation:
-    """`scale_by_muon` on pieces in float32, with a momentum that is kept whole in `mu_dtype`."""
+    """`scale_by_muon` on pieces in float32, with momenta stored for whole kernels in `mu_dtype`."""
 
     def init_fn(params: Any) -> Any:
         for keys, p in leaves_with_path(params):
@@ -366,7 +368,7 @@ def _kept(
 
 
 def _read(mu: Any) -> Any:
-    """The momentum of a state, in a tree like the parameters."""
+    """The momentum from a state, as a tree like the parameters."""
     if not isinstance(mu, RowCodes):
         return mu
     codes, treedef = jax.tree.flatten(mu.codes)
@@ -375,7 +377,7 @@ def _read(mu: Any) -> Any:
 
 
 def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
-    """Refuses a momentum of other matrices, or of another kind."""
+    """Refuses a momentum of other matrices or with another `mu_dtype`."""
     is_int8 = isinstance(mu, RowCodes)
     if is_int8 != (mu_dtype == jnp.int8):
         raise ValueError(
@@ -398,7 +400,7 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
 def _written(
     mu: Any, old: Any, count: Any, pieces: list[_Pieces], mu_dtype: Any, params: Any
 ) -> Any:
-    """What a state keeps of a momentum, in the boxes of the one that it had."""
+    """The momentum as a state stores it, in the boxes of the old one."""
     if not isinstance(old, RowCodes):
         like = old if params is None else params
         dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
@@ -413,20 +415,20 @@ def _written(
 
 
 def rows_of(shape: tuple[int, ...], numbers: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Along which axes a row of a matrix lies, the longer way, and the shape of one for each."""
+    """The axes of a matrix's rows, along its longer side, and the shape of one number per row."""
     axes = max(_axes(numbers), key=lambda axes: math.prod(shape[axis] for axis in axes))
     axes = tuple(axis % len(shape) for axis in axes)
     return axes, tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
 def sizes_of(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> tuple[int, int]:
-    """How many inputs and outputs a matrix has."""
+    """The numbers of inputs and outputs of a matrix."""
     inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in _axes(numbers))
     return inputs, outputs
 
 
 def _scale(shape: tuple[int, ...], numbers: MuonDimensionNumbers, consistent_rms: Any) -> Any:
-    """Of the update of a matrix of this shape."""
+    """The scale of the update of a matrix of this shape."""
     inputs, outputs = sizes_of(shape, numbers)
     if consistent_rms is None:
         return math.sqrt(max(1, outputs / max(1, inputs)))
@@ -438,12 +440,12 @@ def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
 
 
 def dimension_numbers(given: Any, params: Any) -> list[Any]:
-    """The dimension numbers of every leaf of `params`, None for what goes to Adam-mini.
+    """The dimension numbers of every leaf of `params`, None for leaves that go to Adam-mini.
 
     Raises:
-        TypeError: if something else is given.
-        ValueError: if a parameter has none, if there are some for no parameter, or if they do not
-            fit the parameter's shape.
+        TypeError: if an entry of `given` is neither dimension numbers nor None.
+        ValueError: if a parameter has no entry, if an entry has no parameter, or if dimension
+            numbers do not fit a parameter's shape.
     """
     from optax.contrib import MuonDimensionNumbers
 

@@ -1,8 +1,8 @@
-"""A spec that is the product of two grids: a row and a column inside each block.
+"""`outer`: a spec of two grids, with a row and a column in each block.
 
-`BlockSpec` stores one number for each block. `outer` stores the means over two grids, and `v` is
-their product. This suits a matrix whose `v` differs along its inputs too, and costs one number for
-each input.
+A `BlockSpec` stores one number per block. `outer` stores the means over two grids, and `v` is their
+product over a common mean. This suits a matrix whose `v` also differs along its inputs, and costs
+one more number per input.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class OuterMoments(NamedTuple):
-    """`nu` of a state where some parameter is cut by an `outer`.
+    """`nu` of a state in which an `outer` cuts some parameter.
 
     Attributes:
-        a: a tree like the parameters, with one number for each block of the
-            first (or only) grid.
-        b: a tree like the parameters, with one number for each block of the
-            second grid. If a parameter has only one grid, it has an unused
-            array of one number here.
+        a: a tree like the parameters, with one number per block of the first
+            (or only) grid.
+        b: a tree like the parameters, with one number per block of the second
+            grid. A parameter with only one grid has an unused array of one
+            number here.
     """
 
     a: Any
@@ -45,13 +45,13 @@ class OuterMoments(NamedTuple):
 class Outer:
     """A spec of two grids, made by `outer`.
 
-    Like a `BlockSpec` it is static, hashable, comparable, and a leaf of a
+    Like a `BlockSpec`, it is static, hashable, comparable, and a leaf of a
     pytree of specs.
 
     Attributes:
         a: the first grid.
-        b: the second.
-        note: a remark in tables; it takes no part in comparisons.
+        b: the second grid.
+        note: a remark for tables; comparisons ignore it.
     """
 
     a: BlockSpec
@@ -67,7 +67,7 @@ class Outer:
                 )
 
     def runs(self, shape: Sequence[int]) -> tuple[Runs, ...]:
-        """The cuts that both grids share: each block between them has a row and a column.
+        """The cuts that both grids share: each block of these has a row and a column.
 
         Args:
             shape: the parameter's shape.
@@ -102,15 +102,15 @@ class Outer:
         return OuterMoments(self.a.grid(shape), self.b.grid(shape))
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuses a shape that the grids do not fit, or for which one of them is useless.
+        """Refuses a shape that the grids do not fit, or for which one grid is useless.
 
         Args:
             shape: the parameter's shape.
 
         Raises:
-            ValueError: as `Outer.runs`; and if all blocks of one grid lie
-                inside those of the other, but for vectors and the like, where
-                it cannot be otherwise.
+            ValueError: as `Outer.runs`; also if all blocks of one grid lie
+                inside those of the other, except for vectors, where they
+                always do.
 
         Examples:
             >>> outer(per_head(4, stacked=0), per_neuron()).check((64, 64))
@@ -129,7 +129,7 @@ class Outer:
         )
 
     def size(self, shape: Sequence[int]) -> int:
-        """How many numbers `nu` has.
+        """The number of entries in `nu`.
 
         Args:
             shape: the parameter's shape.
@@ -146,12 +146,12 @@ class Outer:
     def block_mean(
         self, x: Inexact[Array, "*shape"], of: Callable[[Array], Array] | None = None
     ) -> tuple[Array, Array]:
-        """The means of `x`, or of a function of each number, over the blocks of both grids.
+        """The means over the blocks of both grids, of `x` or of a function of it.
 
         Args:
             x: an array of the parameter's shape, of any inexact dtype.
-            of: an elementwise function whose values are averaged; they are not
-                kept.
+            of: an elementwise function of `x` to average; its values are not
+                stored.
 
         Returns:
             Two arrays of the shapes in `self.grid(x.shape)`, float32 or wider.
@@ -168,8 +168,8 @@ class Outer:
         def means(x: Array, again: Array) -> tuple[Array, Array]:
             return sums.block_mean(x, a, of), sums.block_mean(again, b, of)
 
-        # A TPU computes both sums in one reading. XLA's CPU compiler needs a loop for each result,
-        # and would store what both sums share, an array of x's size: a barrier prevents that.
+        # A TPU computes both sums in one reading. XLA's CPU compiler needs a loop per result, and
+        # would store what both sums share, an array of x's size: the barrier prevents that.
         return jax.lax.platform_dependent(
             x,
             cpu=lambda x: means(x, jax.lax.optimization_barrier(x)),
@@ -185,17 +185,17 @@ class Outer:
         """The product `v = v_a v_b / v_ab` at every coordinate, or a function of it.
 
         Args:
-            nu: two arrays of the shapes in `self.grid(shape)`, of numbers that
-                are not negative.
+            nu: two arrays of the shapes in `self.grid(shape)`, without
+                negative numbers.
             shape: the parameter's shape.
-            of: an elementwise function, taken of the product.
+            of: an elementwise function to apply to the product.
 
         Returns:
             An array of `shape` and of `nu`'s dtype: an expression of small
-            arrays, which fuses with what reads it.
+            arrays, which fuses with its consumer.
 
         Raises:
-            ValueError: if `nu` has not the shapes of the grids, and as
+            ValueError: if `nu` does not have the shapes of the grids, and as
                 `Outer.runs`.
 
         Examples:
@@ -216,10 +216,10 @@ class Outer:
     def factors(
         self, nu: tuple[Array, Array], shape: Sequence[int]
     ) -> list[tuple[Array, tuple[Runs, ...]]]:
-        """Small arrays whose product at every coordinate is `v`, and the runs that each is cut by.
+        """Small arrays whose product at every coordinate is `v`, and the runs that cut each.
 
-        They are `v_a`, and the ratio `v_b / v_ab`, which is from 0 to the
-        number of columns: a product of two small numbers would underflow.
+        They are `v_a` and `v_b / v_ab`. This ratio is between 0 and the number
+        of columns; the product `v_a * v_b` of small numbers would underflow.
 
         Args:
             nu: two arrays of the shapes in `self.grid(shape)`.
@@ -228,17 +228,17 @@ class Outer:
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
         in_b = lambda x: sums.spread(x, _counts(b, both), nu[1].shape)
         tiny = float(jnp.finfo(nu[0].dtype).tiny)
-        # The mean leaves out a row that has overflowed or is not a number, so only this row and
-        # its column are lost. No factor is 0, so that infinity times another factor is infinity,
-        # and the step is 0. The scale is a power of two: XLA divides by multiplying with the
-        # inverse, which is 0 for a number near float32's largest.
+        # The mean ignores rows that have overflowed or are NaN, so only such a row and its column
+        # are lost. No factor is 0: infinity times a factor is then infinity, and the step is 0.
+        # Without the scale, a power of two, `v_ab` near float32's largest number would have the
+        # inverse 0, by which XLA multiplies instead of dividing.
         v_ab = jnp.maximum(_mean_of_finite(nu[0], a, both), tiny)
         scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
         ratio = nu[1] * in_b(scale) / in_b(v_ab * scale)
         return [(jnp.maximum(nu[0], tiny), a), (jnp.maximum(ratio, tiny), b)]
 
     def __repr__(self) -> str:
-        """What one could type, but for the note."""
+        """The call that makes an equal spec."""
         return f"outer({self.a!r}, {self.b!r})"
 
     def __str__(self) -> str:
@@ -263,8 +263,8 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     two grids, and `v_ab` is the mean over the blocks that both grids have in
     common (the matrix, a head, a layer of a stack). This is exact if Adam's
     `v` is a row times a column inside each of those. If every block of one
-    grid lies inside one of the other, `v` is just the finer mean, so `init`
-    refuses `outer(per_head(12), per_neuron())` for a kernel.
+    grid lies inside a block of the other, `v` is just the finer mean, so
+    `init` refuses `outer(per_head(12), per_neuron())` for a kernel.
 
     The state's `nu` is then an `OuterMoments` of two trees like the
     parameters.
@@ -279,7 +279,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
 
     Args:
         a: the first grid.
-        b: the second.
+        b: the second grid.
         stacked: axes along which layers are stacked; each layer has its own
             blocks in both grids.
 
@@ -288,7 +288,7 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
         per_neuron())`.
 
     Raises:
-        TypeError: if `a` or `b` is no `BlockSpec`.
+        TypeError: if `a` or `b` is not a `BlockSpec`.
         ValueError: if a stacked axis is cut by `a` or `b` already.
 
     Examples:
@@ -319,7 +319,7 @@ def _common(a: Runs, b: Runs) -> Runs:
 
 @functools.cache
 def _along(fine: Runs, coarse: Runs) -> Runs:
-    """The same cuts as `coarse`, counted in blocks of `fine`."""
+    """The cuts of `coarse`, counted in blocks of `fine`."""
     blocks = sum(n for n, _ in fine)
     if _is_each(fine):
         return coarse
@@ -366,8 +366,8 @@ def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
     """The arrays of each parameter in the `nu` of a state: one array, or two.
 
     Args:
-        nu: a tree like the parameters, or two of them.
-        specs: of the parameters.
+        nu: a tree like the parameters, or an `OuterMoments` of two.
+        specs: the parameters' specs.
     """
     if not isinstance(nu, OuterMoments):
         return jax.tree.leaves(nu)
@@ -379,7 +379,7 @@ def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
     """The `nu` of a state, in the parameters' boxes.
 
     The two arrays of an `outer` are in separate trees, because some containers of an optimizer
-    state take only one array per parameter (NNX's variables do).
+    state, such as NNX's variables, take only one array per parameter.
 
     Args:
         moments: one array, or two, for each parameter.
@@ -397,7 +397,7 @@ def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
 
 
 def like_state(nu: Any, moments: Sequence[Any]) -> Any:
-    """New moments in the trees, and boxes, of a state's `nu`."""
+    """New moments in the trees and boxes of a state's `nu`."""
     if not isinstance(nu, OuterMoments):
         return jax.tree.unflatten(jax.tree.structure(nu), moments)
     old = jax.tree.leaves(nu.b)

@@ -1,27 +1,29 @@
-"""Reads and writes the first moment in 8 bits. No other module knows about int8.
+"""Reads and writes first moments in 8 bits.
 
-`m` and `v` are averages of the same gradients, and so `m` is of the size of `sqrt(v)`: from a
-quarter of it, where the gradient is noise, to a few times it. A code stands for a number relative
-to that root, which `nu` gives at each coordinate, and no scale is kept. Of the 127 magnitudes most
-are where moments are:
+`m` and `v` average the same gradients, so `m` is about as large as `sqrt(v)`: from a quarter of it,
+if the gradient is noise, to a few times it. A code stores `m` relative to `1.25 sqrt(v)`, and needs
+no scale of its own because `nu` gives `v` at each coordinate. Most of the 127 magnitudes lie where
+moments do:
 
-    relative to the root / 1.25   2**-6  2**-5  2**-4  ...  2**1  2**2  ...  2**6  ...  2**17
+    relative to 1.25 sqrt(v)      2**-6  2**-5  2**-4  ...  2**1  2**2  ...  2**6  ...  2**17
     codes in each binade              4      8     16          8      4         1
 
-Below 2**-5 they are evenly spaced, down to 0. The last code is beyond the largest moment: by the
-inequality of Cauchy and Schwarz
+Below 2**-5 they are evenly spaced, down to 0. The last code lies beyond the largest moment. By the
+Cauchy-Schwarz inequality
 
     |m|  <=  (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)) * sqrt(n v)
 
-for every coordinate of a block of `n` with the second moment `v`. Decay rates with a factor of more
-than 32 are refused (`check_decays`), or brought to the nearest that have one
-(`allowed_b2`): the bound then holds after every step, whatever the rates were before. The
-largest code is 2**17 roots, which is 32 sqrt(n v) in blocks of up to 2**24; in larger ones the root
-is scaled by sqrt(n) / 2**12.
+for every coordinate of a block of `n` coordinates with the second moment `v`. Decay rates with a
+factor above 32 are refused (`check_decays`), or replaced by the nearest allowed `b2`
+(`allowed_b2`); the bound then holds after every step, whatever the rates were before. The largest
+code, 2**17, lies beyond 32 sqrt(n v) in blocks of up to 2**24 coordinates. In larger blocks,
+sqrt(n) / 2**12 replaces 1.25 if it is larger.
 
-Codes are rounded up or down at random, in proportion, so that the mean of many is the moment: what
-is too small for one step survives in the mean. The random numbers are a hash of the step, the
+Codes are rounded up or down at random, in proportion, so that their mean is the moment: a change
+too small for one step survives in the mean. The random numbers are a hash of the step, the
 parameter's path and the coordinate: the same on any mesh and after any restart.
+
+Muon has no second moment. The codes of its momentum are relative to the largest entry of a row.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 class Codes(NamedTuple):
     """`mu` of a state in 8 bits. A state in floats has no such node.
 
-    A checkpoint of one kind is no checkpoint of the other, whatever casts whoever restores it.
+    So a checkpoint of one kind cannot be restored as the other, even if the restore casts dtypes.
 
     Attributes:
         codes: a tree like the parameters, int8.
@@ -58,9 +60,9 @@ _FACTOR = 32.0  # of the bound
 _SCALE = 1.25  # of the root
 _CUT = 23  # bits of a float32's fraction: a binade is 2**23 floats, evenly spaced
 _SMALL, _LARGE = -6, 17
-_DENSER = ((3, -6, 6), (4, -5, 2), (8, -4, 1))  # so many codes more in binades from, to: 4, 8, 16
-_OFFSET = 2.0**_SMALL  # added before a number is read as bits, so that small ones are evenly spaced
-# Equal to zero, but not the constant zero: the gradients of a scan start as zeros, and XLA's GPU
+_DENSER = ((3, -6, 6), (4, -5, 2), (8, -4, 1))  # (additional codes per binade, from, to)
+_OFFSET = 2.0**_SMALL  # added before a number is read as bits, to space small numbers evenly
+# It equals zero but is not the constant zero. The gradients of a scan start as zeros, and XLA's GPU
 # compiler would keep those arrays until the update, to compare with them.
 _ZERO = -0.0
 _TINY = float(np.finfo(np.float32).tiny)
@@ -79,12 +81,12 @@ def _code_at(binade: int) -> int:
 
 
 def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
-    """The first moment, in float32 or wider, from the codes in a state.
+    """The first moment, in float32 or wider, from an array in a state.
 
     Args:
-        spec: how the parameter is cut.
+        spec: the parameter's spec.
         kept: one array of a state's `mu`: codes, or numbers of any inexact dtype.
-        nu: the second moment that it was kept with.
+        nu: the second moment in the same state.
 
     Examples:
         >>> codes, nu = jnp.array([92, 0, -12], jnp.int8), jnp.array([1.0])
@@ -102,7 +104,7 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
         density += more
     bits += base
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32) - _OFFSET
-    # 0 times an infinite root is 0, not NaN: a block that has overflowed stands still.
+    # Replacing infinite roots by 0 avoids 0 * inf = NaN: a block that has overflowed stands still.
     finite = lambda root: jnp.where(jnp.isfinite(root), root, 0)
     signed = jnp.where(kept < 0, -magnitude, magnitude)
     return _times_roots(signed, spec, nu, finite)
@@ -114,11 +116,11 @@ def write(
     """The codes of the first moment; over many seeds, their mean is `m`.
 
     Args:
-        spec: how the parameter is cut.
+        spec: the parameter's spec.
         m: the moment.
         nu: the second moment after the same gradients.
-        dtype: of what is kept, int8 for codes.
-        seed: of the rounding.
+        dtype: the dtype to store; int8 for codes.
+        seed: seed of the rounding.
 
     Raises:
         TypeError: if codes are differentiated: their derivative is 0 almost everywhere.
@@ -136,11 +138,11 @@ def write(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
-    # A root that is too small to have an inverse gives the code 0.
+    # A root too small to have an inverse gives the code 0.
     inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0)
     number = _times_roots(jnp.abs(m), spec, nu, inverse).astype(jnp.float32) + _OFFSET
-    # In each binade, codes are evenly spaced in the bits, and so in the numbers. Adding a random
-    # number to the fraction that is cut off rounds up in proportion.
+    # In each binade, codes are evenly spaced in the bits and hence in the numbers. Adding a random
+    # number to the fraction that is cut off rounds up in proportion to it.
     bits = jax.lax.bitcast_convert_type(number, jnp.int32) - _bits(_SMALL)
     above = lambda exponent: _bits(exponent) - _bits(_SMALL)
     code, extra = jnp.minimum(bits, above(_LARGE)), 0
@@ -148,8 +150,8 @@ def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
         code += more * jnp.clip(bits, above(first), above(last))
         extra += more * above(first)
     code = ((code + (random_bits(_CUT, m.shape, seed) - extra)) >> _CUT).astype(jnp.int8)
-    # The sign is applied last, in 8 bits: if a conversion came last, XLA's CPU compiler would
-    # compute the codes again for the update, from a copy of the old ones.
+    # The sign is applied last, in 8 bits. If a conversion came last, XLA's CPU compiler would
+    # compute the codes again for the update, from a copy of the old codes.
     return jnp.where(m < _ZERO, -code, code)
 
 
@@ -163,7 +165,7 @@ def _no_derivative(spec: Spec, primals: Any, tangents: Any) -> Any:
 
 
 def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
-    """`x` times a function of the root that codes are relative to, at every coordinate."""
+    """`x` times `of(1.25 sqrt(v))`, the root that codes are relative to."""
     (v, runs), *ratios = spec.factors(nu, x.shape)
     # The root is large enough that the last code reaches the bound, 32 sqrt(n v).
     floor = np.sqrt(sums.block_sizes(runs)) * _FACTOR / 2.0**_LARGE
@@ -178,14 +180,14 @@ def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
 
 
 class RowCodes(NamedTuple):
-    """Muon's momentum in 8 bits: there is no second moment that codes could be relative to.
+    """Muon's momentum in 8 bits, without a second moment that codes could be relative to.
 
-    A code `c` stands for `sign(c) (c / 127)**2` of the largest entry of its row: steps are as fine
-    as the number is small.
+    A code `c` stands for `sign(c) (c / 127)**2` times the largest entry of its row, so small
+    numbers have finer steps.
 
     Attributes:
         codes: a tree like the parameters, int8.
-        largest: of each row, bfloat16, in arrays of the parameters' ranks.
+        largest: the largest entry of each row, bfloat16, in arrays of the parameters' ranks.
     """
 
     codes: Any
@@ -199,8 +201,8 @@ def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Flo
     """The numbers that codes stand for, in float32.
 
     Args:
-        codes: of a matrix.
-        largest: of each row, of size 1 along the rows' axes.
+        codes: the codes of a matrix.
+        largest: the largest entry of each row, with size 1 along the rows' axes.
 
     Examples:
         >>> read_row(jnp.array([127, 64, 0, -1], jnp.int8), jnp.array([16129.0]))
@@ -213,15 +215,17 @@ def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Flo
 def write_row(
     m: Float[Array, "*shape"], axes: tuple[int, ...], seed: UInt32[Array, ""]
 ) -> tuple[Int8[Array, "*shape"], Float[Array, "*row"]]:
-    """The codes of a matrix, whose mean over many seeds is `m`, and what they are relative to.
+    """The codes of a matrix, and the largest entries that they are relative to.
+
+    Over many seeds, the mean of what the codes stand for is `m`.
 
     Args:
         m: the matrix.
-        axes: along which a row lies.
-        seed: of the rounding.
+        axes: the axes along which a row lies.
+        seed: seed of the rounding.
 
     Returns:
-        The codes, and of each row its largest magnitude or a little more, in bfloat16.
+        The codes, and the largest magnitude of each row or a little more, in bfloat16.
 
     Examples:
         >>> from optax_adam_mini.rounding import rounding_seed
@@ -230,13 +234,13 @@ def write_row(
         (dtype('int8'), dtype(bfloat16), (2, 1))
     """
     magnitude = jnp.abs(m)
-    # As much more as bfloat16 may round it down.
+    # Enlarged by as much as bfloat16 may round down.
     largest = (jnp.max(magnitude, axes, keepdims=True) * (1 + 2.0**-8)).astype(jnp.bfloat16)
     top = largest.astype(m.dtype)
-    # Of what is too small to have an inverse nothing is kept.
+    # A row whose largest entry is too small to have an inverse is stored as 0.
     square = magnitude * jnp.where(top > _TINY * _LAST**2, _LAST**2 / top, 0)
     code = jnp.floor(jnp.sqrt(square))
-    # Between code**2 and (code + 1)**2 up or down at random, in proportion.
+    # Round to code**2 or (code + 1)**2 at random, in proportion.
     chance = (square - code * code) / (2 * code + 1)
     code += chance * 2.0**_CUT > random_bits(_CUT, m.shape, seed)
     code = jnp.minimum(code, _LAST).astype(jnp.int8)
@@ -249,7 +253,7 @@ def in_state(mu: Any, mu_dtype: Any) -> Any:
 
 
 def of_state(mu: Any, mu_dtype: Any) -> Any:
-    """The tree like the parameters in the `mu` of a state.
+    """The tree like the parameters from the `mu` of a state.
 
     Raises:
         ValueError: if the state is of the other kind.
@@ -267,15 +271,15 @@ def of_state(mu: Any, mu_dtype: Any) -> Any:
 
 
 def check_kept(path: str, kept: Any, is_codes: bool) -> None:
-    """Refuses codes that a restore has cast to moments, and moments cast to codes.
+    """Refuses codes that a restore has cast to floats, and floats that it has cast to codes.
 
     Args:
-        path: of a parameter of real numbers.
-        kept: what the state keeps of its first moment.
-        is_codes: whether the state says that these are codes.
+        path: the path of a parameter of real numbers.
+        kept: the array that the state has for its first moment.
+        is_codes: whether the state says that this array has codes.
 
     Raises:
-        ValueError: if they are the other.
+        ValueError: if its dtype says otherwise.
     """
     if is_codes and kept.dtype != jnp.int8:
         raise ValueError(
@@ -297,9 +301,9 @@ _CONVERT = (
 
 
 def allowed_b2(b1: Any) -> tuple[Any, Any]:
-    """The smallest and the largest `b2` for which a moment stays within its bound.
+    """The smallest and the largest `b2` for which moments stay within the range of codes.
 
-    The solutions of (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2.
+    They solve (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2.
 
     Args:
         b1: a number, or an array.
@@ -314,10 +318,10 @@ def allowed_b2(b1: Any) -> tuple[Any, Any]:
 
 
 def check_decays(b1: Any, b2: Any) -> None:
-    """Refuses decay rates for which a moment may exceed its bound.
+    """Refuses decay rates for which a moment may exceed the range of codes.
 
     Raises:
-        ValueError: if they are such.
+        ValueError: if it may.
     """
     least, greatest = allowed_b2(float(b1))
     if not least <= float(b2) <= greatest:

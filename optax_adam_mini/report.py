@@ -1,4 +1,4 @@
-"""What was cut how, and what it saves: a table of the blocks, and the memory arithmetic."""
+"""`block_table`: how each parameter is cut, and how much memory that saves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def block_table(
     *,
     muon_weight_dimension_numbers: Any = None,
 ) -> Table:
-    """A table of how every parameter is cut, and of what that saves.
+    """A table of how every parameter is cut, and how much memory that saves.
 
     Args:
         params: pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -42,16 +42,16 @@ def block_table(
         mu_dtype: the `mu_dtype` of your `adam_mini`, for the bytes of its
             state. Without it `mu` is counted in the parameters' dtypes; inside
             `stochastic_rounding` it is float32.
-        muon_weight_dimension_numbers: that of your `muon_mini`. The parameters
-            that it names go to Muon, which has no second moment. None for
-            `adam_mini`.
+        muon_weight_dimension_numbers: the dimension numbers of your
+            `muon_mini`. Parameters with dimension numbers go to Muon, which
+            has no second moment. None for `adam_mini`.
 
     Returns:
         A `rich.table.Table`, which `print` and `rich.print` fit to the
         terminal. It has a row for each parameter (path, shape, cut, numbers in
         `nu`, their bytes); equal layers share a row. Below are the totals:
-        numbers in `v` with Adam and here, bytes of the optimizer's state
-        against AdamW's, and bytes of a whole training.
+        numbers in `v` with Adam and here, bytes of the optimizer state against
+        AdamW's, and bytes of parameters, gradients and state.
 
     Raises:
         TypeError, ValueError: if the specs or the dimension numbers do not fit the parameters.
@@ -74,7 +74,7 @@ def block_table(
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
     ]
-    rows: dict[tuple[Any, ...], list[str]] = {}  # parameters alike but for the numbers in the path
+    rows: dict[tuple[Any, ...], list[str]] = {}  # parameters that differ only in numbers in paths
     for (path, matrix), leaf in zip(matrices, leaves, strict=True):
         cut = matrix or specs[path]
         note = "" if matrix else specs[path].note
@@ -102,12 +102,12 @@ def block_table(
             f"{numbers:,}",
             f"{row_bytes:,}",
         )
-        # Beside an outer's two trees, the second has an array of one number for the others.
+        # If some spec is an `outer`, each other parameter has an unused number in the second tree.
         row_bytes += is_outer * (not is_matrix and not isinstance(cut, Outer)) * len(paths) * 4
         v_before, v_after = v_before + size, v_after + numbers
         param_bytes += size * dtype.itemsize
         mu_bytes += size * (mu_dtype or dtype).itemsize
-        if is_matrix and mu_dtype == jnp.int8:  # the largest of each row, in bfloat16
+        if is_matrix and mu_dtype == jnp.int8:  # the largest entry of each row, in bfloat16
             mu_bytes += len(paths) * math.prod(rows_of(shape, cut)[1]) * 2
         adamw, nu_bytes = adamw + 2 * size * dtype.itemsize, nu_bytes + row_bytes
     table.add_section()
@@ -129,7 +129,7 @@ def block_table(
 
 
 def _matrices(numbers: Any, params: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """The path of every parameter with its matrix, None for what is none, and the tree of those."""
+    """Every parameter's path and dimension numbers, and the tree of the parameters without any."""
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     found = [None] * len(leaves) if numbers is None else dimension_numbers(numbers, params)
     rest = [optax.MaskedNode() if n else p for (_, p), n in zip(leaves, found, strict=True)]
@@ -146,7 +146,7 @@ def _describe_matrix(numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> s
 
 @functools.cache
 def _printable_table() -> type[Table]:
-    """A table that fits its terminal, and that `print` shows too. Rich is slow to import."""
+    """A table class that fits its terminal, also with `print`. Rich is slow to import."""
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
@@ -178,10 +178,10 @@ def _printable_table() -> type[Table]:
 def _fit(
     heads: list[str], columns: list[list[str]], width: int
 ) -> tuple[list[str], list[list[str]], list[int]]:
-    """Headings, columns and widths of a table of at most `width` characters, borders and all.
+    """Headings, columns and widths of a table of at most `width` characters, including borders.
 
-    Paths fold at "/" and cuts at "+". Where that is too little, a line below the path has the shape
-    and the cut. Numbers are never folded.
+    Paths fold at "/" and cuts at "+". If that is not enough, shape and cut go below the path.
+    Numbers are never folded.
     """
     lengths = [max(map(len, [head, *cells])) for head, cells in zip(heads, columns, strict=True)]
     (paths, shapes, cuts), numbers = columns[:3], columns[3:]
@@ -215,14 +215,14 @@ def _fit(
     )
 
 
-_PATH = 36  # a name longer than this is broken before shape and cut go below the path
+_PATH = 36  # a longer name is broken, rather than moving shape and cut below the path
 _AT_SLASH = re.compile(r"[^/]*/|[^/]+")
-_AT_SPACE = re.compile(r"(?:\([^)]*\)|\S)+ ?")  # but not inside brackets
+_AT_SPACE = re.compile(r"(?:\([^)]*\)|\S)+ ?")  # but not inside parentheses
 _AT_PLUS = re.compile(r"(?:\+ )?[^+]+")
 
 
 def _filled(pieces: list[str], width: int) -> str:
-    """Lines of at most `width`, as full as can be."""
+    """Pieces joined into lines of at most `width`, as full as possible."""
     lines = [""]
     for piece in pieces:
         if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
@@ -232,7 +232,7 @@ def _filled(pieces: list[str], width: int) -> str:
 
 
 def _from_end(path: str, width: int) -> str:
-    """A path folded at "/", filled from its end, which is thus in one line."""
+    """A path folded at "/", filled from its end, so that its end stays on one line."""
     lines = [""]
     for piece in reversed(_AT_SLASH.findall(path)):
         if lines[0] and len(piece + lines[0]) > width:
@@ -245,11 +245,11 @@ def describe(spec: Spec, shape: tuple[int, ...]) -> str:
     """The cut of an array of `shape` in words.
 
     Args:
-        spec: how it is cut.
+        spec: the array's spec.
         shape: the array's shape.
 
     Returns:
-        The number of blocks and the shape of one, part by part.
+        The number of blocks and the shape of one block, for each part.
 
     Raises:
         ValueError: if the spec does not fit the shape.

@@ -1,10 +1,10 @@
-"""Parameters in bfloat16 without a copy in float32: rounded up or down at random, in proportion.
+"""Parameters in bfloat16 without a float32 copy: rounded up or down at random, in proportion.
 
-Rounding to nearest loses every step of less than half a unit in the last place, however often it
-is repeated. Rounding at random keeps it in the mean, which is what training needs.
+Rounding to nearest loses every step of less than half a unit in the last place, however often the
+step is repeated. Rounding at random preserves the step in the mean.
 
-The random numbers are a hash of the step, the parameter's path and the coordinate: no key is
-kept, and they are the same on any mesh, in any process and after any restart.
+The random numbers are a hash of the step, the parameter's path and the coordinate. No key is
+stored, and they are the same on any mesh, in any process and after any restart.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-        count: number of updates made, shape `()`, int32: the random numbers
+        count: number of updates made, shape `()`, int32; the random numbers
             depend on it.
-        inner_state: of the transformation inside, for parameters in float32.
+        inner_state: state of the transformation inside, for parameters in
+            float32.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,13 +44,13 @@ def stochastic_rounding(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains bfloat16 parameters as if in float32, and rounds them at random after each step.
 
-    `inner` sees gradients and parameters in float32, including for weight
-    decay, and its state is made for them. The new parameter, `p + u` in
-    float32, is rounded to one of its two neighbours in bfloat16, with the
-    probabilities that make `p + u` the mean. The update that is returned is
-    the difference between the new parameter and the old one, in float32:
-    `optax.apply_updates` adds it and gets exactly the new parameter. (In
-    bfloat16 the difference would be rounded.)
+    `inner` gets gradients and parameters in float32, also for weight decay,
+    and its state is made for these. The new parameter, `p + u` in float32, is
+    rounded to one of its two neighbours in bfloat16, with the probabilities
+    that make `p + u` the mean. `update` returns the difference between the new
+    parameter and the old one, in float32: `optax.apply_updates` adds it and
+    gets exactly the new parameter. (In bfloat16 the difference would be
+    rounded.)
 
     It must be the outermost wrapper: a later transformation would round to
     nearest again. Parameters in float32 or wider, and integers, are updated as
@@ -57,17 +58,17 @@ def stochastic_rounding(
     of the parameters.
 
     Args:
-        inner: any transformation, in any chain or wrapper, whose `update`
-            returns what is to be added to the parameters.
+        inner: any transformation, in any chain or wrapper, whose updates are
+            added to the parameters.
 
     Returns:
         The transformation; its state is a `StochasticRoundingState`.
 
     Raises:
-        TypeError: if `inner` is no transformation; if a parameter is in
+        TypeError: if `inner` is not a transformation; if a parameter is in
             float16 or narrower.
         ValueError: if no parameter is in bfloat16; in `update`, if `params`
-            are left out, or the state is another transformation's.
+            are missing, or the state is another transformation's.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6), jnp.bfloat16)}
@@ -115,7 +116,7 @@ def stochastic_rounding(
                 (old + u).astype(jnp.float32),
                 rounding_seed(count, salt_of((path, "params"))),
             )
-            # Infinity stays, and zero keeps its sign: adding -0.0 changes nothing.
+            # Adding -0.0 changes nothing: infinity stays, and zero keeps its sign.
             return jnp.where(new == old, -0.0, new - old)
 
         updates, inner_state = inner.update(
@@ -130,28 +131,29 @@ def stochastic_rounding(
 
 
 def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    """A neighbour of `x` in bfloat16, in float32; over many seeds their mean is `x`.
+    """A bfloat16 neighbour of `x`, as float32; its mean over many seeds is `x`.
 
     Args:
-        x: in float32.
-        seed: of the rounding.
+        x: an array in float32.
+        seed: seed of the rounding.
 
     Examples:
         >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
         dtype('float32')
     """
-    # Between two neighbours, the bits of float32 numbers are evenly spaced: a random number, added
-    # to the 16 bits that are cut off, carries in proportion.
+    # Float32 numbers between two neighbours are evenly spaced in their bits: a random number added
+    # to the 16 bits that are cut off carries in proportion.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = (bits + random_bits(16, x.shape, seed).astype(jnp.uint32)) & np.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    # Beyond the largest number, round to nearest. XLA would remove a conversion there and back.
+    # Beyond the largest bfloat16, round to nearest, by `reduce_precision`: XLA would remove a
+    # conversion to bfloat16 and back.
     nearest = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
 
 
 def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
-    """The seed of a step, and of what is rounded in it."""
+    """The seed for a step, `count`, and for the array that `salt` stands for."""
     return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
 
 
@@ -162,20 +164,20 @@ def salt_of(what: Hashable) -> np.uint32:
         >>> int(salt_of(("layer", "kernel")))
         841920579
     """
-    return np.uint32(zlib.crc32(repr(what).encode()))  # the quotes of repr keep names apart
+    return np.uint32(zlib.crc32(repr(what).encode()))  # repr's quotes separate the names
 
 
 def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
-    """For each coordinate a number of `bits` bits, at most 31."""
+    """A random number of `bits` bits, at most 31, for each coordinate."""
     place = np.uint32(0)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    # Add, not multiply: a seed times a power of two would lose bits.
+    # Add the seed: multiplied by a place that is a power of two, it would lose bits.
     return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
 
 
 def mixed(x: Any) -> Any:
-    """Every bit of the result depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
+    """A hash in which every bit depends on every bit of `x` (MurmurHash3's finalizer, Appleby)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

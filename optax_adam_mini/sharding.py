@@ -1,4 +1,4 @@
-"""Where each part of an optimizer's state lives on a mesh."""
+"""`opt_state_shardings`: where each part of an optimizer state lives on a mesh."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opt_state_shardings(
     *,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> PyTree[NamedSharding]:
-    """The shardings of an optimizer's state, from those of the parameters.
+    """The shardings of an optimizer state, from those of the parameters.
 
     An array of the state is sharded like its parameter along each axis where
     both have the same size, and along no other axis. So `mu` and accumulated
@@ -54,10 +54,10 @@ def opt_state_shardings(
         checkpoints.
 
     Raises:
-        TypeError: if a sharding is neither of these.
+        TypeError: if a sharding is none of these.
         ValueError: if a parameter has no sharding, or one with more axes than
-            the parameter; if axes of the mesh do not divide it; or if there
-            are `PartitionSpec`s and no mesh.
+            the parameter; if axes of the mesh do not divide the parameter; or
+            if there are `PartitionSpec`s and no mesh.
 
     Examples:
         >>> mesh = jax.sharding.AbstractMesh((2,), ("fsdp",))
@@ -93,7 +93,7 @@ def opt_state_shardings(
         found = [of_leaf(path_of(keys), leaf) for keys, leaf in leaves_with_path(node)]
         return jax.tree.unflatten(jax.tree.structure(node), found)
 
-    # Shardings that are in the parameters' own types say nothing here.
+    # The parameters' own shardings are ignored: only `param_shardings` counts.
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(tx.init, bare)
     return jax.tree.map(of_node, state, is_leaf=is_like_params)
@@ -102,7 +102,7 @@ def opt_state_shardings(
 def _resolve(
     given: Any, shapes: dict[Path, tuple[int, ...]], mesh: Mesh | AbstractMesh | None
 ) -> dict[Path, NamedSharding]:
-    """The sharding of every parameter, checked."""
+    """The checked sharding of every parameter."""
     is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
     by_path = {
         path_of(keys): sharding for keys, sharding in leaves_with_path(given, is_leaf=is_one)

@@ -1,8 +1,7 @@
-"""Sums over the blocks of a grid, and broadcasts back: fast formulations, with the reasons.
+"""Means over the blocks of a grid, and broadcasts back: fast formulations, with the reasons.
 
-An array is summed first over the axes that are not cut, in one reduction; what is grouped into
-blocks after that is small. On the way back only the small array is repeated, and the rest is a
-broadcast.
+An array is first summed over the axes that are not cut, in one reduction. Only the small result is
+grouped into blocks. On the way back, only the small array is repeated; the rest is a broadcast.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ def block_mean(
     axes: Sequence[Runs],
     of: Callable[[Array], Array] | None = None,
 ) -> Inexact[Array, "*grid"]:
-    """The mean of `x`, or of a function of each number, over each block, in float32 or wider.
+    """The mean over each block of `x`, or of a function of it, in float32 or wider.
 
     Args:
         x: an array of any inexact dtype.
         axes: for each of its axes, the runs of equal blocks along it, as
             `BlockSpec.runs` gives them.
-        of: an elementwise function whose values are averaged; they are not kept.
+        of: an elementwise function of `x` to average; its values are not stored.
 
     Examples:
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
@@ -66,7 +65,7 @@ def spread(
     Args:
         nu: one number per block.
         axes: for each axis, the runs of equal blocks along it.
-        shape: the shape that these cut.
+        shape: the shape that these runs cut.
 
     Examples:
         >>> spread(jnp.array([2.0, 5.0]), [((1, 2), (1, 1))], (3,))
@@ -79,13 +78,13 @@ def spread(
             nu = _repeat_runs(nu, axis, runs)
     if nu.shape == tuple(shape):
         return nu
-    # Otherwise XLA would move what made `nu` (a square root and a division for each block) past
-    # the broadcast, and compute it once per coordinate.
+    # Without the barrier, XLA would move the computation of `nu` (a square root and a division per
+    # block) past the broadcast, and do it once per coordinate.
     return jnp.broadcast_to(jax.lax.optimization_barrier(nu), tuple(shape))
 
 
 def widen(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype to compute in: float32, or `dtype` itself where it is wider or complex."""
+    """The dtype to compute in: float32, or `dtype` itself if it is wider or complex."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -97,13 +96,13 @@ def _is_each(runs: Runs) -> bool:
     return all(block == 1 for _, block in runs)
 
 
-_FEW = 8  # parts that are selected one by one
+_FEW = 8  # parts: no more are selected one by one
 
 
 def _axis_in_parts(axes: Sequence[Runs]) -> int | None:
     """The axis with few parts, if all others are cut at each index: rows of a fused kernel.
 
-    Nothing is summed before the parts are, and so nothing is small.
+    No other axis can be summed first, so the array is still large when its parts are summed.
     """
     grouped = [a for a, runs in enumerate(axes) if not (_is_whole(runs) or _is_each(runs))]
     whole = [runs for runs in axes if _is_whole(runs) and runs[0][1] > 1]
@@ -124,8 +123,8 @@ def _part_means(
 ) -> Inexact[Array, "*grid"]:
     """The mean of each part of one axis.
 
-    An axis that is sharded cannot be split without moving it between devices. What is masked stays
-    where it is, and several sums of one array are made in one reading.
+    Splitting a sharded axis would move data between devices. A mask moves nothing, and XLA computes
+    several sums of one array in one reading.
     """
     index = _index_along(axis, x.shape)
     parts: list[Array] = []
@@ -138,7 +137,7 @@ def _part_means(
 def _spread_parts(
     nu: Inexact[Array, "*grid"], axes: Sequence[Runs], axis: int, shape: Sequence[int]
 ) -> Inexact[Array, "*shape"]:
-    """As `spread`, by choosing among the parts: an expression that fuses with what reads it."""
+    """Like `spread`, but selects among the parts: an expression that fuses with its consumer."""
     nu = jax.lax.optimization_barrier(_not_sharded_along(nu, axis))
     bounds = _bounds(axes[axis])
     rows = [jax.lax.slice_in_dim(nu, part, part + 1, axis=axis) for part in range(len(bounds))]
@@ -150,21 +149,21 @@ def _spread_parts(
 
 
 def _bounds(runs: Runs) -> list[tuple[int, int]]:
-    """Where each block along an axis begins and ends."""
+    """The start and stop of each block along an axis."""
     ends = np.cumsum([0, *np.repeat([size for _, size in runs], [n for n, _ in runs])]).tolist()
     return list(itertools.pairwise(ends))
 
 
 def _index_along(axis: int, shape: Sequence[int]) -> Array:
-    """The indices of one axis, of size 1 along the others."""
+    """The indices of one axis, in an array of size 1 along the others."""
     along = [size if a == axis else 1 for a, size in enumerate(shape)]
     return jax.lax.broadcasted_iota(np.int32, along, axis)
 
 
 def _not_sharded_along(x: Array, axis: int) -> Array:
-    """Under explicit sharding an axis that is sharded cannot be split by a reshape.
+    """Unshards one axis, because explicit sharding allows no reshape of a sharded axis.
 
-    What comes here is small: sums of whole axes, or one number for each block.
+    The arrays are small: sums over whole axes, or one number per block.
     """
     sharding = jax.typeof(x).sharding
     if sharding.spec[axis] is None:
@@ -205,7 +204,7 @@ def _repeat_runs(x: Real[Array, "*grid"], axis: int, runs: Runs) -> Real[Array, 
 
 
 def block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
-    """The coordinates in each block: one number, or an array that broadcasts to the grid."""
+    """The number of coordinates in each block: one number, or an array that broadcasts."""
     if all(len(runs) == 1 for runs in axes):
         return float(math.prod(runs[0][1] for runs in axes))
     sizes = np.ones([1] * len(axes), np.float32)

@@ -1,17 +1,18 @@
-"""Sums as XLA's CPU compiler runs them fast; other compilers need only plain sums.
+"""Sums written so that XLA's CPU compiler runs them fast; other compilers need only plain sums.
 
-Three traits of it make the plain sum slow (2 cores, reading at 30 GB/s):
+Three traits of that compiler make the plain sum slow (2 cores, reading at 30 GB/s):
 
-- Over an axis before long rows it sums at a fraction of the memory's bandwidth: 28 GB/s for rows of
-  3072, 4.6 for 11008, 0.7 for 50257; in two stages, as a dot or unrolled it is no faster, or keeps
-  a copy. Long rows are added in a loop, eight at a time: 22 to 33 GB/s.
-- What is read twice, by a sum and by what follows, it widens once for both, into memory: the update
-  in bfloat16 takes 1.1 times AdamW's time with such a copy, and 0.4 to 0.5 without. Barriers keep
-  the sum's reading apart.
-- Several sums of one array are several readings.
+- It sums over an axis before long rows at a fraction of the memory bandwidth: 28 GB/s for rows of
+  3072, 4.6 for 11008, 0.7 for 50257. Summing in two stages, as a dot or unrolled is no faster, or
+  stores a copy. Here, long rows are added in a loop, eight at a time: 22 to 33 GB/s.
+- If an array is read twice, by a sum and by the code after it, the compiler widens it once for
+  both, into memory. With such a copy, the update in bfloat16 takes 1.1 times AdamW's time, and 0.4
+  to 0.5 without. Barriers here separate the two readings.
+- It reads an array once for each of several sums.
 
-The choice is made by what is traced. An array that GSPMD has sharded along an axis that is split
-here is moved between devices: meshes of CPU devices are right, and not fast.
+The formulation is chosen while tracing, when shardings by GSPMD are unknown. If GSPMD has sharded
+an axis that is split here, the array moves between devices: results on meshes of CPU devices are
+right, but slow.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Value = Callable[["Array"], "Array"]
 def whole_axes_sum(
     x: Inexact[Array, "*shape"], whole: Sequence[int], value: Value
 ) -> Callable[[Array], Array] | None:
-    """How to sum `value(x)` over whole axes, kept with size 1; None for the plain sum.
+    """A function that sums `value(x)` over whole axes, kept with size 1; None for the plain sum.
 
     Args:
         x: an array.
@@ -45,11 +46,12 @@ def whole_axes_sum(
         return plain(jax.lax.optimization_barrier(x))
 
     def looped(x: Array) -> Array:
-        # Over the inner of the two axes that the axis becomes: GSPMD may have sharded the outer.
+        # The axis becomes two. The loop runs over the inner one: GSPMD may have sharded the outer.
         rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
 
         def at(i: Any) -> Array:
-            here, i = jax.lax.optimization_barrier((rows, i))  # or it is widened before the loop
+            # Without the barrier, `rows` would be widened before the loop.
+            here, i = jax.lax.optimization_barrier((rows, i))
             return value(jax.lax.dynamic_index_in_dim(here, i, axis + 1, keepdims=False))
 
         add = lambda i, total: total + at(i)
@@ -58,11 +60,11 @@ def whole_axes_sum(
 
     axis = max(whole, default=-1)
     if axis >= 0 and math.prod(x.shape[axis + 1 :]) >= 4096 and not _is_sharded(x, axis):
-        few = 1024 // x.dtype.itemsize  # that many times smaller than x the sums are below 0.5%
+        few = 1024 // x.dtype.itemsize  # with as many steps or more, the sums take < 0.5% of x
         divisors = [n for n in range(few, x.shape[axis] + 1) if x.shape[axis] % n == 0]
         if divisors:
-            # Of those that are not much longer, the one that leaves an outer axis of most powers of
-            # two: meshes are of such, and the outer axis stays sharded where they divide it.
+            # Prefer the outer axis with the most factors of two: meshes usually have powers of two,
+            # and an outer axis that they divide stays sharded.
             outer = lambda n: x.shape[axis] // n
             near = [n for n in divisors if n <= max(4 * few, divisors[0])]
             steps = max(near, key=lambda n: outer(n) & -outer(n))
@@ -73,17 +75,18 @@ def whole_axes_sum(
 def part_means(
     x: Inexact[Array, "*shape"], axis: int, bounds: Sequence[tuple[int, int]], value: Value
 ) -> Callable[[Array], Array] | None:
-    """How to average `value(x)` over each part of an axis; None where the axis is sharded.
+    """A function that averages `value(x)` over each part of an axis; None if that is sharded.
 
     Args:
         x: an array.
         axis: the axis.
-        bounds: where each part begins and ends.
+        bounds: the start and stop of each part.
         value: an elementwise function, which widens to float32 first.
     """
 
     def split(x: Array) -> Array:
-        # Into equal pieces of parts; a slice for each part would be squared together, in memory.
+        # Split into equal pieces, which divide the parts: with one slice per part, XLA would first
+        # store `value` of the whole array.
         n = x.shape[axis] // piece  # not -1: an array may be empty
         pieces = x.reshape(*x.shape[:axis], n, piece, *x.shape[axis + 1 :])
         total = whole_axes_sum(pieces, [axis + 1], value)

@@ -1,1 +1,1 @@
-"""How much memory Adam-mini saves, computed or compiled and not run."""
+"""How much memory Adam-mini saves: computed from shapes, compiled, or measured on one device."""

@@ -1,14 +1,14 @@
-"""Does it fit? Whole training steps, compiled for TPUs and GPUs that need not be there.
+"""Does it fit? Whole training steps, compiled for TPUs and GPUs that need not be present.
 
 python -m benchmarks.memory.fits --model llama2-7b --topology v5e:2x4 --context 2048
 
-Loss, gradient, clipping and update of the GPT-2 or Llama example (layers scanned and computed again
-in the backward pass, computed in bfloat16, FSDP over all devices), as XLA's compiler for the chip
-makes them: bytes on each device of the parameters, of the optimizer's state and of
-temporaries, gradients and activations among them. No array is allocated, nothing is run.
-benchmarks/chips.py says how to have the compilers.
+Compiles loss, gradient, clipping and update of the GPT-2 or Llama example with XLA's compiler for
+the chip (scanned layers, recomputed in the backward pass, in bfloat16, with FSDP over all devices).
+Reports the bytes on each device: parameters, optimizer state and temporaries, which include
+gradients and activations. No array is allocated, and nothing is run. benchmarks/chips.py says how
+to install the compilers.
 
-Rows go to docs/results/fits.json and fits.md; those that are not asked for stay as they are.
+Rows go to docs/results/fits.json and fits.md; rows of other cases stay as they are.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-import benchmarks.quality.others  # noqa: F401  which adds others to the examples' optimizers
+import benchmarks.quality.others  # noqa: F401  adds optimizers to the examples'
 from benchmarks.chips import RESERVED, chip_of, devices, versions, without_devices
 from benchmarks.results import Columns, write_rows
 from benchmarks.speed.update import known, rows_of_before
@@ -44,7 +44,7 @@ from examples.llama.train import Config as LlamaTraining
 
 
 class Optimizer(NamedTuple):
-    """One of the examples', and what Adam-mini keeps of each block."""
+    """An optimizer of the examples, and what Adam-mini stores per block."""
 
     name: str
     v: Literal["mean", "outer"] = "mean"
@@ -64,7 +64,7 @@ OPTIMIZERS = {
     "Lion": Optimizer("lion"),
     "Adafactor, momentum": Optimizer("adafactor"),
 }
-# Each with the vocabulary of its published tokenizer.
+# Each model has the vocabulary of its published tokenizer.
 MODELS: dict[str, Callable[..., LanguageConfig]] = {
     "gpt2": lambda **given: GPT2Training(model="gpt2", data=_bpe(50257), **given),
     "gpt2-xl": lambda **given: GPT2Training(model="gpt2-xl", data=_bpe(50257), **given),
@@ -85,31 +85,31 @@ def _bpe(vocab_size: int) -> TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compile training steps for TPUs and GPUs that need not be there, and see whether they fit."""
+    """Compile training steps for TPUs and GPUs that need not be present, and see if they fit."""
 
     model: tuple[str, ...] = ("llama2-7b",)
-    """Of gpt2, gpt2-xl, tinyllama-1b, llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
+    """Models: gpt2, gpt2-xl, tinyllama-1b, llama2-7b, llama2-13b, llama3-8b, llama3-70b."""
     topology: tuple[str, ...] = ("v5e:2x4",)
-    """Of v5e, v5p, v6e and h100, with a shape: v5e:2x4, v5p:2x2x1, h100:8."""
+    """Chips (v5e, v5p, v6e or h100), each with a shape: v5e:2x4, v5p:2x2x1, h100:8."""
     context: int | None = None
-    """Tokens a sequence, instead of the model's."""
+    """Tokens per sequence, instead of the model's context."""
     batch: int = 1
-    """Sequences a step for each device."""
+    """Sequences per device and step."""
     optimizers: tuple[str, ...] = tuple(OPTIMIZERS)[:4]
-    """By the names of the table."""
+    """Optimizers, by their names in the table."""
     search: bool = False
-    """Look for the largest batch, and at this batch for the longest context of a power of two times
-    this one. Each try compiles a step."""
+    """Search for the largest batch at this context and, at this batch, for the longest context, in
+    powers of two times this one. Each attempt compiles a step."""
     effort: float = -1.0
-    """XLA's exec_time_optimization_effort on TPUs: 0 is its ordinary way, which takes five times as
-    long to compile, spends memory on speed while there is some, and fails where there is none."""
+    """XLA's exec_time_optimization_effort on TPUs. 0 is the default: it takes five times as long to
+    compile, uses spare memory for speed, and fails if there is none."""
     output: Path = Path("docs/results")
     """Folder for fits.json and fits.md."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices(MeshConfig):
-    """Devices of a topology instead of those that are there."""
+    """The devices of a topology, instead of those of this machine."""
 
     topology: str = ""
 
@@ -121,7 +121,7 @@ class Devices(MeshConfig):
 
 
 class Case(NamedTuple):
-    """What is compiled."""
+    """A training step to compile."""
 
     model: str
     topology: str
@@ -132,7 +132,7 @@ class Case(NamedTuple):
 
 
 def config_of(case: Case) -> LanguageConfig:
-    """The example's."""
+    """The example's configuration for a case."""
     count = len(devices(case.topology))
     return MODELS[case.model](
         context=case.context, dtype="bfloat16", scan=True, remat=True,
@@ -151,7 +151,7 @@ def on_each(tree: Any) -> int:
 
 
 def used(error: str) -> float:
-    """The bytes that a compiler asks for where there are too few."""
+    """The bytes that a program needs, from the compiler's error that they do not fit."""
     found = re.search(r"Total hbm usage >= ([\d.]+)([MGT])", error) or re.search(
         r"temporaries \(([\d.]+)([MGT])\)", error
     )
@@ -174,7 +174,7 @@ def compiled(case: Case) -> dict[str, Any]:
         "memory": chip.memory,
     }
     arguments = row["parameters"] + row["state"]
-    if arguments > chip.memory:  # without a look at the rest
+    if arguments > chip.memory:  # no need to compile
         return {**row, "temporaries": None, "total": arguments, "fits": False, "seconds": None}
     windows = jax.ShapeDtypeStruct(
         (config.batch_size, config.architecture.context + 1), jnp.int32,
@@ -202,15 +202,15 @@ def compiled(case: Case) -> dict[str, Any]:
         **row,
         "temporaries": total - arguments,
         "total": total,
-        # A TPU's compiler refuses what does not fit, and counts what is on the chip in its total.
+        # A TPU's compiler refuses what does not fit; its total includes arrays kept on the chip.
         "fits": compiles and (is_tpu or total <= chip.memory),
         "seconds": time.perf_counter() - start,
     }
 
 
 def largest(total: Callable[[int], float], limit: float) -> int:
-    """The most for which `total`, which grows, is within the limit. It is nearly a straight line,
-    along which a few tries come there."""
+    """The largest number for which the increasing function `total` is within the limit. `total` is
+    nearly linear, so a few guesses along the line are enough."""
     tried: dict[int, float] = {0: -math.inf}
     low, high, guess = 0, math.inf, 1
     while high - low > 1:

@@ -1,14 +1,14 @@
-"""Train a large Llama on the one card that is there, and compare with what was predicted.
+"""Train a large Llama on one device, and compare its memory with the prediction.
 
 python -m benchmarks.memory.on_one_card                       # Llama-2-7B, 20 steps of 2,048 tokens
 python -m benchmarks.memory.on_one_card --models llama2-13b --batch 1
 python -m benchmarks.memory.on_one_card --models gpt2 --optimizers adamw "5 bytes" --seeds 2
 python -m benchmarks.memory.on_one_card --models tiny --steps 3      # proves that it runs, on CPU
 
-From random weights, with the step of the GPT-2 or Llama example as benchmarks.memory.fits compiles
-it (layers scanned and computed again in the backward pass, computed in bfloat16), on tokens of the
-source of Python's standard library. Predicted is what XLA says of the compiled step; measured is
-the device's own peak, where it keeps one. The first step is not timed.
+Trains from random weights with the step that benchmarks.memory.fits compiles (scanned layers,
+recomputed in the backward pass, in bfloat16), on the source of Python's standard library. The
+predicted memory is XLA's for the compiled step; the measured memory is the device's peak, if the
+device reports one. The first step is not timed.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from examples.llama.train import Config as LlamaTraining
 
 
 class Optimizer(NamedTuple):
-    """One of the examples', and in what it keeps the parameters."""
+    """An optimizer of the examples, and how parameters are stored."""
 
     name: str
     parameters: ParameterConfig = ParameterConfig()
@@ -47,7 +47,7 @@ OPTIMIZERS = {
     "9 bytes": Optimizer("adam_mini_int8"),
     "adamw": Optimizer("adamw"),
 }
-# With the vocabularies of the published tokenizers: of bytes, only the first 256 tokens occur.
+# Models have the vocabularies of published tokenizers; of these, only the first 256 tokens occur.
 TRAINED: dict[str, Callable[..., LanguageConfig]] = {
     **MODELS,
     "tiny": lambda **given: LlamaTraining(
@@ -61,40 +61,40 @@ class Options:
     """Train large models on one device, and print predicted and measured memory."""
 
     models: tuple[str, ...] = ("llama2-7b",)
-    """Of those of benchmarks.memory.fits, and tiny."""
+    """Models of benchmarks.memory.fits, or tiny."""
     optimizers: tuple[str, ...] = ("5 bytes",)
     """5 bytes: outer, 8 bits, bfloat16 parameters rounded at random; 9 bytes: the same with float32
-    parameters; adamw: in float32."""
+    parameters; adamw: AdamW in float32."""
     steps: int = 20
     """Optimizer steps."""
     context: int = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     batch: int = 1
-    """Sequences a step."""
+    """Sequences per step."""
     learning_rate: float = 3e-4
-    """The highest."""
+    """Peak learning rate."""
     seeds: int = 1
-    """How many, from 1 on."""
+    """Number of seeds, from 1 on."""
     output: Path = Path("runs/on_one_card")
     """Folder for on_one_card.json and on_one_card.md."""
 
 
 def config_of(options: Options, model: str, optimizer: Optimizer) -> LanguageConfig:
-    """The example's."""
+    """The example's configuration."""
     config = TRAINED[model](
         context=min(options.context, 1024) if model.startswith("gpt2") else options.context,
         dtype="bfloat16", scan=True, remat=True, batch_size=options.batch, steps=options.steps,
         parameters=optimizer.parameters, eval_windows=8,
     )  # fmt: skip
     hyper = dataclasses.replace(config.hyper, learning_rate=options.learning_rate)
-    # The vocabulary is the published one, the text is of bytes: nothing is fetched.
+    # The vocabulary is the published one, but the text is read as bytes: nothing is downloaded.
     data = dataclasses.replace(config.data, tokenizer="bytes")
     return dataclasses.replace(config, hyper=hyper, data=_Vocabulary.of(data, config))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary(TextConfig):
-    """Text as bytes, for a model that has more tokens."""
+    """Text as bytes, for a model with a larger vocabulary."""
 
     tokens: int = 256
 
@@ -188,7 +188,7 @@ def main(options: Options) -> None:
             for seed in range(1, 1 + options.seeds):
                 with console.status(f"{model}, {optimizer}, seed {seed}"):
                     rows.append(train(options, model, optimizer, seed))
-                gc.collect()  # the arrays of one must be gone before the next
+                gc.collect()  # frees the arrays of this run before the next
                 content = {"machine": machine(), "rows": rows}
                 command = "python -m benchmarks.memory.on_one_card"
                 write_rows(options.output, "on_one_card", "On one card", command, title + ". "

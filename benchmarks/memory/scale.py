@@ -2,13 +2,13 @@
 
 python -m benchmarks.memory.scale
 
-The optimizer's update, and adding it to the parameters, of Llama models sharded over a mesh of
-fsdp x tensor, compiled for TPUs that need not be there (benchmarks/chips.py says how to have the
-compiler): bytes on each device, and the collectives that the compiler put in, AdamW beside
-Adam-mini. The state's shardings are those of `opt_state_shardings`; in the last two rows of a case
-they are those that NNX's and Linen's own functions give. A collective with a result as large as a
-device's part of a matrix is an error: then a parameter, a gradient or a moment would be gathered.
-Writes docs/results/scale.json and scale.md.
+Compiles the optimizer's update and its addition to the parameters, for Llama models sharded over a
+mesh of fsdp x tensor, on TPUs that need not be present (benchmarks/chips.py says how to install the
+compiler). Reports the bytes on each device and the collectives that the compiler inserts, for AdamW
+and Adam-mini. The state's shardings come from `opt_state_shardings`; in the last two rows of a case
+they come from NNX's and Linen's own functions. A collective with a result as large as a device's
+part of a matrix is an error: it would gather a parameter, a gradient or a moment. Writes
+docs/results/scale.json and scale.md.
 """
 
 import dataclasses
@@ -71,14 +71,14 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compile the update of Llama models for many devices, AdamW beside Adam-mini."""
+    """Compile the update of Llama models for many devices, with AdamW and with Adam-mini."""
 
     cases: tuple[str, ...] = CASES
-    """MODEL:FSDPxTENSOR@TOPOLOGY, such as llama2-7b:8x2@v5e:4x4; without @TOPOLOGY for as many
-    devices of the CPU."""
+    """MODEL:FSDPxTENSOR@TOPOLOGY, such as llama2-7b:8x2@v5e:4x4; without @TOPOLOGY, the case is
+    compiled for as many CPU devices."""
     fsdp: Literal["outputs", "width"] = "outputs"
-    """Which axis of the layers' first matrices fsdp shards: their outputs, as the example does,
-    which separate blocks, or the model's width, so that there is more to sum over devices."""
+    """Which axis of the layers' first matrices fsdp shards: their outputs, which separate blocks,
+    as in the example; or the model's width, which makes more sums over devices."""
     output: Path = Path("docs/results")
     """Folder for scale.json and scale.md."""
 
@@ -93,7 +93,7 @@ class Case(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """From MODEL:FSDPxTENSOR@TOPOLOGY."""
+        """The case that MODEL:FSDPxTENSOR@TOPOLOGY names."""
         found = re.fullmatch(r"([^:]+):(\d+)x(\d+)(?:@(.+))?", text)
         if not found or found[1] not in MODELS:
             raise ConfigError(
@@ -114,23 +114,23 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What is known of a compiled update."""
+    """The facts about a compiled update."""
 
     param_bytes: int
-    """Of all parameters, over all devices."""
+    """Bytes of all parameters, over all devices."""
     state_bytes: int
-    """Of the optimizer's state, on each device."""
+    """Bytes of the optimizer state on each device."""
     temporary_bytes: int
     collectives: dict[str, tuple[int, int]]
     """By name: how many, and the bytes of their results on each device."""
     largest: int
     """Bytes of the largest array among these results."""
     smallest_matrix: int
-    """Bytes of the smallest part of a matrix that a device has, in float32, as sums over it are."""
+    """Bytes of a device's smallest part of a matrix, in float32, like sums over it."""
     seconds: float
-    """To trace and compile."""
+    """The time to trace and compile."""
     program: Any
-    """As `jax.stages.Lowered.compile` returns it."""
+    """The result of `jax.stages.Lowered.compile`."""
 
 
 def results(hlo: str) -> list[tuple[str, list[int]]]:
@@ -157,7 +157,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 
 
 def abstract_llama(config: LlamaConfig) -> tuple[Any, dict[str, Any]]:
-    """The parameters' shapes, and Adam-mini's partitions by what is kept of each block."""
+    """The parameters' shapes, and the block specs by `v`."""
     graph, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
     logits = lambda p, x: nnx.merge(graph, p)(x)
@@ -165,7 +165,7 @@ def abstract_llama(config: LlamaConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def by_nnx(params: Any, of_params: Any) -> Any:
-    """The parameters, their variables naming the mesh axes as a model's initializers do."""
+    """The parameters in NNX variables that name mesh axes, as a model's initializers do."""
     named = jax.tree.map(lambda leaf: leaf, params)
     for (_, variable), sharding in zip(
         nnx.to_flat_state(named), jax.tree.leaves(of_params), strict=True
@@ -189,9 +189,9 @@ def compile_update(
     placed_by: Literal["opt_state_shardings", "NNX", "Linen"] = "opt_state_shardings",
     while_updating: Callable[[Any], Any] | None = None,
 ) -> Compiled:
-    """The update of `make(specs)`, and adding it, with parameters and state donated. With
-    `while_updating`, which is given the parameters' shardings and returns others, the state has
-    those, and gradients and updates while there is an update."""
+    """Compiles the update of `make(specs)` and its addition, with parameters and state donated.
+    `while_updating` takes the parameters' shardings and returns others, which the state then has,
+    and gradients and updates during the update."""
     of_params = param_shardings(params, RULES[fsdp], mesh)
     if placed_by != "opt_state_shardings":
         params = (by_nnx if placed_by == "NNX" else by_linen)(params, of_params)
@@ -257,7 +257,7 @@ def compile_update(
 
 
 def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
-    """AdamW and Adam-mini."""
+    """The compiled updates of AdamW and of Adam-mini's variants."""
     mesh = jax.make_mesh(
         (case.fsdp, case.tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2,
         devices=case.devices,
@@ -284,7 +284,7 @@ def measure(case: Case, fsdp: str) -> dict[str, Compiled]:
 
 
 def row_of(case: Case, optimizer: str, found: dict[str, Compiled]) -> dict[str, Any]:
-    """Of the table."""
+    """A row of the table."""
     compiled = found[optimizer]
     if compiled.largest >= compiled.smallest_matrix:
         raise RuntimeError(
@@ -295,7 +295,7 @@ def row_of(case: Case, optimizer: str, found: dict[str, Compiled]) -> dict[str, 
     return {
         **case._asdict(),
         "optimizer": optimizer,
-        # Parameters and gradients are as large as each other, and sharded alike.
+        # Gradients have the size and the shardings of the parameters.
         "gb": (2 * compiled.param_bytes / case.fsdp / case.tensor + compiled.state_bytes) / 1e9,
         "state_share": compiled.state_bytes / found["AdamW"].state_bytes,
         "temporary_mb": compiled.temporary_bytes / 1e6,

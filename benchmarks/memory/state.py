@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory.state
 
-Nothing is allocated: the states' shapes are those that `init` would make.
+Nothing is allocated: the shapes are those of the states that `init` would make.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from optax_adam_mini import adam_mini, muon_mini
 
 
 class Model(NamedTuple):
-    """A model, and AdamW's memory for it in the paper's memory table, in GB."""
+    """A model, and the memory of AdamW's state in the paper's memory table, in GB."""
 
     name: str
     config: LanguageConfig
@@ -50,19 +50,19 @@ class Memory(NamedTuple):
     count: int
     adamw: int
     mean: int
-    """Adam-mini's with one number for each block."""
+    """Adam-mini with one number per block."""
     outer: int
-    """Adam-mini's with a row and a column in each."""
+    """Adam-mini with a row and a column per block."""
     mean_int8: int
-    """The same with the first moment in 8 bits."""
+    """One number per block, and the first moment in 8 bits."""
     outer_int8: int
     muon: int
-    """Muon's for the matrices, and Adam-mini's for the rest."""
+    """Muon for the matrices and Adam-mini for the rest."""
     muon_int8: int
 
 
 def memory(config: LanguageConfig) -> Memory:
-    """Of the model, computed from shapes."""
+    """The memory of a model's optimizer states, computed from shapes."""
     _, params = abstract_model(config)
 
     def of(tx: Any) -> int:

@@ -1,1 +1,1 @@
-"""How well Adam-mini trains, beside AdamW and others: `python -m benchmarks.quality`."""
+"""How well Adam-mini trains, compared with AdamW and others: `python -m benchmarks.quality`."""

@@ -1,5 +1,5 @@
-"""CAME (Luo et al., arXiv 2307.02047), to compare with: Adafactor's factored second moment, and
-shorter steps where the momentum disagrees with the updates that it is made of."""
+"""CAME (Luo et al., arXiv 2307.02047), for comparison: Adafactor's factored second moment, with
+shorter steps where the momentum disagrees with the updates that it averages."""
 
 from typing import Any, NamedTuple
 
@@ -10,19 +10,19 @@ import optax
 
 
 class ScaleByCameState(NamedTuple):
-    """In the place of each parameter: an array of its shape in `mu`; in the other two the factors,
-    or for a vector the whole of `nu` and no `instability`."""
+    """For each parameter, `mu` has an array of its shape, and `nu` and `instability` have factors.
+    A vector has an unfactored `nu` and no `instability`."""
 
     mu: Any
     """The paper's m."""
     nu: Any
-    """r and c, of the mean square of the gradient."""
+    """The paper's r and c: factors of the mean squared gradient."""
     instability: Any
-    """R and C, of the mean square of what an update is away from the momentum."""
+    """The paper's R and C: factors of the mean squared distance of updates from the momentum."""
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The two largest axes; none of a vector, which is not factored."""
+    """The two largest axes; none for a vector, which is not factored."""
     return tuple(int(a) for a in np.argsort(shape, kind="stable")[-2:]) if len(shape) > 1 else ()
 
 
@@ -32,12 +32,12 @@ def means(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def zero_factors(x: jax.Array) -> tuple[jax.Array, ...]:
-    """What `average` starts from."""
+    """The initial factors for `average`."""
     return means(jnp.zeros(x.shape, jnp.float32))
 
 
 def average(decay: float, factors: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-    """The exponential moving averages of `means`, one step on."""
+    """Updates the exponential moving averages of `means` by one step."""
     return tuple(decay * f + (1 - decay) * m for f, m in zip(factors, means(x), strict=True))
 
 
@@ -48,11 +48,11 @@ def scale_by_came(
     eps: tuple[float, float] = (1e-30, 1e-16),
     clip_threshold: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Algorithm 2 of the paper without its learning rate. A vector's second moment is not factored,
-    and its momentum not rescaled, as in the authors' implementation."""
+    """Algorithm 2 of the paper, without its learning rate. As in the authors' implementation, a
+    vector's second moment is not factored and its momentum is not rescaled."""
 
     def over_root(x: jax.Array, factors: tuple[jax.Array, ...]) -> jax.Array:
-        """x / sqrt(r c / mean(r)); with one root for each, as r c may be too small for a float."""
+        """x / sqrt(r c / mean(r)), with separate roots because r c may underflow."""
         if len(factors) == 1:
             return x / jnp.sqrt(factors[0])
         r, c = factors

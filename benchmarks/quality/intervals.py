@@ -24,7 +24,7 @@ SUMMARIZED = {
     "outer, 8 bits": "the same, `mu` in 8 bits",
     "mean": "one number a block",
 }
-# In the plot of loss against memory.
+# Labels in the plot of loss against memory.
 MARKED = {
     "adamw": "AdamW",
     "outer": "Adam-mini",
@@ -37,7 +37,7 @@ MARKED = {
 
 
 class Interval(NamedTuple):
-    """The mean of differences, and where it lies with 95% confidence."""
+    """The mean of differences, and its 95% confidence interval."""
 
     mean: float
     low: float
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 
 def paired(differences: Sequence[float]) -> Interval:
-    """By Student's distribution; of one difference nothing is known but itself."""
+    """The interval of Student's t distribution; it is infinite for a single difference."""
     mean = float(np.mean(differences))
     if len(differences) < 2:
         return Interval(mean, float("-inf"), float("inf"))
@@ -55,29 +55,29 @@ def paired(differences: Sequence[float]) -> Interval:
 
 
 def behind(workload: Workload, values: Sequence[float], adamw: Sequence[float]) -> Interval:
-    """How far values are behind AdamW's with the same seeds: of the loss, or in points."""
+    """How far values are behind AdamW's with the same seeds: a fraction of the loss, or points."""
     pairs = zip(values, adamw, strict=True)
     return paired([workload.behind(value, other) for value, other in pairs])
 
 
 def behind_adamw(workload: Workload, row: Mapping[str, Any], adamw: Mapping[str, Any]) -> Interval:
-    """How far a row is behind another, as AdamW's; either may have fewer of the first seeds."""
+    """How far a row is behind another row, such as AdamW's, on the seeds that both have."""
     count = min(len(row["values"]), len(adamw["values"]))
     return behind(workload, row["values"][:count], adamw["values"][:count])
 
 
 def interval_text(workload: Workload, found: Interval) -> str:
-    """For a table, with the sign of the value's own difference."""
+    """An interval for a table, with the sign of the value's own difference."""
     ends = [found.low, found.high]
     if workload.by_accuracy:
         low, high = sorted(-end for end in ends)
-        mean = round(-found.mean, 2) or 0.0  # what is rounded to zero has no sign
+        mean = round(-found.mean, 2) or 0.0  # avoids -0.0
         return f"{mean:+.2f} points [{low:+.2f}, {high:+.2f}]"
     return f"{found.mean:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
 
 
 def write(output: Path, file: str, name: str) -> str:
-    """The Markdown page and the plot of a comparison, beside its JSON file; the page's text."""
+    """Writes a comparison's Markdown page and plot beside its JSON file; returns the page."""
     content = json.loads((output / f"{file}.json").read_text())
     workload, rows = WORKLOADS[name], content["rows"]
     what = "test accuracy" if workload.by_accuracy else "held-out loss"
@@ -115,7 +115,7 @@ def write(output: Path, file: str, name: str) -> str:
 
 
 def _each_other(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Each row against those above it, at one learning rate."""
+    """A table of each row against those above it, at one learning rate."""
     columns: Columns = {"": lambda row: row["title"]}
     for index, other in enumerate(rows[:-1]):
         columns[other["title"]] = lambda row, index=index, other=other: (
@@ -127,7 +127,7 @@ def _each_other(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_summary(output: Path) -> str:
-    """The page that has of every comparison in `output` how far Adam-mini is behind AdamW."""
+    """Writes the page with Adam-mini's distance from AdamW in every comparison in `output`."""
     rows: list[dict[str, Any]] = []
     for name, workload in WORKLOADS.items():
         files = sorted(output.glob(f"{name}_*.json"), key=lambda file: int(file.stem.split("_")[1]))
@@ -178,7 +178,7 @@ def write_summary(output: Path) -> str:
 
 
 def write_memory(output: Path) -> None:
-    """The plot of loss against memory, from the comparisons in `output`."""
+    """Writes the plot of loss against memory, from the comparisons in `output`."""
     figure = draw_memory(output)
     if figure is not None:
         figure.savefig(output / "memory.png", dpi=120)
@@ -186,8 +186,8 @@ def write_memory(output: Path) -> None:
 
 
 def draw_memory(output: Path) -> Figure | None:
-    """Loss against AdamW's and bytes of optimizer state a parameter, a panel for each language
-    model and length that `output` has; None where there is none."""
+    """A plot of the loss relative to AdamW's against bytes of optimizer state per parameter. It has
+    a panel for each language model and length in `output`, and is None if there are none."""
     panels: dict[str, dict[str, tuple[float, Interval]]] = {}
     files = output.glob("*_[0-9]*.json")  # not benchmarks.quality.reference's
     of_steps = lambda file: file.stem.rsplit("_", 1)
@@ -205,7 +205,7 @@ def draw_memory(output: Path) -> Figure | None:
             }
     if not panels:
         return None
-    lines = -(-len(panels) // 2)  # two panels beside each other can be read on a phone
+    lines = -(-len(panels) // 2)  # two panels side by side are readable on a phone
     figure, axes = plt.subplots(
         lines, 2, figsize=(6, 1.4 + 2.4 * lines), sharey=True, squeeze=False, layout="constrained"
     )
@@ -235,7 +235,7 @@ def draw_memory(output: Path) -> Figure | None:
 def rate_curve(
     workload: Workload, runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[float, list[float]]]:
-    """Of AdamW and Adam-mini: by learning rate, the values of the seeds that all of them have."""
+    """For AdamW and Adam-mini, by learning rate: the values of the seeds that all of these have."""
     found: dict[str, dict[float, dict[int, float]]] = {}
     for run in runs:
         asked = run["asked"]
@@ -255,7 +255,7 @@ def rate_curve(
 
 
 def draw_rates(workload: Workload, curve: Mapping[str, Mapping[float, list[float]]]) -> Figure:
-    """The mean of the first seeds against the learning rate."""
+    """A plot of the mean over the first seeds against the learning rate."""
     titles = {"adamw": "AdamW", "mean": "Adam-mini, the paper's", "outer": "Adam-mini, outer"}
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for index, (contender, title) in enumerate(titles.items()):

@@ -1,10 +1,10 @@
-"""What 8 bits for Muon's momentum do to its updates, by ways of coding it.
+"""How much error 8-bit codes of Muon's momentum cause in its updates, for several ways of coding.
 
 python -m benchmarks.quality.muon_codes
 
-Feeds the same gradients to Muon with its momentum in float32 and with each way of coding it between
-steps, and measures the error of the updates, after Newton-Schulz: the root of the mean square, of
-the updates' own, over the last steps. Every way keeps one number in bfloat16 for each row. Writes
+Feeds the same gradients to Muon with float32 momentum and with momentum coded between steps in each
+way. Measures the error of the updates after Newton-Schulz: the root mean square, relative to that
+of the updates, over the last steps. Every way stores one bfloat16 number per row. Writes
 docs/results/muon_codes.json and muon_codes.md.
 """
 
@@ -35,14 +35,14 @@ class Codes(NamedTuple):
     """A way of coding."""
 
     write: Callable[[Any, Any], Any]
-    """A matrix and a seed to what is kept."""
+    """From a matrix and a seed to what is stored."""
     read: Callable[[Any], Any]
-    """And back, but for the rounding."""
+    """From what is stored to the rounded matrix."""
 
 
 def write_even(m: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Evenly spaced between the largest entry of a row and its negative."""
-    # As much more as bfloat16 may round it down.
+    """Codes evenly spaced between the largest magnitude of a row and its negative."""
+    # Enlarged by as much as bfloat16 may round down.
     largest = jnp.max(jnp.abs(m), ROWS, keepdims=True) * (1 + 2.0**-8)
     largest = largest.astype(jnp.bfloat16)
     random = random_bits(23, m.shape, seed) / 2.0**23
@@ -55,11 +55,11 @@ def read_even(kept: tuple[jax.Array, jax.Array]) -> jax.Array:
     return codes / jnp.float32(127) * largest.astype(jnp.float32)
 
 
-OF_ROWS = per_neuron(0)  # Adam-mini's cut with one number for each row
+OF_ROWS = per_neuron(0)  # Adam-mini's cut with one number per row
 
 
 def write_of_root(m: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adam-mini's codes, with the mean square of a row in the place of the second moment."""
+    """Adam-mini's codes, with the mean square of a row in place of the second moment."""
     mean = OF_ROWS.block_mean(m**2).astype(jnp.bfloat16)
     return write(OF_ROWS, m, mean.astype(jnp.float32), np.dtype("int8"), seed), mean
 
@@ -113,12 +113,12 @@ GRADIENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure the error of Muon's updates, by ways of coding its momentum in 8 bits."""
+    """Measure the error of Muon's updates for several ways of coding its momentum in 8 bits."""
 
     steps: int = 120
-    """Steps of each; the error is of the last 20."""
+    """Steps per way of coding; the error is that of the last 20."""
     seed: int = 0
-    """Of the gradients."""
+    """Seed of the gradients."""
     output: Path = Path("docs/results")
     """Folder for muon_codes.json and muon_codes.md."""
 
@@ -128,7 +128,7 @@ LAST = 20
 
 
 def errors(gradients: Iterator[Any], shape: tuple[int, int], steps: int) -> dict[str, float]:
-    """Of the updates, by ways of coding."""
+    """The error of the updates for each way of coding."""
     muon: Any = scale_by_muon()
 
     @jax.jit
@@ -152,7 +152,7 @@ def errors(gradients: Iterator[Any], shape: tuple[int, int], steps: int) -> dict
 
 
 def rows(steps: int, seed: int) -> list[dict[str, Any]]:
-    """Of the table: the errors in each shape."""
+    """The rows of the table: the errors for each shape."""
     found: list[dict[str, Any]] = []
     for name, make in GRADIENTS.items():
         by_shape = [

@@ -1,8 +1,8 @@
-"""What Adam-mini and AdamW are compared with, on the schedule, the clipping and the decoupled
-weight decay of the examples. Of their other hyper-parameters, `b1` is the examples' and the rest
-what their papers and Optax give.
+"""Optimizers to compare with AdamW and Adam-mini. They use the schedule, the clipping, the weight
+decay (decoupled) and the `b1` of the examples; their other hyper-parameters are those of their
+papers and of Optax.
 
-To import this module adds them to the examples' optimizers.
+Importing this module adds them to the examples' optimizers.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from optax_adam_mini import per_element
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
-    """`optax.adafactor` with momentum, and steps that do not grow with the parameters."""
+    """`optax.adafactor` with momentum, and without steps in proportion to the parameters."""
     return optax.chain(
-        # Optax factors axes of 128 and more, of which the small models here have few.
+        # By default Optax factors only axes of 128 or more; the small models have few of these.
         optax.scale_by_factored_rms(min_dim_size_to_factor=2),
         optax.clip_by_block_rms(1.0),
         optax.ema(config.b1, debias=False),
@@ -37,7 +37,7 @@ SCALES: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
 def chain_of(
     scale: Callable[[OptimizerConfig, Any], optax.GradientTransformation],
 ) -> Callable[..., optax.GradientTransformation]:
-    """An optimizer of the examples with `scale(config, block_specs)` in the place of Adam's."""
+    """An optimizer of the examples with `scale(config, block_specs)` in place of Adam's scaling."""
 
     def build(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
         return optax.chain(
@@ -52,8 +52,8 @@ def chain_of(
 OPTIMIZERS.update(
     {name: chain_of(lambda config, _, scale=scale: scale(config)) for name, scale in SCALES.items()}
 )
-# With a number for each coordinate Adam-mini is Adam: this is `optax.contrib.muon`, with the mask
-# of weight decay for the rest too.
+# Adam-mini with a number per coordinate is Adam: this is `optax.contrib.muon`, except that the mask
+# of weight decay also applies to the rest.
 OF_MATRICES["muon"] = lambda schedule, config, _, matrices: muon(
     schedule, config, per_element(), matrices
 )

@@ -1,14 +1,15 @@
-"""Is Adam-mini's loss AdamW's? Paired seeds, a fine grid of learning rates, and intervals.
+"""Does Adam-mini match AdamW's loss? Paired seeds, a fine grid of learning rates, and intervals.
 
 python -m benchmarks.quality.paired                              # all workloads; hours
 python -m benchmarks.quality.paired --workloads gpt2 --steps 4000
-python -m benchmarks.quality.paired --quick                      # a glance, which proves it runs
+python -m benchmarks.quality.paired --quick                      # minutes; shows that it runs
 
-Every optimizer walks along a grid of rates of factor 1.5, on the mean of the first seeds, until
-both neighbours are worse. All are then trained with every seed at AdamW's best rate, and with
---own-rates at their own. A seed gives every optimizer the same first weights and the same batches,
-so that differences are taken seed by seed. The runs are kept in JSON files in --output, from which
-tables and plots are made; after an interruption the same command goes on.
+AdamW walks along a grid of learning rates of factor 1.5, on the mean of the first seeds, until both
+neighbours are worse. Every optimizer is then trained with every seed at AdamW's best rate. With
+--own-rates, the others also walk, and are trained at their own best rates. A seed gives every
+optimizer the same first weights and the same batches, so differences are taken seed by seed. The
+runs are stored in JSON files in --output, from which tables and plots are made; after an
+interruption, the same command continues.
 """
 
 import dataclasses
@@ -34,16 +35,16 @@ from examples.common.optimizers import OF_MATRICES, ParameterConfig
 
 
 class Contender(NamedTuple):
-    """What is compared."""
+    """An optimizer in the comparison."""
 
     title: str
     optimizer: str
     v: str | None = None
-    """What Adam-mini keeps of each block; None for the others."""
+    """What Adam-mini stores per block; None for other optimizers."""
     start: float = 1.0
-    """Where its walk begins, as a multiple of AdamW's."""
+    """The rate where its walk begins, as a multiple of AdamW's."""
     parameters: ParameterConfig = ParameterConfig()
-    """In what language models keep their parameters."""
+    """How language models store their parameters."""
 
 
 RANDOM = ParameterConfig("bfloat16")
@@ -82,7 +83,7 @@ CONTENDERS = {
     ),
     **{name: Contender(name, name, "outer") for name in (*VARIANTS, *ORDERS)},
 }
-# Where AdamW's walk begins: the best of the coarse grid.
+# The rates where AdamW's walk begins: the best ones of the coarse grid.
 STARTS = {"gpt2": 3e-3, "llama": 3e-3, "resnet": 1e-2, "diffusion": 1e-2, "gcn": 3e-2, "gat": 3e-2}
 FACTOR = 1.5
 
@@ -94,32 +95,32 @@ class Options:
     """Compare optimizers seed by seed, at AdamW's best rate and at their own."""
 
     workloads: tuple[WorkloadName, ...] = WorkloadName.__args__
-    """What to train."""
+    """Models to train."""
     contenders: tuple[str, ...] = ("adamw", "mean", "outer", "adafactor", "came")
-    """Optimizers, AdamW first, and any of the variants of benchmarks.quality.variants."""
+    """Optimizers, AdamW first; variants of benchmarks.quality.variants are allowed."""
     steps: int | None = None
-    """Instead of the example's own."""
+    """Optimizer steps, instead of the example's own."""
     seeds: int = 8
-    """How many, from 1 on."""
+    """Number of seeds, from 1 on."""
     sweep_seeds: int = 2
-    """How many of them choose the rate."""
+    """Number of these seeds that choose the rate."""
     rate: float | None = None
-    """AdamW's best rate, where it is known: there is no walk."""
+    """AdamW's best rate, if it is known; this skips AdamW's walk."""
     muon_rate: float = 2e-2
-    """That of Muon's matrices; the other rates are of what is no matrix."""
+    """Learning rate of Muon's matrices; the other rates are for the rest."""
     own_rates: bool = False
-    """The others at their own best rates too: with Muon first the matrices' rate is walked, at
-    AdamW's best one for the rest, and then that of the rest."""
+    """Also train the others at their own best rates. For Muon, the walk over the matrices' rate
+    comes first, at AdamW's best rate for the rest; then the walk over the rate of the rest."""
     output: str = str(intervals.DEFAULT_OUTPUT)
     """Folder of the results."""
     together: bool | None = None
-    """All seeds in one program. Without it, on accelerators."""
+    """Train all seeds in one program; by default only on accelerators."""
     quick: bool = False
-    """A few steps, one rate, two seeds: numbers that mean nothing, in minutes."""
+    """A few steps, one rate, two seeds: numbers without meaning, in minutes."""
 
 
 class Comparison:
-    """Runs of one workload that are trained once and then remembered."""
+    """The runs of one workload; each is trained once and then stored."""
 
     def __init__(self, name: str, options: Options, console: Console):
         self.name, self.options, self.console = name, options, console
@@ -136,7 +137,7 @@ class Comparison:
         self.results = Results(Path(options.output) / f"{self.file}.json", settings(self.config))
 
     def title(self, contender: str) -> str:
-        """With Muon's rate, where it has one."""
+        """A contender's title, with Muon's rate if it has one."""
         title = CONTENDERS[contender].title
         rate = self.muon_rates.get(contender)
         return title if rate is None else f"{title} (matrices {rate:g})"
@@ -147,7 +148,7 @@ class Comparison:
         return [self.workload.value(run) for run in self.runs(contender, rate, numbers)]
 
     def runs(self, contender: str, rate: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """What was found with each seed; those that are not there yet are trained."""
+        """The runs of a contender, one per seed; missing ones are trained."""
         who = CONTENDERS[contender]
         rates: dict[str, Any] = {"learning_rate": rate}
         if contender in self.muon_rates:
@@ -176,7 +177,7 @@ class Comparison:
         return train_seeds(config, load_task, optimizer, seeds)
 
     def best_rate(self, contender: str, adamws: float | None = None) -> float:
-        """Where the walk along the grid ends; Muon's first walks that of its matrices."""
+        """The rate where the walk along the grid ends; Muon first walks the matrices' rate."""
         start = STARTS[self.name] * CONTENDERS[contender].start
         sweep = min(self.options.sweep_seeds, self.options.seeds)
 
@@ -190,7 +191,7 @@ class Comparison:
         return _walk(start, lambda rate: self._score(contender, rate, sweep))
 
     def _score(self, contender: str, rate: float, seeds: int) -> float:
-        """What is smaller is better; among equal accuracies the loss decides."""
+        """A score; smaller is better, and the loss decides among equal accuracies."""
         runs = self.runs(contender, rate, range(1, 1 + seeds))
         scores = [self.workload.score(run) for run in runs]
         return float(np.mean([first + 1e-6 * second for first, second in scores]))
@@ -216,7 +217,7 @@ def _rounded(rate: float) -> float:
 
 
 def compare(comparison: Comparison) -> None:
-    """The walks, the seeds at the best rates, the curve."""
+    """Runs the walks, the seeds at the best rates, and the curve over rates."""
     options = comparison.options
     known = options.rate or (STARTS[comparison.name] if options.quick else None)
     best = known or comparison.best_rate("adamw")
@@ -237,7 +238,7 @@ def compare(comparison: Comparison) -> None:
                 "parameters": runs[0]["parameters"],
             }
         )
-    if known is None:  # how the distance depends on the rate
+    if known is None:  # the curve: how the distance depends on the rate
         sweep = min(options.sweep_seeds, options.seeds)
         for rate in comparison.rates("adamw"):
             for name in {"mean", "outer"} & set(options.contenders):
@@ -251,7 +252,7 @@ def main(options: Options) -> None:
     if options.quick:
         options = dataclasses.replace(options, seeds=2, contenders=options.contenders[:3],
                                       output="runs/paired_quick")  # fmt: skip
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles in half of the time
+        jax.config.update("jax_disable_most_optimizations", True)  # halves the time to compile
     for name in options.workloads:
         comparison = Comparison(name, options, console)
         compare(comparison)

@@ -1,6 +1,6 @@
-"""Other partitions of Llama than the paper's, to see what each of its choices is worth.
+"""Partitions of Llama other than the paper's, to see what each of the paper's choices is worth.
 
-To import this module adds Adam-mini with each of them to the examples' optimizers.
+Importing this module adds Adam-mini with each partition to the examples' optimizers.
 """
 
 import re
@@ -28,7 +28,7 @@ QUERY, KEY, VALUE = "query/kernel", "key/kernel", "value/kernel"
 TOKENS = "embed/embedding|head/kernel"
 HEADS, KV_HEADS = CONFIGS["nano"].heads, CONFIGS["nano"].kv_heads
 
-# Title in the table: the rules that are put before the default. Kernels are (inputs, outputs).
+# By title in the table: the rules that come before the default. Kernels are (inputs, outputs).
 CHANGES = {
     "query and key: one block": [(f"{QUERY}|{KEY}", per_tensor())],
     "query and key: by neuron": [(f"{QUERY}|{KEY}", per_neuron())],
@@ -52,7 +52,7 @@ def _changed(rules: list[tuple[str, BlockSpec]]) -> Callable[..., optax.Gradient
 
 
 def shuffled(pattern: str, *, back: bool = False) -> optax.GradientTransformation:
-    """Shuffles the coordinates of the parameters whose path matches, each time in the same way."""
+    """Shuffles the coordinates of parameters whose path matches, in the same way at every step."""
 
     def shuffle(keys: tuple, x: jax.Array) -> jax.Array:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -65,7 +65,7 @@ def shuffled(pattern: str, *, back: bool = False) -> optax.GradientTransformatio
 
 
 def _in_random_blocks(schedule: optax.Schedule, config: OptimizerConfig, block_specs: Any):
-    """The blocks of queries and keys are as many and as large, but of coordinates at random."""
+    """Queries and keys have as many blocks, of the same sizes, but of random coordinates."""
     return optax.chain(
         shuffled(f"{QUERY}|{KEY}"),
         scale_by_adam_mini(config.b1, config.b2, config.eps, block_specs=block_specs),

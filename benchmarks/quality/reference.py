@@ -1,13 +1,12 @@
 """Do the findings on GPT-2 nano hold in PyTorch, with the authors' own Adam-mini? Paired seeds.
 
 python -m benchmarks.quality.reference            # on a GPU, or on many cores: minutes
-python -m benchmarks.quality.reference --quick    # a glance, which proves it runs
+python -m benchmarks.quality.reference --quick    # a minute; shows that it runs
 
-Needs torch and the reference package, adam-mini 1.1.1: pip install torch==2.13.0 adam-mini==1.1.1.
-The model, the text, the schedule, the clipping and the decay are those of examples.gpt2, written
-anew in PyTorch: of what is under test, no line of JAX takes part. A seed gives every optimizer the
-same first weights and the same batches. The findings that are to hold, and what would refute them,
-said before the runs:
+It needs torch and the reference package: pip install torch==2.13.0 adam-mini==1.1.1. The model, the
+text, the schedule, the clipping and the decay are those of examples.gpt2, rewritten in PyTorch: no
+JAX code takes part in the training. A seed gives every optimizer the same first weights and the
+same batches. These are the findings to test, and what would refute them, as stated before the runs:
 
 1. *At AdamW's best rate the reference Adam-mini is two to three per cent behind AdamW, and closer
    at a low rate: it stops gaining from larger rates where AdamW goes on.* Refuted if at AdamW's
@@ -17,8 +16,8 @@ said before the runs:
 2. *With a row times a column as its second moment, Adam keeps AdamW's loss there.* Refuted if the
    95% interval of its distance lies above zero, or reaches half of Adam-mini's mean distance.
 
-The runs are kept in the JSON file --output, from which the page beside it is made; after an
-interruption the same command goes on.
+The runs are stored in the JSON file --output, from which the page beside it is made; after an
+interruption, the same command continues.
 """
 
 import dataclasses
@@ -47,7 +46,7 @@ from examples.common import text
 from examples.common.cli import ConfigError, check_counts, exit_status
 from examples.common.interrupts import end_on_interrupt
 
-# Every worker imports this module; what needs JAX, of the report, is imported there.
+# Every worker imports this module, so functions of the report import modules that need JAX.
 
 VOCABULARY, CONTEXT, LAYERS, HEADS, WIDTH = 256, 64, 2, 8, 128
 BATCH_SIZE, HELD_OUT_WINDOWS = 16, 512
@@ -66,7 +65,7 @@ class Options:
     """Compare PyTorch's AdamW, the authors' Adam-mini and a row times a column, seed by seed."""
 
     seeds: int = 8
-    """How many, from 1 on."""
+    """Number of seeds, from 1 on."""
     steps: int = 500
     """Optimizer steps of a training."""
     rates: tuple[float, ...] = (1.33e-3, 4.5e-3)
@@ -74,19 +73,19 @@ class Options:
     contenders: tuple[Literal["adamw", "adam_mini", "adam_mini_as_named", "outer"], ...] = tuple(
         TITLES
     )
-    """Optimizers, AdamW first. The reference package takes positions for one block unless their
-    name is given to it; as_named does not."""
+    """Optimizers, AdamW first. The reference package treats the positions as one block unless it is
+    given their name; adam_mini gives it, adam_mini_as_named does not."""
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to train."""
     workers: int = min(8, os.cpu_count() or 1)
-    """How many trainings at a time, each in its process, on one core and, with cuda, on one GPU."""
+    """Number of simultaneous trainings, each in a process on one core; with cuda, on one GPU."""
     output: str = "docs/results/paired/reference.json"
     """File of the results; the page is beside it."""
     quick: bool = False
-    """A few steps, two seeds: numbers that mean nothing, in a minute."""
+    """A few steps, two seeds: numbers without meaning, in a minute."""
 
     def check(self) -> None:
-        """Refuse what cannot work."""
+        """Refuse options that cannot work."""
         check_counts({"seeds": self.seeds, "steps": self.steps, "workers": self.workers})
         if not self.rates or not all(rate > 0 for rate in self.rates):
             raise ConfigError(f"--rates is {self.rates}, but must be rates of more than 0.")
@@ -97,8 +96,8 @@ class Options:
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Query, key and value are layers of their own, since the reference
-    package has no word for a fused one; the names are those that it goes by."""
+    """Causal self-attention. Query, key and value are separate layers, since the reference package
+    does not know fused ones; it recognises them by these names."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +153,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "GPT2":
-        """The first weights of a seed, by GPT-2's rule, drawn on the CPU wherever it trains."""
+        """Draws a seed's first weights by GPT-2's rule, always on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -167,7 +166,7 @@ class GPT2(nn.Module):
 
 
 class RowTimesColumn(torch.optim.Optimizer):
-    """AdamW, whose second moment of a matrix is a row times a column over their mean."""
+    """AdamW, with a matrix's second moment stored as a row times a column over their mean."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -197,9 +196,9 @@ class RowTimesColumn(torch.optim.Optimizer):
 
 
 def make_optimizer(name: str, model: nn.Module, *, verbose: bool = False) -> torch.optim.Optimizer:
-    """Of every optimizer, matrices and embeddings decay, biases and gains do not."""
+    """With every optimizer, matrices and embeddings decay; biases and gains do not."""
     if name.startswith("adam_mini"):
-        optimizer = Adam_mini(  # it leaves out what is called ln or bias from the decay
+        optimizer = Adam_mini(  # it does not decay parameters named ln or bias
             model.named_parameters(),
             lr=0.0,
             betas=(B1, B2),
@@ -210,7 +209,7 @@ def make_optimizer(name: str, model: nn.Module, *, verbose: bool = False) -> tor
             verbose=verbose,
         )
         if name == "adam_mini":
-            # By token, as the paper cuts embeddings; that this is one, the package must be told.
+            # Cut by token, as the paper cuts embeddings: the package must be told that it is one.
             optimizer.embd_names.add("wpe")
         return optimizer
     groups = [
@@ -223,7 +222,7 @@ def make_optimizer(name: str, model: nn.Module, *, verbose: bool = False) -> tor
 
 
 def numbers_in_v(optimizer: torch.optim.Optimizer) -> int:
-    """How many numbers the second moment holds, by the names that the optimizers have for it."""
+    """The numbers in the second moment, under each of the names that the optimizers use."""
     kept: list[Tensor] = []
     for state in optimizer.state.values():
         kept += [state[name] for name in ("exp_avg_sq", "v", "vmean") if name in state]
@@ -232,7 +231,7 @@ def numbers_in_v(optimizer: torch.optim.Optimizer) -> int:
 
 
 def learning_rate(done: int, steps: int, highest: float) -> float:
-    """After `done` of `steps` steps: a warmup from zero, and a cosine to a tenth."""
+    """The rate after `done` of `steps` steps: a warmup from zero, then a cosine to a tenth."""
     warmup = min(steps // 5, 100)
     if done < warmup:
         return highest * done / warmup
@@ -241,14 +240,14 @@ def learning_rate(done: int, steps: int, highest: float) -> float:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """The mean cross-entropy of windows, each of inputs and, one to the right, their targets."""
+    """The mean cross-entropy of windows of tokens: targets are inputs, shifted by one."""
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def train(
     model: nn.Module, name: str, rate: float, batches: Tensor, held_out: Tensor
 ) -> dict[str, Any]:
-    """Train on the batches in their order; the held-out loss before and after."""
+    """Trains on the batches in order; returns the held-out loss before and after."""
     optimizer = make_optimizer(name, model)
 
     def measure() -> float:
@@ -282,13 +281,13 @@ class Asked(NamedTuple):
 
 @functools.cache
 def read_text(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Training tokens, held-out windows; the text is the example's."""
+    """Training tokens and held-out windows of the example's text."""
     data = text.load(text.TextConfig(), Path(folder))
     return data.train, text.held_out_windows(data.held_out, HELD_OUT_WINDOWS, CONTEXT)
 
 
 def run(asked: Asked, steps: int, device: str, folder: str) -> tuple[Asked, dict[str, Any]]:
-    """One training, in a worker."""
+    """Runs one training, in a worker."""
     tokens, held_out = read_text(folder)
     numbers = range(1, 1 + steps)
     batches = np.stack([text.batch(tokens, asked.seed, n, BATCH_SIZE, CONTEXT) for n in numbers])
@@ -298,14 +297,14 @@ def run(asked: Asked, steps: int, device: str, folder: str) -> tuple[Asked, dict
 
 
 def start_worker() -> None:
-    """One core each."""
+    """Gives a worker one core."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
 
 
 def train_all(missing: Sequence[Asked], options: Options) -> Iterator[tuple[Asked, dict[str, Any]]]:
-    """Train what is missing, several at a time; in the order in which they end."""
-    # The reference package would talk to all GPUs that it sees; on the CPU it is to see none.
+    """Trains missing runs, several at a time; yields them in the order in which they end."""
+    # The reference package would talk to all GPUs that it sees: show it one, or none on the CPU.
     one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ["CUDA_VISIBLE_DEVICES"] = one if options.device == "cuda" else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -317,7 +316,7 @@ def train_all(missing: Sequence[Asked], options: Options) -> Iterator[tuple[Aske
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the numbers depend on beside the settings."""
+    """The versions and the device that the numbers depend on."""
     is_cuda = device == "cuda"
     return {
         "python": platform.python_version(),
@@ -327,7 +326,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def begin(path: Path, options: Options) -> dict[str, Any]:
-    """What is in the file already, or the beginning of one."""
+    """The content of the file, or the content that a new file begins with."""
     settings = {
         name: globals()[name.upper()]
         for name in ("context", "layers", "heads", "width", "batch_size", "held_out_windows", "b1",
@@ -345,7 +344,7 @@ def begin(path: Path, options: Options) -> dict[str, Any]:
 
 
 def compare(path: Path, options: Options) -> dict[str, Any]:
-    """All runs, those that were there already and the others, and the rows of the table."""
+    """Trains the missing runs; returns all runs and the rows of the table."""
     from examples.common.runs import write_json
 
     content = begin(path, options)
@@ -378,7 +377,7 @@ def compare(path: Path, options: Options) -> dict[str, Any]:
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The table, and what has become of the two findings."""
+    """The page: the table, and the verdicts on the two findings."""
     from benchmarks.quality.intervals import behind, interval_text
     from benchmarks.quality.workloads import WORKLOADS
     from benchmarks.results import Columns, markdown
@@ -415,7 +414,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def verdicts(values: Mapping[tuple[str, float], Sequence[float]]) -> Iterator[str]:
-    """What the docstring says would refute the findings, and whether it is there."""
+    """For each criterion of the module's docstring, whether it refutes the finding."""
     from benchmarks.quality.intervals import paired
 
     rates = sorted(rate for contender, rate in values if contender == "adamw")

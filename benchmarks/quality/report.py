@@ -21,7 +21,7 @@ MARKERS = "osD^vPX"
 
 
 class Report(NamedTuple):
-    """What is made of a study."""
+    """The tables and plots of a study."""
 
     title: str
     text: str
@@ -29,11 +29,11 @@ class Report(NamedTuple):
     columns: Columns
     rows: Sequence[Row]
     figures: dict[str, Figure]
-    """By what they show."""
+    """Figures, by what they show."""
 
 
 def result_columns(workload: Workload, rows: Sequence[Row]) -> Columns:
-    """What every table says of the final values, the first row's being AdamW's."""
+    """The columns of final values in every table; the first row is AdamW's."""
     what = "test accuracy" if workload.by_accuracy else "held-out loss"
     adamw = rows[0]["mean"]
     return {
@@ -49,7 +49,7 @@ def result_columns(workload: Workload, rows: Sequence[Row]) -> Columns:
 
 
 def of_comparison(name: str, content: Mapping[str, Any]) -> Report:
-    """Every optimizer on one workload."""
+    """The report on every optimizer on one workload."""
     workload, rows = WORKLOADS[name], content["rows"]
     columns: Columns = {
         "optimizer": lambda row: row["title"],
@@ -77,7 +77,7 @@ def of_comparison(name: str, content: Mapping[str, Any]) -> Report:
 
 
 def of_scaling(name: str, content: Mapping[str, Any]) -> Report:
-    """Sizes of Llama."""
+    """The report on sizes of Llama."""
     del name
     workload, rows = WORKLOADS["llama"], content["rows"]
     size = lambda row: (row["layers"], row["width"])
@@ -100,7 +100,7 @@ def of_scaling(name: str, content: Mapping[str, Any]) -> Report:
 
 
 def of_ablations(name: str, content: Mapping[str, Any]) -> Report:
-    """Partitions of Llama."""
+    """The report on partitions of Llama."""
     del name
     workload, rows = WORKLOADS["llama"], content["rows"]
     columns: Columns = {"blocks": lambda row: row["title"], **result_columns(workload, rows)}
@@ -119,7 +119,7 @@ REPORTS = {"scaling": of_scaling, "ablations": of_ablations}
 
 
 def write(output: Path, name: str) -> str:
-    """The Markdown page and the plots of a study, beside its JSON file; the page's text."""
+    """Writes a study's Markdown page and plots beside its JSON file; returns the page."""
     content = json.loads((output / f"{name}.json").read_text())
     report = REPORTS.get(name, of_comparison)(name, content)
     machine = content["machine"]
@@ -138,7 +138,7 @@ def write(output: Path, name: str) -> str:
 
 
 def write_summary(output: Path) -> str:
-    """summary.md, of the workloads whose studies are done; its text."""
+    """Writes summary.md, on the workloads whose studies are done; returns its text."""
     rows = []
     for name, workload in WORKLOADS.items():
         path = output / f"{name}.json"
@@ -179,7 +179,7 @@ def write_summary(output: Path) -> str:
 def draw_comparison(
     workload: Workload, rows: Sequence[Row], sweep: Mapping[str, Mapping[float, float]]
 ) -> Figure:
-    """The walks along the learning rates, and the final values of each seed."""
+    """A plot of the walks along the learning rates, and of each seed's final value."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     styles = {
         optimizer: {"color": f"C{index}", "marker": MARKERS[index]}
@@ -200,7 +200,7 @@ def draw_comparison(
     right.set(yticks=range(len(rows)), title="fresh seeds at the best rate, and their mean")
     right.set_yticklabels([row["title"] for row in rows])
     right.invert_yaxis()
-    # Rates that led nowhere would squeeze the others together.
+    # Limit the axis: rates that diverged would squeeze the others together.
     finals = [value for row in rows for value in row["values"] if math.isfinite(value)]
     if finals:
         low, high = min(finals), max(finals)
@@ -218,7 +218,7 @@ def draw_comparison(
 
 
 def draw_sensitivity(workload: Workload, sweep: Mapping[str, Mapping[float, float]]) -> Figure:
-    """AdamW and Adam-mini at each of several learning rates."""
+    """A plot of AdamW and Adam-mini at several learning rates."""
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     titles = {"adamw": "AdamW", "adam_mini": "Adam-mini"}
     for index, (optimizer, rates) in enumerate(sweep.items()):
@@ -231,7 +231,7 @@ def draw_sensitivity(workload: Workload, sweep: Mapping[str, Mapping[float, floa
 
 
 def draw_scaling(rows: Sequence[Row]) -> Figure:
-    """Loss against size."""
+    """A plot of loss against size."""
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for index, title in enumerate(dict.fromkeys(row["title"] for row in rows)):
         points = [(row["parameters"], row) for row in rows if row["title"] == title]
@@ -244,7 +244,7 @@ def draw_scaling(rows: Sequence[Row]) -> Figure:
 
 
 def draw_ablations(rows: Sequence[Row]) -> Figure:
-    """The final values of each seed with each partition."""
+    """A plot of each seed's final value with each partition."""
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for place, row in enumerate(rows):
         axes.plot(row["values"], [place] * len(row["values"]), "o", color="C0", alpha=0.6)
@@ -257,7 +257,7 @@ def draw_ablations(rows: Sequence[Row]) -> Figure:
 
 
 def _finish(workload: Workload, figure: Figure, parts: Sequence[tuple]) -> None:
-    """Labels of the axes of values, and the grid."""
+    """Labels the axes of values, and adds the grid."""
     for axes, axis, set_label in parts:
         set_label("test accuracy" if workload.by_accuracy else "held-out loss")
         if workload.by_accuracy:

@@ -1,4 +1,4 @@
-"""Does a block for each output channel of a convolution serve better than one for the convolution?
+"""Is one block per output channel of a convolution better than one block per convolution?
 
 python -m benchmarks.quality.resnet_blocks
 
@@ -20,7 +20,7 @@ from examples.common.cli import check_counts
 from examples.common.training import result, train
 from examples.resnet.train import Config, load_task
 
-# Title of a row: optimizer, and the option --conv.
+# By title of a row: the optimizer, and the option --conv.
 ROWS = {
     "AdamW": ("adamw", "channel"),
     "Adam-mini, channel": ("adam_mini", "channel"),
@@ -33,11 +33,11 @@ class Options:
     """Compare the blocks of convolutions on scikit-learn's digits."""
 
     seeds: int = 3
-    """How many seeds, from 0 on; the table has their mean."""
+    """Number of seeds, from 0 on; the table has their mean."""
 
 
 def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
-    """The test accuracy of one row with each seed, and how many numbers are in v."""
+    """The test accuracy of one row with each seed, and the numbers in `v`."""
     optimizer, conv = ROWS[title]
     found = []
     for seed in seeds:

@@ -3,9 +3,9 @@
 python -m benchmarks.quality.spreads
 python -m benchmarks.quality.spreads --model llama --steps 300
 
-Trains a nano language model with AdamW and prints, by group of parameters and for each candidate of
-`measure_block_specs`, the spread of the steps around Adam's (0 where v is explained), and the
-signal-to-noise ratio mean(v)^2 / var(v) inside blocks (Kalra et al., arXiv 2503.01843).
+Trains a nano language model with AdamW. Prints for several cuts, by group of parameters, the spread
+of the steps around Adam's (0 if the cut explains `v`), and the signal-to-noise ratio
+mean(v)^2 / var(v) inside blocks (Kalra et al., arXiv 2503.01843).
 """
 
 import dataclasses
@@ -35,22 +35,22 @@ class Options:
     model: Literal["gpt2", "llama"] = "gpt2"
     """Which nano language model."""
     steps: int = 300
-    """Steps of AdamW before it is measured."""
+    """Steps of AdamW before `v` is measured."""
     learning_rate: float = 4.5e-3
-    """AdamW's."""
+    """AdamW's learning rate."""
     seed: int = 1
-    """Of the weights and the batches."""
+    """Seed of the weights and the batches."""
 
 
 def spread(spec: Spec, v: Any) -> float:
-    """Of the steps around Adam's."""
+    """The spread of the steps around Adam's."""
     of_blocks = spec.spread(spec.block_mean(v), v.shape)
     ratio = np.asarray(v) / np.where(of_blocks > 0, of_blocks, 1)
     return float(np.sqrt(np.mean((np.sqrt(ratio) - 1) ** 2)))
 
 
 def signal_to_noise(spec: BlockSpec, v: Any) -> float:
-    """mean(v)^2 / var(v) inside blocks, the median block's."""
+    """The median over blocks of mean(v)^2 / var(v)."""
     mean = spec.block_mean(v)
     variance = spec.block_mean(v**2) - mean**2
     return float(np.median(np.asarray(mean**2) / np.maximum(variance, 1e-45)))

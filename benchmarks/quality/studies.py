@@ -1,14 +1,14 @@
-"""Does Adam-mini train as well as AdamW, and better than what else saves memory?
+"""Does Adam-mini train as well as AdamW, and better than other optimizers that save memory?
 
 python -m benchmarks.quality                      # everything; hours on two CPU cores
 python -m benchmarks.quality --studies gpt2 gcn   # some of it
-python -m benchmarks.quality --quick              # a glance, which proves that it runs
+python -m benchmarks.quality --quick              # minutes; shows that it runs
 
-The study of a workload takes the example's own model, data, batches, steps, schedule, clipping and
+The study of a workload uses the example's own model, data, batches, steps, schedule, clipping and
 weight decay. Each optimizer walks along one grid of learning rates, on seed 0, until both
-neighbours are worse, and then trains with fresh seeds at the best one. Adam-mini also trains at
-AdamW's best rate as it is. The runs are kept in JSON files in --output, from which tables and plots
-are made; after an interruption the same command goes on.
+neighbours are worse, and then trains with fresh seeds at the best rate. Adam-mini also trains at
+AdamW's best rate. The runs are stored in JSON files in --output, from which tables and plots are
+made; after an interruption, the same command continues.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ TITLES = {
 COMPARED = ("adamw", "adam_mini", *SCALES)
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 # Where an optimizer's walk begins, in steps of the grid from the example's own rate, which is
-# AdamW's. It saves runs, and the walk ends where it ends.
+# AdamW's. A good start saves runs.
 STARTS = {"came": -2, "lion": -2, "sm3": 3, "sgd": 3}
 SWEEP_SEED = 0
-# Options that make no difference to what a run finds, or are part of its record.
+# Options that do not change a run's result, or that are part of its record.
 NO_MATTER = {
     "seed",
     "runs",
@@ -63,9 +63,9 @@ NO_MATTER = {
     "temperature",
     "v",
 }
-# AdamW and Adam-mini at every one of these, for the plot of sensitivity.
+# AdamW and Adam-mini are trained at each of these rates, for the plot of sensitivity.
 SENSITIVITY = {"gpt2": RATES[2:8], "llama": RATES[2:8]}
-# Sizes of Llama, each trained for as many steps as its size asks: (layers, width, steps).
+# Sizes of Llama, (layers, width, steps), with steps roughly in proportion to size.
 SIZES = ((1, 64, 125), (2, 96, 250), (2, 128, 500), (3, 192, 1000))
 
 StudyName = Literal["gpt2", "llama", "resnet", "diffusion", "gcn", "gat", "scaling", "ablations"]
@@ -76,27 +76,27 @@ class Options:
     """Train every example with every optimizer, and compare."""
 
     studies: tuple[StudyName, ...] = StudyName.__args__
-    """What to study: the workloads, the scaling of Llama, the ablations of its partition."""
+    """What to study: workloads, the scaling of Llama, ablations of Llama's partition."""
     seeds: int = 3
-    """How many fresh seeds, from 1 on; the tables have their mean."""
+    """Number of fresh seeds, from 1 on; the tables have their mean."""
     output: str | None = None
-    """Folder of the results. Without it docs/results, and runs/quality_quick with --quick."""
+    """Folder of the results; by default docs/results, or runs/quality_quick with --quick."""
     quick: bool = False
-    """A few steps of two optimizers, one rate, one seed: numbers that mean nothing, in minutes."""
+    """A few steps of two optimizers, one rate, one seed: numbers without meaning, in minutes."""
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """Names of the optimizers."""
+        """The names of the optimizers to compare."""
         return COMPARED[:2] if self.quick else COMPARED
 
     @property
     def folder(self) -> Path:
-        """Where the results are."""
+        """The folder of the results."""
         return Path(self.output or ("runs/quality_quick" if self.quick else "docs/results"))
 
 
 class Study:
-    """Runs of one workload that are trained once and then remembered."""
+    """The runs of one workload; each is trained once and then stored."""
 
     def __init__(self, name: str, workload: Workload, options: Options, console: Console):
         self.name, self.workload, self.options, self.console = name, workload, options, console
@@ -138,7 +138,7 @@ class Study:
         )
 
     def best_rate(self, optimizer: str) -> float:
-        """Where the walk along the grid ends."""
+        """The rate where the walk along the grid ends."""
         own = np.log(self.config.hyper.learning_rate)
         index = int(np.argmin(np.abs(np.log(RATES) - own))) + STARTS.get(optimizer, 0)
         if self.options.quick:
@@ -156,13 +156,13 @@ class Study:
 
 
 def shortened(config: TrainingConfig) -> TrainingConfig:
-    """The same in a few steps."""
+    """The same configuration with a few steps."""
     hyper = dataclasses.replace(config.hyper, warmup_steps=2)
     return dataclasses.replace(config, steps=8, hyper=hyper)
 
 
 def settings(config: TrainingConfig) -> dict[str, Any]:
-    """All that a run is made of beside what its record says."""
+    """Everything that determines a run and is not part of its record."""
     stored = dataclasses.asdict(config)
     hyper = stored["hyper"]
     del hyper["learning_rate"], hyper["muon_learning_rate"], hyper["warmup_share"]
@@ -173,7 +173,7 @@ def settings(config: TrainingConfig) -> dict[str, Any]:
 def train_once(
     config: TrainingConfig, load_task: Callable[[Any, Path], Task], optimizer: str
 ) -> dict[str, Any]:
-    """The held-out metrics at the end of a training, and what it took."""
+    """The held-out metrics at the end of a training, its memory and its time."""
     (found,) = train_seeds(config, load_task, optimizer, [config.seed])
     return found
 
@@ -184,8 +184,8 @@ def train_seeds(
     optimizer: str,
     seeds: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """As `train_once`, with one seed after the other. The step is compiled once: the seed is in the
-    first state and in the batches alone."""
+    """Like `train_once`, for one seed after another. The step is compiled once, because the seed
+    only affects the first state and the batches."""
     config.check()
     init = step = evaluate = None
     for seed in seeds:
@@ -204,7 +204,7 @@ def train_seeds(
             for number in range(1, config.steps + 1):
                 state, loss = step(state, task.batch(number))
                 if number % 20 == 0 and not np.isfinite(loss):
-                    break  # it will not come back
+                    break  # it has diverged
             measured = measure_held_out(task, evaluate, state)
         yield {**measured, **facts, "seconds": round(time.perf_counter() - clock, 1)}
 
@@ -215,7 +215,7 @@ def ms_per_step(
     compared: Sequence[str],
     rounds: int,
 ) -> dict[str, float]:
-    """The median time of a training step with each optimizer, in turns."""
+    """The median time of a training step with each optimizer; the optimizers take turns."""
     with tempfile.TemporaryDirectory() as folder:
         task = load_task(config, Path(folder))
         batch = task.batch(1)
@@ -234,7 +234,7 @@ def ms_per_step(
 
 
 def compare(study: Study) -> None:
-    """Every optimizer at its best rate, Adam-mini also at AdamW's, and the time of a step."""
+    """Trains every optimizer at its best rate, and Adam-mini also at AdamW's; times steps."""
     best = {optimizer: study.best_rate(optimizer) for optimizer in study.options.compared}
     # Title, optimizer and rate of each row of the table.
     entries = [(TITLES[optimizer], optimizer, rate) for optimizer, rate in best.items()]
@@ -257,7 +257,7 @@ def compare(study: Study) -> None:
 
 
 def scale(study: Study) -> None:
-    """Llama in several sizes, each trained on about as many tokens for a parameter."""
+    """Trains Llama in several sizes, on about the same number of tokens per parameter."""
     rate = study.config.hyper.learning_rate
     rows = []
     for layers, width, steps in SIZES[:2] if study.options.quick else SIZES:
@@ -269,7 +269,7 @@ def scale(study: Study) -> None:
 
 
 def ablate(study: Study, rate: float) -> None:
-    """Llama with other partitions, at AdamW's best rate."""
+    """Trains Llama with other partitions, at AdamW's best rate."""
     names = {"adamw": "AdamW", **{name: name for name in PARTITIONS}, "adam_mini": "Adam-mini"}
     if study.options.quick:
         names = dict(list(names.items())[:3])
@@ -282,7 +282,7 @@ def main(options: Options) -> None:
     show = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
     if options.quick:
         options = dataclasses.replace(options, seeds=1)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles in half of the time
+        jax.config.update("jax_disable_most_optimizations", True)  # halves the time to compile
     for name in options.studies:
         study = Study(name, WORKLOADS.get(name, WORKLOADS["llama"]), options, console)
         if name == "scaling":

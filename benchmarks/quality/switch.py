@@ -2,9 +2,9 @@
 
 python -m benchmarks.quality.switch
 
-Trains the nano GPT-2 with AdamW; half way, one copy goes on with AdamW, one with Adam-mini from the
-converted state, in float32 and with the first moment in 8 bits, and one with Adam-mini from a
-fresh state, on the same batches.
+Trains the nano GPT-2 with AdamW. Halfway, four copies continue on the same batches: with AdamW,
+with Adam-mini from the converted state (in float32, and with the first moment in 8 bits), and with
+Adam-mini from a fresh state.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class Options:
     """Switch the optimizer of a nano GPT-2 in the middle of its run."""
 
     steps: int = 400
-    """Optimizer steps; the switch is half way."""
+    """Optimizer steps; the switch is halfway."""
     seed: int = 0
     """Seed of the weights and the batches."""
     v: Literal["mean", "outer"] = "outer"
-    """What Adam-mini keeps of each block."""
+    """What Adam-mini stores per block."""
     data: str = "runs/switch"
     """Folder for the tokens."""
 

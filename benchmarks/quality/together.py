@@ -1,5 +1,5 @@
-"""Trainings of several seeds in one program, for accelerators: with models of these sizes one is
-idle between the kernels of a step, and eight seeds cost little more than one."""
+"""Trains several seeds in one program, for accelerators: with models of this size, an accelerator
+is idle between the kernels of a step, and eight seeds cost little more than one."""
 
 import dataclasses
 import tempfile
@@ -16,7 +16,7 @@ from examples.common import optimizers
 from examples.common.training import Task, TrainingConfig, measure_held_out
 
 STEPS = 50
-"""Of every seed in one call: their batches are on the device together."""
+"""Steps per call, for every seed; their batches are on the device together."""
 
 
 def train_together(
@@ -27,8 +27,8 @@ def train_together(
     *,
     in_turns: bool,
 ) -> Iterator[dict[str, Any]]:
-    """As `studies.train_seeds`, all seeds step by step. With `in_turns` one after the other in each
-    step: what a batch of models cannot share, as convolutions with other kernels for each."""
+    """Like `studies.train_seeds`, but all seeds advance together. With `in_turns`, each step runs
+    one seed after another: convolutions with different kernels are slow as one batch."""
     if not seeds:
         return
     config.check()

@@ -1,6 +1,6 @@
-"""Other rows and columns than those that `infer_block_specs(v="outer")` gives, and other orders of
-dividing, clipping and averaging, to see what each choice is worth. To import this module adds
-Adam-mini with each of them to the examples' optimizers.
+"""Rows and columns other than those of `infer_block_specs(v="outer")`, and other orders of
+dividing, clipping and averaging, to see what each choice is worth. Importing this module adds
+Adam-mini with each variant to the examples' optimizers.
 """
 
 import re
@@ -35,7 +35,7 @@ def rows_for_matrices(spec: Spec) -> Spec:
 
 
 def _rows(*outputs: tuple[int, BlockSpec]) -> Spec:
-    """A row for each block along the outputs."""
+    """A spec with a row for each block along the outputs."""
     cut = fused(1, outputs)
     return outer(BlockSpec(((0, None), *cut.cuts)), per_neuron())
 
@@ -51,7 +51,7 @@ ROWS_FOR_HEADS = [
     ("key/kernel", _rows(_heads(4, 16))),
 ]
 
-# Title: a function of every spec, or rules over paths that go before.
+# By title: a function of every spec, or rules over paths that come before the default.
 VARIANTS: dict[str, Callable[[Spec], Spec] | list[tuple[str, Spec]]] = {
     "rows for matrices": rows_for_matrices,
     "rows for heads": ROWS_FOR_HEADS,
@@ -77,7 +77,7 @@ def _scale(config: OptimizerConfig, specs: Any, b1: float) -> optax.GradientTran
     return scale_by_adam_mini(b1, config.b2, config.eps, bounded=False, block_specs=specs)
 
 
-# Title: what goes where Adam-mini's scaling would.
+# By title: what replaces Adam-mini's scaling.
 ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]] = {
     "outer, not bounded": lambda config, specs: _scale(config, specs, config.b1),
     "update clipped at 1": lambda config, specs: optax.chain(
@@ -91,7 +91,7 @@ ORDERS: dict[str, Callable[[OptimizerConfig, Any], optax.GradientTransformation]
 
 
 def _that_match(rules: list[tuple[str, Spec]], block_specs: Any) -> list[tuple[str, Spec]]:
-    """Of rules for two models' layers, those for layers that this one has."""
+    """The rules that match a layer of this model; some are for layers of the other model."""
     paths = [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(block_specs)]
     return [rule for rule in rules if any(re.search(rule[0], path) for path in paths)]
 
@@ -108,7 +108,7 @@ def _optimizer(change: Any) -> Callable[..., optax.GradientTransformation]:
 
 
 def _muon_by_rows(rules: list[tuple[str, Spec]]) -> Callable[..., optax.GradientTransformation]:
-    """Muon on what has rows of its own."""
+    """Muon with a separate matrix for each part that has its own row."""
 
     def build(schedule: optax.Schedule, config: Any, block_specs: Any, matrices: Any) -> Any:
         specs = by_path(_that_match(rules, block_specs), default=lambda _: block_specs)

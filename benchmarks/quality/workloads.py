@@ -23,18 +23,18 @@ class Workload:
     load_task: Callable[[Any, Path], Task]
     bar: float
     """How far Adam-mini may stay behind AdamW at AdamW's best rate: a fraction of the held-out
-    loss, or points of accuracy where that is what counts."""
+    loss, or points of accuracy with `by_accuracy`."""
     by_accuracy: bool = False
     convolutions: bool = False
-    """Whether it is made of them: a batch of kernels for a batch of models is slow."""
+    """Whether the model consists of convolutions, which are slow for a batch of models."""
 
     def value(self, run: Mapping[str, Any]) -> float:
-        """Accuracy, or loss; not a number where training diverged."""
+        """The accuracy or the loss; NaN if training diverged."""
         found = run["accuracy" if self.by_accuracy else "held_out_loss"]
         return math.nan if found is None else found
 
     def score(self, run: Mapping[str, Any]) -> tuple[float, float]:
-        """What is smaller is better; among equal accuracies the loss decides."""
+        """A score; smaller is better, and the loss decides among equal accuracies."""
         loss = run["held_out_loss"]
         if loss is None:
             return math.inf, math.inf
@@ -50,7 +50,7 @@ class Workload:
 
     def difference_text(self, behind: float) -> str:
         """A difference from AdamW for a table, with the sign of the value's own difference."""
-        # What is rounded to zero has no sign.
+        # `or 0.0` avoids -0.0.
         if self.by_accuracy:
             return f"{round(-behind, 2) or 0.0:+.2f} points"
         return f"{round(behind, 4) or 0.0:+.2%}"

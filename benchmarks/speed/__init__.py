@@ -1,1 +1,1 @@
-"""How fast Adam-mini is: updates, whole steps, compilation, calls, reading off the blocks."""
+"""How fast Adam-mini is: updates, whole steps, compilation, calls, and inference of blocks."""

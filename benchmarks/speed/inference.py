@@ -1,9 +1,9 @@
-"""How long does it take to read the blocks off a large model, and in how much memory?
+"""How much time and memory does it take to infer the blocks of a large model?
 
 python -m benchmarks.speed.inference
 
-Reads Llama-2-7B with its layers unrolled, in several depths, on abstract values. Each depth has a
-process of its own, whose greatest memory is told.
+Traces Llama-2-7B with unrolled layers, at several depths, on abstract values. Each depth runs in
+its own process, and the table has that process's peak memory.
 """
 
 import dataclasses
@@ -27,26 +27,26 @@ from optax_adam_mini import infer_block_specs
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Read the blocks off Llama-2-7B with several numbers of layers."""
+    """Infer the blocks of Llama-2-7B with several numbers of layers."""
 
     layers: tuple[int, ...] = (8, 16, 32, 64)
     """The numbers of layers."""
 
 
 class Found(NamedTuple):
-    """Of one depth."""
+    """The measurements at one depth."""
 
     parameters: int
     equations: int
     trace_seconds: float
-    """To make the jaxpr, which every use of the model takes."""
+    """The time to make the jaxpr, which every use of the model takes."""
     seconds: float
-    """Of infer_block_specs, which traces as well."""
+    """The time of infer_block_specs, including its own tracing."""
     peak_bytes: int
 
 
 def measure(layers: int) -> Found:
-    """One reading, in a process that has done nothing else."""
+    """Measures one depth, in a process that has done nothing else."""
     data = TextConfig(tokenizer="bpe", vocab_size=32000)
     config = Config(model="llama2-7b", layers=layers, data=data)
     _, params = abstract_model(config)
@@ -68,7 +68,7 @@ def measure(layers: int) -> Found:
 
 
 def count_equations(jaxpr: Jaxpr) -> int:
-    """Those of the jaxprs it calls, too."""
+    """The number of equations, including those of called jaxprs."""
     return len(jaxpr.eqns) + sum(map(count_equations, subjaxprs(jaxpr)))
 
 

@@ -1,14 +1,14 @@
-"""What Newton-Schulz costs, and what it gathers, by the compilers of a TPU and of the H100.
+"""What Newton-Schulz costs, and what it gathers, according to compilers for a TPU and the H100.
 
 python -m benchmarks.speed.muon
 
-Compiles the update of AdamW, Adam-mini and Muon with Adam-mini, and adding it to the parameters,
-for devices that need not be there (benchmarks/chips.py says how to have the compilers): FLOPs and
-bytes as the compiler counts them, FLOPs as a share of a training step, which has 6 for each
-parameter and token, and the collectives that the compiler puts in. The compiler for GPUs counts
-nothing where there is none: FLOPs are then those by hand alone, and bytes those that
+Compiles the update of AdamW, Adam-mini and Muon with Adam-mini, and its addition to the parameters,
+for devices that need not be present (benchmarks/chips.py says how to install the compilers).
+Reports FLOPs and bytes as the compiler counts them, FLOPs as a share of a training step (6 per
+parameter and token), and the collectives that the compiler inserts. Without a GPU, the compiler for
+GPUs counts nothing: FLOPs are then only those computed by hand, and bytes those that
 benchmarks/speed/traffic.py finds. Nothing is run or allocated. Writes docs/results/muon_cost.json
-and muon_cost.md; rows of cases and optimizers that are not asked for stay.
+and muon_cost.md; rows of other cases and optimizers stay as they are.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ NS_STEPS = 5
 
 
 class Model(NamedTuple):
-    """Abstract parameters, and what is read off the model."""
+    """Abstract parameters, with the block specs and matrices that are inferred from the model."""
 
     params: Any
     specs: Any
@@ -76,16 +76,16 @@ def llama() -> Model:
 
 
 class Case(NamedTuple):
-    """A model, and what its update is compiled for."""
+    """A model, and the devices that its update is compiled for."""
 
     model: Callable[[], Model]
     topology: str
     devices: int = 1
-    """Of that topology, all along fsdp."""
+    """Number of devices of the topology, all along fsdp."""
 
 
-# One v5e has no room for Llama's update, and one H100 none for it in float32; the compiler for GPUs
-# does not mind.
+# Llama's update does not fit on one v5e, nor in float32 on one H100; the compiler for GPUs compiles
+# it anyway.
 CASES = {
     "GPT-2 124M, v5e": Case(gpt2, "v5e:2x2"),
     "GPT-2 124M, H100": Case(gpt2, "h100:1"),
@@ -106,8 +106,8 @@ def muon(model: Model, mu_dtype: Any = None) -> optax.GradientTransformation:
     )
 
 
-# On a mesh: momentum sharded along the layers of a stack, and gradients and updates moved there and
-# back, so that each device has whole matrices.
+# On a mesh, momentum is sharded along the layers of a stack, and gradients and updates are moved
+# there and back, so that each device has whole matrices.
 LAYERS_APART = "Muon and Adam-mini, layers apart"
 OPTIMIZERS: dict[str, Callable[[Model], optax.GradientTransformation]] = {
     "AdamW": lambda _: optax.adamw(3e-4, weight_decay=0.1),
@@ -121,18 +121,18 @@ OF_MUON = list(OPTIMIZERS)[2:]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Count what Muon's update costs, compiled for accelerators that are not there."""
+    """Count what Muon's update costs, compiled for accelerators that need not be present."""
 
     cases: tuple[str, ...] = ()
-    """By the names of the table; all of them where none is given."""
+    """Cases, by their names in the table; all by default."""
     optimizers: tuple[str, ...] = ()
-    """By the names of the table; all of them where none is given."""
+    """Optimizers, by their names in the table; all by default."""
     output: Path = Path("docs/results")
     """Folder for muon_cost.json and muon_cost.md."""
 
 
 def newton_schulz_flops(model: Model) -> int:
-    """By hand: a step on n x m, n the smaller, multiplies n x m x n, n x n x n and n x n x m."""
+    """FLOPs by hand: a step on n x m, n <= m, multiplies n x m x n, n x n x n and n x n x m."""
     leaves, treedef = jax.tree.flatten(model.params)
     total = 0
     for p, numbers in zip(leaves, treedef.flatten_up_to(model.matrices), strict=True):
@@ -143,7 +143,7 @@ def newton_schulz_flops(model: Model) -> int:
 
 
 def layers_apart(model: Model, of_params: Any) -> Any:
-    """The shardings of the parameters, but those of stacks of matrices are along their layers."""
+    """The shardings of the parameters, except that stacks of matrices are sharded by layer."""
     treedef = jax.tree.structure(model.params)
     apart = [
         sharding if numbers is None else NamedSharding(sharding.mesh, PartitionSpec("fsdp"))
@@ -155,7 +155,7 @@ def layers_apart(model: Model, of_params: Any) -> Any:
 
 
 def measure(case: Case, model: Model, optimizer: str) -> dict[str, Any]:
-    """What is known of a compiled update; FLOPs and bytes of all devices together."""
+    """The facts about a compiled update; FLOPs and bytes are summed over devices."""
     mesh = jax.make_mesh(
         (case.devices, 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2,
         devices=devices(case.topology)[: case.devices],

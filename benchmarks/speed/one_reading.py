@@ -1,11 +1,11 @@
-"""Would a kernel of our own move 5 arrays, where XLA moves 6? Counted for a TPU that is not there.
+"""Would a custom kernel move 5 arrays where XLA moves 6? Counted for a TPU, present or not.
 
 python -m benchmarks.speed.one_reading
 
-A Pallas kernel has a stripe of columns on the chip, whole blocks by neuron, so that the gradient is
-read once for its squares' sum and for the moment. As a part of `tx.update` it gives the update,
-which another kernel adds to the parameters; only where it is given the parameters, and adds to them
-itself, is something saved. benchmarks/chips.py says how to have the compiler.
+The Pallas kernel loads a stripe of columns (whole blocks, by neuron), so it reads the gradient once
+for both moments. As part of `tx.update` it returns the update, which another kernel adds to the
+parameters. It saves traffic only if it takes the parameters and adds the update itself.
+benchmarks/chips.py says how to install the compiler.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ class Options:
     """Count what a kernel that reads the gradient once would move."""
 
     chip: Literal["v5e", "v5p", "v6e"] = "v5e"
-    """A TPU."""
+    """The TPU to compile for."""
     columns: int = 128
-    """Of a stripe."""
+    """Number of columns in a stripe."""
 
 
 def stripe(g: Any, m: Any, v: Any, p: Any, new_m: Any, new_v: Any, new_p: Any) -> None:
-    """Adam-mini on whole columns. Without `p` the step is what is to be added to it."""
+    """Adam-mini on whole columns. Without `p`, `new_p` gets the step to add to it."""
     x = g[...]
     new_v[...] = B2 * v[...] + (1 - B2) * jnp.mean(x * x, 0, keepdims=True)
     new_m[...] = B1 * m[...] + (1 - B1) * x
@@ -49,7 +49,7 @@ def stripe(g: Any, m: Any, v: Any, p: Any, new_m: Any, new_v: Any, new_p: Any) -
 
 
 def call(columns: int, g: Any, m: Any, v: Any, p: Any = None) -> list[Any]:
-    """The kernel over all stripes, m (and p) in their place."""
+    """The kernel over all stripes; it updates `m`, `v` (and `p`) in place."""
     whole = pl.BlockSpec((g.shape[0], columns), lambda i: (0, i))
     row = pl.BlockSpec((1, columns), lambda i: (0, i))
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -80,7 +80,7 @@ def with_parameters(columns: int, p: Any, m: Any, v: Any, g: Any) -> Any:
 
 
 def main(options: Options) -> None:
-    """Prints a row for each way."""
+    """Prints a row for each program."""
     name = "neurons, 4096 x 11008"
     tree = TREES[name]()
     where = devices(CHIPS[options.chip].one)[0]

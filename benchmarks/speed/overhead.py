@@ -1,11 +1,11 @@
-"""What an update costs beside its arithmetic: to trace and compile, to call, to import.
+"""What an update costs besides its arithmetic: tracing and compiling, calling, importing.
 
 python -m benchmarks.speed.overhead
 
-On GPT-2 of 25 layers, whose parameters are 304 arrays, and on the same with its layers stacked: the
-time to trace and compile the step, and to call the update of a small model outside of `jax.jit`,
-Adam-mini's beside AdamW's, in turns; and the time to import the package when jax and optax are.
-Writes docs/results/overhead.json and overhead.md.
+Times AdamW and Adam-mini in turns: tracing and compiling the step of a GPT-2 with 25 layers, whose
+parameters are 304 arrays, and of the same with stacked layers; and calling the update of a small
+model outside of `jax.jit`. Also times importing the package once jax and optax are imported. Writes
+docs/results/overhead.json and overhead.md.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ class Options:
     """Time compilation, eager calls and the import."""
 
     layers: int = 25
-    """Of GPT-2."""
+    """Layers of GPT-2."""
     rounds: int = 5
-    """Compilations that the medians are of; of calls, a hundred times as many."""
+    """Compilations per median; calls are timed a hundred times as often."""
     quick: bool = False
-    """Two layers, one round: whether it runs, not how fast."""
+    """Two layers, one round: shows that it runs, not how fast."""
     output: Path = Path("docs/results")
     """Folder for overhead.json and overhead.md."""
 
@@ -52,7 +52,7 @@ def optimizers(tree: Tree) -> dict[str, Any]:
 
 
 def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each in seconds, the first round left out."""
+    """The median of each in seconds, without the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds + 1):
         for name, seconds_of in timed.items():
@@ -61,7 +61,7 @@ def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def compile_seconds(tree: Tree, rounds: int) -> dict[str, float]:
-    """To trace and compile the jitted and donated step, with nothing of it in JAX's caches."""
+    """The time to trace and compile the jitted and donated step, with empty caches."""
 
     def timed(tx: Any) -> float:
         def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -79,7 +79,7 @@ def compile_seconds(tree: Tree, rounds: int) -> dict[str, float]:
 
 
 def call_seconds(tree: Tree, rounds: int) -> dict[str, float]:
-    """To call the update: `jax.jit` of AdamW's, and Adam-mini's as it is."""
+    """The time to call the update: AdamW's under `jax.jit`, and Adam-mini's as it is."""
     params = jax.tree.map(lambda p: jnp.full(p.shape, 0.02, p.dtype), tree.params)
     made = optimizers(tree)
     updates = {"AdamW": jax.jit(made["AdamW"].update), "Adam-mini": made["Adam-mini"].update}
@@ -94,7 +94,7 @@ def call_seconds(tree: Tree, rounds: int) -> dict[str, float]:
 
 
 def import_seconds() -> float:
-    """To import the package where jax and optax are imported already."""
+    """The time to import the package once jax and optax are imported."""
     code = "import jax, optax, optax_adam_mini"
     found = []
     for _ in range(6):  # the first may have to compile it to bytecode

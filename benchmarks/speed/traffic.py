@@ -1,14 +1,14 @@
-"""How much device memory the update reads and writes, by the compilers of TPUs and the H100.
+"""How much device memory the update reads and writes, according to compilers for TPUs and the H100.
 
 python -m benchmarks.speed.traffic
 
-No device is needed, but XLA's compilers for them: benchmarks/chips.py says how to have them.
-Counted are the operands and results of each kernel of the compiled step (the update, and adding it
-to the parameters, with parameters and state donated) that are in device memory, as large as their
-layout makes them; a copy into memory on the chip counts what it reads. Kernels' own temporaries on
-the chip are free. An array is one of the parameters' size: 5 is the least (parameters and first
-moment read and written, the gradient read once). Writes docs/results/traffic.json and traffic.md;
-what is there of other chips, trees, dtypes and optimizers than those that are asked for stays.
+It needs no device, only XLA's compilers: benchmarks/chips.py says how to install them. The compiled
+step is the update and its addition to the parameters, with parameters and state donated. For each
+of its kernels, the bytes of all operands and results in device memory are counted, including their
+layout's padding; a copy into on-chip memory counts what it reads. Temporaries on the chip are free.
+An "array" is one of the parameters' size: 5 is the minimum (parameters and first moment read and
+written, the gradient read once). Writes docs/results/traffic.json and traffic.md; results of other
+chips, trees, dtypes and optimizers stay as they are.
 """
 
 import dataclasses
@@ -58,16 +58,16 @@ OPTIMIZERS: dict[str, Callable[[Tree, str], optax.GradientTransformation]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Count the bytes that the update moves, compiled for accelerators that are not there."""
+    """Count the bytes that the update moves, compiled for accelerators that need not be present."""
 
     chips: tuple[str, ...] = ()
-    """Names of chips; all of them where none is given."""
+    """Names of chips; all by default."""
     trees: tuple[str, ...] = ()
-    """Names of trees and layouts; all of them where none is given."""
+    """Names of trees and layouts; all by default."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Of parameters and first moment."""
+    """Dtypes of parameters and first moment."""
     optimizers: tuple[str, ...] = ()
-    """By the names of the table; all of them where none is given."""
+    """Optimizers, by their names in the table; all by default."""
     output: Path = Path("docs/results")
     """Folder for traffic.json and traffic.md."""
 
@@ -76,7 +76,7 @@ class Array(NamedTuple):
     """An array in a compiled program."""
 
     size: int
-    """Bytes, with the padding of its tiles."""
+    """Bytes, including the padding of its tiles."""
     on_chip: bool
 
 
@@ -90,7 +90,7 @@ NO_WORK = {
 
 
 def arrays(text: str) -> list[Array]:
-    """Those that a type in a compiled program names."""
+    """The arrays that a type in a compiled program names."""
     found: list[Array] = []
     for dtype, dims, order, layout in _TYPE.findall(text):
         bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
@@ -108,14 +108,14 @@ def arrays(text: str) -> list[Array]:
 
 
 class Kernel(NamedTuple):
-    """The bytes of device memory that one reads and writes."""
+    """The bytes of device memory that a kernel reads and writes."""
 
     read: int
     written: int
 
 
 class Traffic(NamedTuple):
-    """Of a compiled program."""
+    """The kernels and outputs of a compiled program."""
 
     kernels: list[Kernel]
     outputs: int
@@ -123,12 +123,12 @@ class Traffic(NamedTuple):
 
     @property
     def moved(self) -> int:
-        """Bytes that are read and written."""
+        """The bytes that are read and written."""
         return sum(read + written for read, written in self.kernels)
 
     @property
     def temporaries(self) -> int:
-        """Bytes that are written but are no results, as if all were there at once."""
+        """The bytes that are written but are not results, as if all existed at once."""
         return sum(kernel.written for kernel in self.kernels) - self.outputs
 
 
@@ -146,10 +146,10 @@ def traffic(hlo: str) -> Traffic:
             continue
         if opcode in ("while", "conditional", "call"):
             raise ValueError(f"the program has a {opcode}, whose kernels are not counted")
-        if opcode == "slice-start":  # the whole, the slice, a semaphore
+        if opcode == "slice-start":  # its results: the whole, the slice, a semaphore
             whole, piece, _ = written
             read, written = [piece._replace(on_chip=whole.on_chip)], [piece]
-        elif opcode == "copy-start":  # the copy, what is copied, a semaphore
+        elif opcode == "copy-start":  # its results: the copy, the original, a semaphore
             copy, copied, _ = written
             read, written = [copied], [copy]
         else:
@@ -161,7 +161,7 @@ def traffic(hlo: str) -> Traffic:
 
 
 def compiled(tx: Any, params: Any, where: Any) -> Any:
-    """The step, for a device that need not be there."""
+    """The step, compiled for a device that need not be present."""
     sharding = jax.sharding.SingleDeviceSharding(where)
     placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     params = jax.tree.map(placed, params)
@@ -177,10 +177,10 @@ def compiled(tx: Any, params: Any, where: Any) -> Any:
 def measure(
     chip: str, tree: Tree, dtype: str, optimizers: Iterable[str] = OPTIMIZERS
 ) -> dict[str, Any]:
-    """Of each optimizer the arrays it moves, and what else is known of the program.
+    """For each optimizer, the arrays that it moves and other facts about the program.
 
-    With 8 bits in float32 alone, beside narrower parameters they are another share; rounded at
-    random in bfloat16.
+    Optimizers in 8 bits are measured with float32 parameters only, because their share of the
+    traffic depends on the dtype; those rounded at random are measured in bfloat16 only.
     """
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
@@ -194,7 +194,7 @@ def measure(
         program = compiled(OPTIMIZERS[optimizer](tree, dtype), params, where)
         seconds = time.perf_counter() - start
         found = traffic(program.as_text())
-        # The compiler's count of temporaries has those on a TPU's chip in it.
+        # The compiler's count of temporaries includes those on a TPU's chip.
         temporaries = min(found.temporaries, program.memory_analysis().temp_size_in_bytes)
         row[optimizer] = {
             "arrays": found.moved / size,
@@ -207,7 +207,7 @@ def measure(
 
 
 def of_each(what: str, form: str) -> Callable[[Any], str]:
-    """What is known of the optimizers, one after the other."""
+    """A fact about each optimizer, one after another in a cell."""
     return lambda row: " / ".join(
         format(row[name][what], form) for name in OPTIMIZERS if name in row
     )

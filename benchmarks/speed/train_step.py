@@ -1,11 +1,11 @@
-"""How fast is a whole training step, and in how much memory? AdamW beside Adam-mini.
+"""How much time and memory does a whole training step take, with AdamW and with Adam-mini?
 
 python -m benchmarks.speed.train_step
 
-Times the jitted and donated step of GPT-2 (and of ResNet on a CPU) on one batch, each optimizer in
-turn with AdamW at equal batches, and with the greatest batch that needs no more memory than
-AdamW's; a process of its own for each says how much it held. Writes docs/results/train_step.json
-and train_step.md.
+Times the jitted and donated step of GPT-2 (and of ResNet on a CPU) on one batch. Each optimizer
+takes turns with AdamW, at the same batch size, and at the largest that needs no more memory than
+AdamW does. A separate process for each measures its peak memory. Writes
+docs/results/train_step.json and train_step.md.
 """
 
 import dataclasses
@@ -47,26 +47,26 @@ ON_ACCELERATORS: dict[str, tuple[Any, Any]] = {
     )
 }
 MODELS = ON_CPU | ON_ACCELERATORS
-# Adam-mini as the examples have it, with a row and a column in each block.
+# Adam-mini is configured as in the examples, with a row and a column per block.
 TITLES = {"adamw": "AdamW", "adam_mini": "Adam-mini", "adam_mini_int8": "Adam-mini, 8 bits"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time whole training steps, AdamW beside Adam-mini."""
+    """Time whole training steps of AdamW and Adam-mini."""
 
     models: tuple[str, ...] = ()
-    """Names of models; where none is given, those of a size for the device."""
+    """Names of models; by default, those of a suitable size for the device."""
     rounds: int = 20
-    """Steps of each optimizer that the medians are of."""
+    """Steps per median, for each optimizer."""
     quick: bool = False
-    """GPT-2 nano, three steps: whether it runs, not how fast."""
+    """GPT-2 nano, three steps: shows that it runs, not how fast."""
     output: Path = Path("docs/results")
     """Folder for train_step.json and train_step.md."""
 
 
 def batch_of(config: Any) -> Any:
-    """One batch; what is in it does not matter for the time."""
+    """One batch; its content does not affect the time."""
     if isinstance(config, resnet.Config):
         images = jnp.full((config.batch_size, *config.data.facts.image_shape), 100.0)
         return Batch(images, jnp.zeros(config.batch_size, jnp.int32))
@@ -85,7 +85,7 @@ def compiled_step(name: str, optimizer: str, batch_size: int) -> tuple[Any, Any,
 
 
 def step_bytes(step: Any) -> int:
-    """What the whole step holds at its highest."""
+    """The peak memory of the whole step."""
     memory = step.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -96,8 +96,8 @@ def step_bytes(step: Any) -> int:
 
 
 def peak_after(name: str, optimizer: str, batch_size: int) -> int:
-    """The most that a process has held which has compiled the step and made two: of its own memory
-    on a CPU, of the device's on an accelerator."""
+    """The peak memory of a process that compiles the step and makes two: its own memory on a CPU,
+    the device's memory on an accelerator."""
     program, batch, step = compiled_step(name, optimizer, batch_size)
     training = jax.jit(program.init)()
     for _ in range(2):
@@ -105,19 +105,19 @@ def peak_after(name: str, optimizer: str, batch_size: int) -> int:
     jax.block_until_ready(loss)
     if jax.default_backend() != "cpu":
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    # Not getrusage's, which is the greatest of the processes that this one was started from, too.
+    # getrusage would also count the peak of the processes that this one was started from.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1])
 
 
 def batch_in(name: str, optimizer: str, limit: int, batch_size: int) -> int:
-    """A batch whose step needs no more than `limit` bytes, the greatest where memory is linear in
-    the batch; no less than `batch_size`."""
+    """A batch size whose step needs no more than `limit` bytes: the largest, if memory is linear in
+    the batch; at least `batch_size`."""
 
     def needs(size: int) -> int:
         return step_bytes(compiled_step(name, optimizer, size)[2])
 
-    # Memory is close to linear in the batch, and every guess is compiled.
+    # Every guess must be compiled. Memory is nearly linear in the batch, so one guess is close.
     least = needs(batch_size)
     each = max(1, (needs(2 * batch_size) - least) // batch_size)
     larger = batch_size + max(0, limit - least) // each
@@ -127,7 +127,7 @@ def batch_in(name: str, optimizer: str, limit: int, batch_size: int) -> int:
 
 
 class Runner:
-    """A compiled step, with the training that it goes on with."""
+    """A compiled step, and the training state that it continues from."""
 
     def __init__(self, name: str, optimizer: str, batch_size: int):
         program, self._batch, self._step = compiled_step(name, optimizer, batch_size)
@@ -142,8 +142,8 @@ class Runner:
 
 
 def measure(name: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each optimizer and batch. Each takes turns with AdamW, so that no more than two
-    states are in memory at a time."""
+    """A row for each optimizer and batch size. Each optimizer takes turns with AdamW, so that at
+    most two states are in memory at a time."""
     _, config = MODELS[name]
     size = config.batch_size
     limit = step_bytes(compiled_step(name, "adamw", size)[2])
@@ -163,9 +163,9 @@ def measure(name: str, rounds: int) -> Iterator[dict[str, Any]]:
         low, median, high = statistics.quantiles(run.seconds[1:], n=4)
         rate = batch_size * (config.architecture.context if is_text else 1) / median
         needed = run.bytes
-        del run  # before another is made, here or in the other process
+        del run  # frees its memory before another is made, here or in the other process
         peak = None
-        if jax.default_backend() in ("cpu", "gpu"):  # a TPU is one process's alone
+        if jax.default_backend() in ("cpu", "gpu"):  # only one process can use a TPU
             with spawn.Pool(1) as pool:
                 peak = pool.apply(peak_after, (name, optimizer, batch_size))
         yield {
@@ -204,7 +204,7 @@ def main(options: Options) -> None:
     rounds = 3 if options.quick else options.rounds
     if rounds < 2:
         raise ConfigError(f"--rounds is {rounds}, but quartiles need at least 2.")
-    # The process of a case needs room on the device beside this one.
+    # The process of a case needs room on the device besides this process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sized = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
     known("models", options.models, MODELS)

@@ -1,10 +1,10 @@
-"""How fast is the update? AdamW, others of Optax's and Adam-mini on real parameter trees.
+"""How fast is the update? AdamW, other optimizers of Optax and Adam-mini on real parameter trees.
 
 python -m benchmarks.speed.update
 
-Times the jitted and donated step (the optimizer's update and adding it to the parameters) in one
-process, in rounds that give each optimizer a turn, and writes medians to docs/results/update.json
-and update.md. Every tree of one matrix is a layout that a naive reduction is slow on.
+Times the jitted and donated step (the optimizer's update and its addition to the parameters) in one
+process, in which each optimizer takes turns with AdamW. Writes medians to docs/results/update.json
+and update.md. Trees of one matrix are layouts on which a naive reduction is slow.
 """
 
 import dataclasses
@@ -55,21 +55,21 @@ class Options:
     """Time the update of several optimizers on real parameter trees."""
 
     trees: tuple[str, ...] = ()
-    """Names of trees; all of them where none is given."""
+    """Names of trees; all by default."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of parameters and moments."""
+    """Dtypes of parameters and moments."""
     optimizers: tuple[str, ...] = ()
-    """Names of optimizers; where none is given, all of them on the models (Muon, a thousand times
-    slower here, on GPT-2 alone) and three on the layouts."""
+    """Names of optimizers. By default, all of them on models (Muon, a thousand times slower here,
+    only on GPT-2 in float32); on layouts AdamW, SGD and Adam-mini with given specs."""
     rounds: int = 20
-    """Steps of each optimizer that the medians are of."""
+    """Steps per median, for each optimizer."""
     seconds: float = 30.0
-    """No more rounds of an optimizer after so long; two at least."""
+    """Time limit for the rounds of an optimizer; at least two rounds are timed."""
     reference: bool = False
-    """Time PyTorch's AdamW and the reference package too on trees of
-    matrices, in float32 (torch and adam-mini must be there)."""
+    """Also time PyTorch's AdamW and the reference package on trees of
+    matrices, in float32 (needs torch and adam-mini)."""
     quick: bool = False
-    """Small trees, three rounds: whether it runs, not how fast."""
+    """Small trees, three rounds: shows that it runs, not how fast."""
     output: Path = Path("docs/results")
     """Folder for update.json and update.md."""
 
@@ -97,7 +97,7 @@ def inferred(model: Callable[[], nnx.Module], inputs: jax.ShapeDtypeStruct) -> T
 
 
 def llama() -> Tree:
-    """About 300M, four query heads to one of key and value."""
+    """A Llama of about 300M parameters, with four query heads per key and value head."""
     config = LlamaConfig(layers=18, heads=16, kv_heads=4, width=1024, mlp_width=2816, context=512)
     tokens = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
     return inferred(lambda: Llama(config, rngs=nnx.Rngs(0)), tokens)
@@ -117,7 +117,7 @@ def linen(model: nn.Module, **options: Any) -> Tree:
 
 
 class ViT(nn.Module):
-    """The vision Transformer (Dosovitskiy et al., 2021), base by default, without dropout."""
+    """A vision transformer (Dosovitskiy et al., 2021), by default the base size; no dropout."""
 
     layers: int = 12
     width: int = 768
@@ -164,7 +164,7 @@ QUICK: dict[str, Callable[[], Tree]] = {
 
 
 def optimizers(tree: Tree, dtype: str) -> dict[str, Any]:
-    """By name; moments in `dtype`."""
+    """The optimizers by name, with moments in `dtype`."""
     return {
         "AdamW": optax.adamw(1e-4, mu_dtype=dtype),
         "SGD, momentum": optax.sgd(1e-4, 0.9),
@@ -181,7 +181,7 @@ def optimizers(tree: Tree, dtype: str) -> dict[str, Any]:
 
 
 class Runner:
-    """A compiled step, with the parameters and the state that it goes on with."""
+    """A compiled step, and the parameters and state that it continues from."""
 
     def __init__(self, tx: Any, shapes: Any, grads: Any):
         def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -207,9 +207,10 @@ class Runner:
 
 
 def copy_bandwidth(nbytes: int = 1 << 28) -> float:
-    """Bytes a second that are read and written where an array is copied, changed, over another."""
+    """Bytes per second, read and written, of a program that writes one array's negative over
+    another array."""
     x, y = jnp.ones(nbytes // 4), jnp.ones(nbytes // 4)
-    # Without keep_unused y would be dropped, and every copy go to new memory.
+    # Without keep_unused, y would be dropped, and every copy would go to new memory.
     copy = jax.jit(lambda x, y: -x, donate_argnums=1, keep_unused=True)
     seconds = []
     for _ in range(21):
@@ -232,11 +233,11 @@ def torch_step(name: str, params: Any) -> "Others":
             f"--reference needs {error.name}: pip install torch==2.13.0 adam-mini==1.1.1."
         ) from error
 
-    torch.set_num_threads(os.cpu_count() or 1)  # as many as XLA's
+    torch.set_num_threads(os.cpu_count() or 1)  # as many as XLA has
     named = []
     for index, p in enumerate(jax.tree.leaves(params)):
-        # The reference takes the first axis for the outputs, and goes by names: with those of an
-        # MLP every matrix is cut by neuron, its fastest partition; the rest is one block each.
+        # The reference goes by names, and its first axis is the outputs. Under an MLP's name every
+        # matrix is cut by neuron, its fastest partition; every other array is one block.
         shape = p.shape[::-1] if p.ndim > 1 else p.shape
         tensor = torch.nn.Parameter(torch.full(shape, 0.02))
         tensor.grad = torch.full(shape, 0.01)
@@ -250,8 +251,8 @@ def torch_step(name: str, params: Any) -> "Others":
 
 
 def takes_default(params: Any) -> bool:
-    """Whether the default partition can tell the blocks: not of stacked layers, nor of parameters
-    that are not as Flax names them. Where it cannot, it has no row."""
+    """Whether the default partition knows the blocks. It does not know stacked layers, or
+    parameters without Flax's names; these have no row for it."""
     try:
         flax_layers()(params)
     except ValueError:
@@ -273,7 +274,7 @@ class Others:
 
 
 def ordinary(tree: Tree, dtype: str, is_gpt2: bool) -> tuple[str, ...]:
-    """The optimizers that a tree is measured with where none is named."""
+    """The optimizers that a tree is measured with by default."""
     if len(jax.tree.leaves(tree.params)) == 1:
         made = optimizers(tree, dtype)
         return tuple(name for name in made if name in ("AdamW", "SGD, momentum")
@@ -285,8 +286,8 @@ def ordinary(tree: Tree, dtype: str, is_gpt2: bool) -> tuple[str, ...]:
 def measure(
     tree: Tree, dtype: str, rounds: int, seconds: float, chosen: Sequence[str], reference: bool
 ) -> list[dict[str, Any]]:
-    """A row for each optimizer. Each takes turns with AdamW, so that no more than two states are
-    in memory at a time."""
+    """A row for each optimizer. Each takes turns with AdamW, so that at most two states are in
+    memory at a time."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree.params)
     grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, p.dtype), shapes)
     size = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(shapes))
@@ -294,7 +295,7 @@ def measure(
     make: dict[str, Callable[[], Any]] = {
         name: functools.partial(Runner, made[name], shapes, grads) for name in chosen
     }
-    # The reference cannot cut what is not a matrix.
+    # The reference cannot cut arrays with more than two axes.
     are_matrices = all(p.ndim <= 2 for p in jax.tree.leaves(shapes))
     if reference and dtype == "float32" and are_matrices:
         make |= {name: functools.partial(torch_step, name, shapes) for name in TORCH}
@@ -320,7 +321,7 @@ def measure(
             "of_adamw": median / statistics.median(adamw.seconds[1:]),
         }
         if isinstance(run, Runner):
-            # Parameters and state are read and written, gradients read, at the least.
+            # At least, parameters and state are read and written, and gradients are read.
             moved = 3 * size + 2 * run.state_bytes
             row |= {
                 "bytes_moved": moved,
@@ -351,7 +352,7 @@ COLUMNS: Columns = {
 
 
 def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
-    """What was asked for; all there are where nothing was."""
+    """The given names, after a check; all names if none are given."""
     if unknown := set(given) - set(names):
         raise ConfigError(
             f"--{option} got {', '.join(sorted(unknown))}, but must be of {'; '.join(names)}."
@@ -360,8 +361,8 @@ def known(option: str, given: Sequence[str], names: Iterable[str]) -> tuple[str,
 
 
 def rows_of_before(path: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier call on such a machine: those of trees that are not measured again
-    stay as they are."""
+    """The rows of an earlier call on the same machine, so that rows of trees that are not measured
+    again stay as they are."""
     if not path.exists():
         return []
     found = json.loads(path.read_text())
@@ -393,7 +394,7 @@ def main(options: Options) -> None:
                 found = measure(tree, dtype, rounds, options.seconds, chosen, options.reference)
             rows = [row for row in rows if (row["tree"], row["dtype"]) != (name, dtype)]
             rows += [{"tree": name, "dtype": dtype, **row} for row in found]
-            rows.sort(key=lambda row: list(trees).index(row["tree"]))  # of a tree as they are
+            rows.sort(key=lambda row: list(trees).index(row["tree"]))  # keeps the order in a tree
             content = {"machine": facts, "rows": rows}
             command = "python -m benchmarks.speed.update" + " --reference" * options.reference
             write_rows(options.output, "update", "The update", command, title, COLUMNS, content)

@@ -1,1 +1,1 @@
-"""Ways to choose the block specs: label functions, params -> pytree of `BlockSpec`."""
+"""Ways to choose block specs: by tracing, by name, by path, by axis name, by measurement."""

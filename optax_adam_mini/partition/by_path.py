@@ -1,4 +1,4 @@
-"""Block specs by rules over the parameters' paths."""
+"""`by_path`: block specs by rules over the parameters' paths."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def by_path(
 def _label(
     rules: list[tuple[re.Pattern[str], Spec]], default: Spec | LabelFn | None, params: Any
 ) -> Any:
-    """The specs of `params`; a function of the module, so that it can go to another process."""
+    """The specs of `params`; a module-level function, so that it can be pickled."""
     check_is_params("by_path", params)
     paths = [path_str(keys) for keys, _ in leaves_with_path(params)]
     for rule, _ in rules:

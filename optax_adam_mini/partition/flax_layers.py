@@ -1,4 +1,4 @@
-"""Block specs of Flax's own layers, by the parameters' names and ranks."""
+"""`flax_layers`: block specs of Flax's layers, by the parameters' names and ranks."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ from optax_adam_mini.labels import (
 )
 from optax_adam_mini.product import Outer, Spec
 
-# Flax's names, and Haiku's, whose kernels are laid out alike.
+# Names in Flax and in Haiku, whose kernels have the same layout.
 _BIASES = {"bias", "b", "offset", "bias_n"}
 _GAINS = {"scale", "negative_slope"}
 _EMBEDDINGS = {"embedding", "embeddings"}
 _KERNELS = {"kernel", "w", "w_i", "w_h", "lora_a", "lora_b"}
-# Equinox's, whose kernels have their outputs first.
+# Names in Equinox, whose kernels have their outputs first.
 _TRANSPOSED_KERNELS = {"weight", "weight_ih", "weight_hh"}
 _QUERIES, _KEYS, _VALUES = {"query", "query_proj"}, {"key", "key_proj"}, {"value", "value_proj"}
-# What others call them. Plain kernels: their heads are told by num_heads.
+# Other common names, of plain kernels: `num_heads` says how many heads they have.
 _OTHER_QUERIES = {"q", "wq", "q_proj", "q_lin", "to_q", "proj_q", "attn_q", "w_q", "q_dense"}
 _OTHER_KEYS = {"k", "wk", "k_proj", "k_lin", "to_k", "proj_k", "attn_k", "w_k", "k_dense"}
-# Several of query, key and value in one kernel, or factors of one: no name says where they are.
+# Fused kernels of query, key and value, and factors of such kernels: the name does not say where
+# each part is.
 _UNTOLD = (
     "its name is that of query, key and value in another layout than Flax's: have "
     "infer_block_specs read it off the model"
@@ -71,7 +72,7 @@ def flax_layers(
 ) -> LabelFn:
     """The default label function: the paper's cut, by the names of Flax's layers.
 
-    It looks at names and ranks, in Linen and NNX. Kernels of Dense,
+    It uses names and ranks, in Linen and NNX. Kernels of Dense,
     DenseGeneral, Einsum and convolutions are cut by output neuron or channel.
     In attention layers (modules `query`, `key`, `value`, `out`), query and key
     are cut by head, value and output by neuron. Embeddings are cut by token.
@@ -84,10 +85,10 @@ def flax_layers(
     which is Adam and saves nothing.
 
     Args:
-        num_heads: attention heads, for models whose query and key are plain
-            Dense kernels, under Flax's names or other common ones (`q_proj`,
-            `wq`, `to_q`, `q`).
-        num_kv_heads: heads of the key if they are fewer (grouped-query
+        num_heads: number of attention heads, for models whose query and key
+            are plain Dense kernels, under Flax's names or other common ones
+            (`q_proj`, `wq`, `to_q`, `q`).
+        num_kv_heads: number of key heads if they are fewer (grouped-query
             attention); None for `num_heads`.
         query_key: cut query and key by head, as in the paper, or by output
             neuron, which worked better for small Llamas (with rotary
@@ -100,7 +101,7 @@ def flax_layers(
         stacked: for each module whose layers are stacked for `scan`, its name
             and the axis (or axes) along which they are stacked, such as
             `{"layers": 0}`. Each layer has its own blocks.
-        default: spec of parameters with two or more axes under names that are
+        default: spec of parameters with two or more axes and names that are
             not Flax's; None makes such a parameter an error.
 
     Returns:
@@ -148,8 +149,8 @@ def _label(
     default: Spec | None,
     params: Any,
 ) -> Any:
-    """The specs of `params`; a function of the module, so that it can go to another process."""
-    used: set[str] = set()  # the options that the parameters have needed
+    """The specs of `params`; a module-level function, so that it can be pickled."""
+    used: set[str] = set()  # the options that some parameter has needed
 
     def use(name: str) -> Any:
         used.add(name)
@@ -171,11 +172,11 @@ def _label(
     def transposed_kernel(
         module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None
     ) -> BlockSpec | str:
-        """The spec of a kernel `(outputs, inputs, ...)`, or of a gain, which has the same name."""
+        """The spec of a kernel `(outputs, inputs, ...)` or of a gain, which has the same name."""
         rank = len(shape)
         if rank < 2 or bias_shape == shape:
             return per_tensor()
-        # A convolution's bias has an axis, of size 1, for each of the image's.
+        # A convolution's bias has an axis of size 1 for each axis of the image.
         if bias_shape not in (None, shape[:1] + (1,) * (rank - 2)):
             return (
                 f"its bias has shape {bias_shape}, which is not that of its first axis, the "
@@ -192,11 +193,11 @@ def _label(
     def kernel(
         module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, is_haiku: bool
     ) -> BlockSpec | str:
-        """The spec of a kernel of `shape`, stacked axes left out, or why it cannot be told."""
+        """The spec of a kernel of `shape`, without stacked axes, or why it is unknown."""
         rank = len(shape)
         if rank < 2:
             return per_element()
-        # (inputs, heads, head_dim) or (inputs, outputs); the output layer's has its inputs first.
+        # (inputs, heads, head_dim) or (inputs, outputs), but `out` is (heads, head_dim, outputs).
         is_attention = module in _QUERIES | _KEYS | _VALUES | {"out"}
         outputs = 1 if rank == 2 or module == "out" else 2
         if is_attention and (rank > 3 or bias_shape not in (None, shape[-outputs:])):
@@ -224,7 +225,7 @@ def _label(
             return per_tensor()
         if is_haiku and "transpose" in module:
             return per_neuron(axis=-2)
-        # Which of three axes or more are outputs? The bias has one entry for each output.
+        # The bias has one entry per output, which shows which of three or more axes are outputs.
         if bias_shape is not None:
             outputs = len(bias_shape)
             if bias_shape == shape[-outputs:]:
@@ -242,7 +243,7 @@ def _label(
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None,
     ) -> Spec | str:
-        # "Conv_0" and "w1" are Conv and w; an item of a list has no name at all.
+        # "Conv_0" and "w1" count as Conv and w; an item of a list has no name.
         module, name = (re.sub(r"_?\d+$", "", n.lower()) for n in ("", "", *names)[-2:])
         if name in _BIASES:
             return per_tensor() if use("bias") == "tensor" else per_element()
@@ -322,7 +323,7 @@ def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _stack(spec: Spec, axes: tuple[int, ...], rank: int) -> Any:
-    """`spec`, of a parameter without its stacked axes, for the parameter with them."""
+    """The spec of a stacked parameter, from the `spec` of one layer."""
     if isinstance(spec, Outer):
         a, b = (_stack(grid, axes, rank) for grid in (spec.a, spec.b))
         return dataclasses.replace(spec, a=a, b=b)
@@ -336,7 +337,7 @@ def _stack(spec: Spec, axes: tuple[int, ...], rank: int) -> Any:
         return kept[axis] if axis >= 0 else kept[axis] - rank
 
     def renamed(spec: BlockSpec) -> tuple[tuple[int, Cut], ...]:
-        """The cuts, and those of parts, by the axes' new numbers."""
+        """The cuts, and those of parts, with the axes renumbered."""
         return tuple(
             (
                 moved(axis),

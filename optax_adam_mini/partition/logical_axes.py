@@ -1,4 +1,4 @@
-"""Block specs by the logical names that Flax's metadata gives the parameters' axes."""
+"""`by_logical_axes`: block specs by the axis names in Flax's metadata."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def by_logical_axes(
 ) -> LabelFn:
     """Makes a label function from the logical names of the parameters' axes.
 
-    The names are those in Flax's metadata: of `nn.with_partitioning` and
-    `nn.with_logical_partitioning` in Linen, and of `nnx.with_partitioning` and
+    The names are those in Flax's metadata, set by `nn.with_partitioning` and
+    `nn.with_logical_partitioning` in Linen, and by `nnx.with_partitioning` and
     `sharding_names` in NNX. Parameters with the same names get the same cut.
     If query, key and value have the same names, separate them by path:
     `by_path([("value", per_neuron((1, 2)))], default=by_logical_axes(...))`.
@@ -44,21 +44,22 @@ def by_logical_axes(
         rules: pairs `(names, cut)`: the names of all axes of a parameter, in
             order, and the names of the axes with a block at each index (none
             for one block).
-        default: spec, or label function, for parameters without names, or that
-            no rule matches; None makes such a parameter an error.
+        default: spec, or label function, for parameters without names and
+            parameters that no rule matches; None makes such a parameter an
+            error.
         stacked: names of axes along which layers are stacked for `scan`. They
-            have a block at each index, and are not named in rules.
+            have a block at each index, and rules do not name them.
 
     Returns:
-        A label function `params -> pytree of BlockSpec`, for params with their
-        metadata, which are arrays or `jax.ShapeDtypeStruct`s inside.
+        A label function `params -> pytree of BlockSpec`, for params that are
+        arrays or `jax.ShapeDtypeStruct`s in boxes with metadata.
 
     Raises:
         TypeError, ValueError: here if a rule is not names and a cut of these
-            names, or two rules have the same names; from the label function if
-            names are not as many as a parameter has axes, if no parameter has
-            a rule's names, or, without default, a parameter is matched by no
-            rule.
+            names, or if two rules have the same names; from the label function
+            if a parameter has more or fewer names than axes, if no parameter
+            has a rule's names, or if no rule matches a parameter and there is
+            no default.
 
     Examples:
         >>> from flax import linen as nn
@@ -83,7 +84,7 @@ def _label(
     default: Spec | LabelFn | None,
     params: Any,
 ) -> Any:
-    """The specs of `params`; a function of the module, so that it can go to another process."""
+    """The specs of `params`; a module-level function, so that it can be pickled."""
     check_is_params("by_logical_axes", params)
     named = logical_axes(params)
     specs: list[Spec | None] = []
@@ -140,7 +141,7 @@ def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...
 
 
 def logical_axes(params: Any) -> dict[tuple[str, ...], Names]:
-    """The names of the axes of the parameters that have any, by path."""
+    """By path, the axis names of the parameters that have any."""
     boxes = leaves_with_path(params, is_leaf=has_names)
     named = {path_of(keys): axis_names(box) for keys, box in boxes}
     return {path: names for path, names in named.items() if names is not None}

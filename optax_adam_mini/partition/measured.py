@@ -1,4 +1,4 @@
-"""`measure_block_specs`: the cheapest cuts that explain the second moment of a running Adam."""
+"""`measure_block_specs`: the cheapest cuts that explain a running Adam's second moment."""
 
 from __future__ import annotations
 
@@ -38,39 +38,40 @@ def measure_block_specs(
 ) -> PyTree[Spec]:
     """Picks for each parameter the cheapest spec that explains its second moment.
 
-    It needs the state of an Adam that has run for a few hundred steps. For
-    Adam's `v` and the `v_b` that a candidate would make of it, the *spread*
+    It needs the state of an Adam that has run for a few hundred steps. If a
+    candidate would replace Adam's `v` with `v_b`, the *spread*
 
         sqrt(mean((sqrt(v / v_b) - 1)**2))
 
     says how far the steps are from Adam's: 0 if every coordinate keeps its own
-    `v`, and never much above 1. A cut that explains `v` does not always keep
-    the loss (docs/results/cause.md).
+    `v`, and never much above 1. A cut that explains `v` does not always reach
+    the same loss (docs/results/cause.md).
 
     Args:
         adam_state: optimizer state that contains an `optax.ScaleByAdamState`,
             in any chain or wrapper.
-        params: the parameters it was made for, arrays or
+        params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
         candidates: by name, specs or label functions, such as `{"outer":
             infer_block_specs(...), "mean": infer_block_specs(..., v="mean")}`.
             None tries those that a shape allows: one block, a block at each
             index of the last axis or of the others, and the outer of these
             two. Per coordinate, as in Adam, is always tried.
-        budget: the largest size of `nu`, as a fraction of Adam's. The
-            candidates with the least spread are picked greedily. None picks
-            the cheapest within `tolerance`, parameter by parameter.
+        budget: the largest size of `nu`, as a fraction of Adam's. Candidates
+            are picked greedily, by the spread that they remove per entry. None
+            picks the cheapest within `tolerance`, parameter by parameter.
         tolerance: the largest spread that counts as explained, if there is no
             budget.
 
     Returns:
         A pytree of specs like `params`. Their notes, which `block_table`
-        shows, have the spread of the spec that was picked and of cheaper ones.
+        shows, give the spread of the picked spec and of cheaper ones.
 
     Raises:
         TypeError, ValueError: if `adam_state` contains no `ScaleByAdamState`,
-            has not run yet, or is not that of `params`; if a candidate does
-            not fit them; or if the cheapest candidates exceed the budget.
+            has made no step yet, or does not belong to `params`; if a
+            candidate does not fit them; or if the cheapest candidates exceed
+            the budget.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}
@@ -81,7 +82,7 @@ def measure_block_specs(
         >>> print(specs["kernel"].note)
         outer 0.00; one block 0.60, other axes 0.45, last axis 0.42
         >>> state = from_adam_state(state, params, specs)
-        >>> tx = adam_mini(1e-3, block_specs=specs)  # goes on with this state
+        >>> tx = adam_mini(1e-3, block_specs=specs)  # continues with this state
     """
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(
@@ -118,7 +119,7 @@ def measure_block_specs(
 
 
 def _check_candidates(candidates: Any, params: Any) -> None:
-    """Refuses specs that are not given by name."""
+    """Refuses candidates that are not given by name."""
     is_spec = lambda x: isinstance(x, Spec)
     structure = lambda tree: jax.tree.structure(tree, is_leaf=is_spec)
     if candidates is None:
@@ -134,7 +135,7 @@ def _check_candidates(candidates: Any, params: Any) -> None:
         )
 
 
-_VISIBLE = 0.005  # differences of spreads below it are rounding
+_VISIBLE = 0.005  # smaller differences of spreads are rounding
 
 
 class _Choice(NamedTuple):
@@ -148,7 +149,7 @@ class _Choice(NamedTuple):
 
 
 def _each(axes: Callable[[int], Sequence[int]]) -> LabelFn:
-    """A block at each index of some axes of every parameter."""
+    """A label function with a block at each index of some axes of every parameter."""
     spec = lambda p: BlockSpec(tuple((axis, None) for axis in axes(jnp.ndim(p))))
     return lambda params: jax.tree.map(spec, params)
 
@@ -163,7 +164,7 @@ _OF_SHAPES: dict[str, Any] = {
 
 
 def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
-    """`nu` of all states of Adam, by the paths of the parameters."""
+    """`nu` of all Adam states in `state`, by the parameters' paths."""
     is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
     states = [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]
     others = {"ScaleByAdamMiniState": "it is Adam-mini's already, which keeps the blocks it has"}
@@ -178,9 +179,9 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """How far the steps with `spec` are from Adam's, one coordinate with another."""
+    """How far the steps with `spec` are from Adam's: a root mean square over coordinates."""
     v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    v = v / jnp.max(v, initial=jnp.finfo(v.dtype).tiny)  # so that small ones do not underflow
+    v = v / jnp.max(v, initial=jnp.finfo(v.dtype).tiny)  # so that small values do not underflow
     nu: Any = spec.block_mean(v)
     of_blocks = spec.spread(nu, v.shape)
     ratio = jnp.where(of_blocks > 0, v / jnp.where(of_blocks > 0, of_blocks, 1), 1)
@@ -190,7 +191,7 @@ def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
 def _within(
     budget: float, measured: Sequence[Sequence[_Choice]], sizes: Sequence[int]
 ) -> list[_Choice]:
-    """The step that takes away the most of the squared spread for an entry of `nu`, one by one."""
+    """Greedy choices: each step removes the most squared spread per entry of `nu`."""
     taken = [choices[0] for choices in measured]
     left = int(budget * sum(sizes)) - sum(choice.size for choice in taken)
     if left < 0:
@@ -221,7 +222,7 @@ def _within(
 
 
 def _noted(taken: _Choice, choices: Sequence[_Choice]) -> Spec:
-    """The spec that was taken, with what was measured in its note."""
+    """The taken spec, with the measured spreads in its note."""
     text = lambda choice: f"{choice.name} {choice.spread:.2f}"
     cheaper = ", ".join(text(c) for c in choices if c.size < taken.size)
     return dataclasses.replace(taken.spec, note="; ".join(filter(None, [text(taken), cheaper])))

@@ -1,9 +1,10 @@
 """Block specs from a trace of the model's computation.
 
-`infer` and `explain` take the question, `interpret` runs the passes: `program` writes the jaxpr
-out, `forward` follows what every value is made of with the `rules`, one for each primitive,
-`backward` what is coupled, `roles` what the axes are, and `specs` makes block specs of it. `domain`
-has the words, `groups` the arithmetic of what is coupled.
+`infer` and `explain` are the entry points, and `interpret` runs the passes. `inline` flattens the
+jaxpr into a `program`, a list of steps. `forward` applies the `rules`, one per primitive, and finds
+the parameters that each value comes from. `backward` finds the coupled coordinates, and `roles` the
+role of each axis. `specs` turns the result into block specs. `domain` defines the terms; `groups`
+has the arithmetic of coupled coordinates.
 """
 
 from optax_adam_mini.partition.dataflow.explain import explain

@@ -1,4 +1,4 @@
-"""What is known of an axis, and what becomes of it where axes are merged, split and met."""
+"""What is known about an axis, and how merging, splitting and meeting axes changes it."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ import numpy as np
 
 
 class Part(NamedTuple):
-    """Which outputs of a use lie along an axis, all counted through, the last axis fastest."""
+    """The outputs of a use that lie along an axis, counted over all axes, the last one fastest."""
 
     distance: int
-    """Between neighbours along the axis."""
+    """The stride between neighbours along the axis."""
     start: int
     stop: int
 
 
 class Indices(enum.IntFlag):
-    """What the indices of an axis are: where axes meet, what either's are, until a rule ends it."""
+    """Properties of the indices of an axis.
+
+    Where axes meet, the result has the properties of both, until a rule removes one.
+    """
 
     ANY = 0
     COUNTED = enum.auto()
     """0, 1, 2, ..."""
     ONE_HOT = enum.auto()
-    """Choices: vectors along the axis are one-hot."""
+    """The vectors along the axis are one-hot."""
     FREQUENCIES = enum.auto()
     MEMBERS = enum.auto()
-    """Each has met a kernel of its own: members of an ensemble, experts."""
+    """Each index has met its own kernel: members of an ensemble, experts."""
     PARTS = enum.auto()
-    """Parts of one parameter's outputs that were put side by side."""
+    """The indices are parts of one parameter's outputs, placed side by side."""
 
 
 class Factor(NamedTuple):
-    """What is known of an axis, or of one of several axes that were merged into it."""
+    """What is known about an axis, or about one of several axes that were merged into it."""
 
     size: int
     features: Mapping[int, Part] = {}
-    """The uses of parameters whose free axes it comes from."""
+    """The uses whose parameters' free axes this axis comes from."""
     own: frozenset[tuple[int, int]] = frozenset()
-    """The axes of parameters, `(parameter, axis)`, that it still is."""
+    """The axes of parameters, `(parameter, axis)`, that this axis still is."""
     moves: bool = False
     over: int = 0
-    """The uses that ran over it, each a bit."""
+    """The uses that ran over this axis, one bit each."""
     indices: Indices = Indices.ANY
     products: frozenset[tuple[int, int]] = frozenset()
-    """The element-wise products, `(step, axis)`, of which this is an axis."""
+    """The axes of element-wise products, `(step, axis)`, that this axis still is."""
 
     @property
     def is_apart(self) -> bool:
@@ -55,7 +58,7 @@ class Factor(NamedTuple):
         return bool(self.features) or Indices.PARTS in self.indices
 
     def without(self, indices: Indices) -> Factor:
-        """The axis, if its indices are not these any more."""
+        """The axis without these properties of its indices."""
         return self._replace(indices=self.indices & ~indices) if self.indices & indices else self
 
 
@@ -63,7 +66,7 @@ NOTHING = Factor(1)
 
 
 def union(a: Factor, b: Factor) -> Factor:
-    """What is known of an axis from two sides."""
+    """What two descriptions of one axis say together."""
     if a is b:
         return a
     features = a.features
@@ -91,14 +94,27 @@ def union(a: Factor, b: Factor) -> Factor:
 Factors = tuple[Factor, ...]
 
 
+def beside(a: Factors, b: Factors) -> Factors:
+    """The descriptions of separate axes; those with the same outputs and distances are one."""
+    found = list(a)
+    distances = lambda factor: {use: part.distance for use, part in factor.features.items()}
+    for factor in b:
+        alike = [i for i, old in enumerate(found) if distances(old) == distances(factor)]
+        if alike:
+            found[alike[0]] = union(found[alike[0]], factor)
+        elif factor != NOTHING:
+            found.append(factor)
+    return tuple(found)
+
+
 @functools.cache
 def blank(size: int) -> Factors:
-    """An axis of which nothing is known."""
+    """An axis about which nothing is known."""
     return (Factor(size),)
 
 
 def whole(factors: Factors, size: int | None = None) -> Factor:
-    """What is known of an axis as one, or of another axis of this size that comes from it."""
+    """The factors of an axis as one, or as an axis of this size that comes from it."""
     found = factors[0]
     for factor in factors[1:]:
         found = union(found, factor)
@@ -109,22 +125,23 @@ def whole(factors: Factors, size: int | None = None) -> Factor:
 
 
 def merged(a: Factors, b: Factors) -> Factors:
-    """What is known of an axis from two arrays, element by element."""
+    """What is known about an axis of an element-wise function of two arrays."""
     if a is b or b == a:
         return a
     if len(a) == len(b) and all(x.size == y.size for x, y in zip(a, b, strict=True)):
         return tuple(map(union, a, b))
     for one, other in ((a, b), (b, a)):
         if len(one) == 1 and one[0]._replace(moves=False) == Factor(one[0].size):
-            # Nothing but that it moves: what was merged can still be told apart.
+            # One side says at most that the axis moves: the other side's factors stay separate.
             return tuple(f._replace(moves=f.moves or one[0].moves) for f in other)
     return (union(whole(a), whole(b)),)
 
 
 def regrouped(factors: Sequence[Factor], sizes: Sequence[int]) -> list[Factors]:
-    """Axes that are merged and split again: the factors of each of the new axes.
+    """Merges axes and splits them again; returns the factors of each new axis.
 
-    A factor that is split is in all its parts. Where the borders do not fit, all is in all.
+    Each part of a split factor keeps what is known about that factor. If borders do not fit, every
+    new axis keeps what is known about all of them.
     """
     rest = [factor for factor in factors if factor.size != 1][::-1]
     found: list[Factors] = []

@@ -1,8 +1,8 @@
-"""The backward pass: what is coupled, from where it is coupled back to the parameters.
+"""The backward pass: follows couplings from inner products back to the parameters.
 
-Of every coordinate of activations it finds the scores that it acts through, and nothing else: what
-is coupled at a value is what every use of it couples. A coordinate that acts through anything but
-scores is alone.
+For every coordinate of activations it finds the scores that the coordinate acts through. Two
+coordinates of a value are coupled only if every use of the value couples them. A coordinate that
+acts through anything but scores is alone.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MANY = 20  # passes, after which what has not settled will not
 
 
 def find_groups(facts: Facts, trail: Trail) -> list[list[Label]]:
-    """For every value that is a parameter still, the groups of each axis."""
+    """For every value that is still a parameter, the groups of each axis."""
     return _Backward(facts, trail).run()
 
 
 class _Backward:
-    """One pass, repeated until loops have settled, with the groups that it makes."""
+    """The pass, repeated until loops have settled, and the groups that it makes."""
 
     def __init__(self, facts: Facts, trail: Trail):
         self.trail = trail
@@ -46,11 +46,11 @@ class _Backward:
             self.acts[place] = ALONE
         self.labels: list[list[Label]] = []
         self.spent = [False] * len(self.values)
-        """What parameters are combined in as data."""
+        """Whether each value is spent: a combined value that acts as data."""
         self.gains = [False] * len(self.values)
-        """Parameters that scale data along their own axes, sooner or later."""
+        """Whether each parameter scales data along its own axes, here or in a later step."""
         self.open = [False] * len(self.values)
-        """Parameters whose coordinates act alone, unless a step has seen them together."""
+        """Whether each parameter's coordinates act alone where no use has seen them together."""
         for place in facts.program.losses:
             self.spent[place] = facts.acts(self.values[place])
         self._products = {id(step) for step in facts.summed.values()}
@@ -58,12 +58,12 @@ class _Backward:
         self._couplings: dict[tuple[int, int, tuple[int, ...]], np.ndarray] = {}
 
     def run(self) -> list[list[Label]]:
-        """What `find_groups` gives."""
+        """The result of `find_groups`."""
         count = 0
         while True:
             count += 1
             before = self.labels, [*self.acts], [*self.spent]
-            # Refined anew, from what is known of the others by now.
+            # Start the labels again, with what is known about activations by now.
             self.labels = [[UNSEEN] * len(value.shape) for value in self.values]
             for step, relation in reversed(self.trail):
                 self._give_back(step, relation)
@@ -80,7 +80,7 @@ class _Backward:
                         self.acts[place] = ALONE
 
     def _give_back(self, step: Step, relation: Relation) -> None:
-        """Brings what is known of the results of a step to its operands."""
+        """Carries what is known about the results of a step back to its operands."""
         if step.is_backward:  # a derivative is cut as its forward pass is
             return
         links: dict[tuple[int, int], list[Link]] = {}
@@ -88,7 +88,7 @@ class _Backward:
         for link in relation.links:
             if not link.is_lost:
                 links.setdefault((link.operand, link.result), []).append(link)
-        # Products that are summed act through the sum, and no gradient goes through a comparison.
+        # Summed products act through the sum. No gradient passes through a comparison.
         if id(step) not in self._products and not relation.is_stopped:
             for operand, place in enumerate(step.inputs):
                 if self.values[place].kind == Kind.DATA and not are_all(self.acts[place], ALONE):
@@ -125,7 +125,7 @@ class _Backward:
             rest = set(range(len(sizes))) - told.get(operand, set())
             self._refine(place, {axis: WHOLE for axis in rest if sizes[axis] > 1})
         for operand, contracted, free in relation.chain:
-            # Of two weights that are multiplied, the one that meets the data first has outputs.
+            # In `x (a b)`, `a` meets the data first: the contracted axis is an output of `a`.
             labels = [self.labels[step.outputs[0]][axis] for axis in free]
             if labels and not any(map(_is_unseen, labels)):
                 is_first = all(isinstance(label, int) for label in labels)
@@ -135,12 +135,12 @@ class _Backward:
             self._refine(step.inputs[operand], {axis: None})
 
     def _acts_alone(self, step: Step, relation: Relation, operand: int) -> bool:
-        """Whether each coordinate of a parameter acts alone, if the result is data."""
+        """Whether each coordinate of a parameter acts alone if the result is data."""
         is_gain = any(self.gains[place] for place in step.outputs)
         return operand in relation.shifts or (operand in relation.scaled and not is_gain)
 
     def _spend(self, step: Step, relation: Relation, operand: int) -> None:
-        """A combined value was data: what is no factor in it is a bias."""
+        """Marks a combined value as data: a parameter that is not a factor in it is a bias."""
         place = step.inputs[operand]
         self.spent[place] = True
         if self._acts_alone(step, relation, operand):
@@ -159,7 +159,7 @@ class _Backward:
         operand: int,
         links: dict[tuple[int, int], list[Link]],
     ) -> Acts:
-        """What an operand that is data acts through in a step."""
+        """The scores that an operand that is data acts through in a step."""
         value = self.values[step.inputs[operand]]
         sums = [product for _, product in relation.sums]
         if operand in relation.uses:
@@ -191,7 +191,7 @@ class _Backward:
         shape: tuple[int, ...],
         is_sum: bool,
     ) -> Acts:
-        """What an operand acts through in a result of `shape`, which acts through `acts`."""
+        """What an operand acts through, by way of a result of `shape` that acts through `acts`."""
         apart = value.shape_apart
         links = [k for k in links if k.positions is not None or any(apart[a] > 1 for a in k.axes)]
         linked = {axis for link in links for axis in link.axes}
@@ -217,7 +217,7 @@ class _Backward:
         return _simple(np.broadcast_to(grid, apart))
 
     def _coupling(self, step: Step, operand: int, axes: tuple[int, ...]) -> np.ndarray:
-        """Groups of an operand that is coupled along `axes`, at each index of the others apart."""
+        """The groups of an operand that is coupled along `axes`, one per index of the others."""
         key = id(step), operand, axes
         if key not in self._couplings:
             shape = self.values[step.inputs[operand]].shape_apart
@@ -236,9 +236,9 @@ class _Backward:
         acts: Acts,
         shape: tuple[int, ...],
     ) -> dict[int, Label]:
-        """The groups of a parameter's axes, where it meets data, from what its outputs act through.
+        """The groups of a parameter's axes at a use, from what its outputs act through.
 
-        Outputs that nothing uses, as those of which only the derivative is taken, are alone.
+        Outputs that nothing uses are alone, for example if only their derivative is taken.
         """
         outputs = set(relation.uses[operand])
         batch = {axis for cut, axis in relation.cuts if cut == operand}
@@ -258,10 +258,10 @@ class _Backward:
         shape: tuple[int, ...],
         step: Step | None = None,
     ) -> tuple[np.ndarray, list[int]]:
-        """The groups of a result over the operand's axes that `links` name, and these axes.
+        """The groups of a result, over the operand's axes in `links`, and these axes in order.
 
-        The axes are in order. An index acts through all that it acts through at any index of the
-        result's other axes.
+        An index acts through everything that it acts through at any index of the result's other
+        axes.
         """
         found = np.full((1,) * len(shape), acts) if isinstance(acts, int) else acts
         order = [axis for link in links for axis in link.result_axes]
@@ -295,7 +295,7 @@ class _Backward:
         result_place: int,
         is_tap: bool,
     ) -> dict[int, Label]:
-        """The groups of a parameter's axes before its axes are moved about."""
+        """The groups of a parameter's axes, from those of a result that is still a parameter."""
         found, shape = self.labels[result_place], self.values[result_place].shape
         labels: dict[int, Label] = {}
         for link in links:
@@ -308,7 +308,7 @@ class _Backward:
                 continue
             if link.positions is not None:
                 size = value.shape[link.axes[0]]
-                # One index of several, of which nothing else is known, is one of a stack.
+                # A single index about which nothing else is known is one layer of a stack.
                 is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
                 label = None if is_one and not is_tap else given[0]
                 if isinstance(label, int) and label == WHOLE and len(link.positions) < size:
@@ -324,9 +324,9 @@ class _Backward:
         return labels
 
     def _of_piece(self, place: int) -> int:
-        """The group of a piece of a parameter: a layer, unless pieces are put together again.
+        """The group of a piece of a parameter: a layer of its own, unless pieces are joined again.
 
-        Those that are go the same way from there on, to the same last step that puts together.
+        Pieces that are joined again share a group, named by the last step that joins them.
         """
         if place not in self._pieces:
             together = self.facts.put_together(place)
@@ -336,7 +336,7 @@ class _Backward:
 
 
 def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Axes that stand first, each to where one of size 1 stands for it."""
+    """Moves the leading axes to `axes`, where `grid` has placeholders of size 1."""
     first, rest = list(range(len(axes))), list(range(len(axes), grid.ndim))
     order = [first[axes.index(a)] if a in axes else rest[a] for a in range(len(shape))]
     left = [rest[axis] for axis in axes]
@@ -344,7 +344,7 @@ def _placed_along(grid: np.ndarray, axes: list[int], shape: tuple[int, ...]) -> 
 
 
 def _simple(grid: np.ndarray) -> Acts:
-    """One number, where all are the same and no group."""
+    """`ALONE` or `UNSEEN` if all coordinates are that, otherwise the grid."""
     first = int(grid.flat[0]) if grid.size else UNSEEN
     return first if first in (ALONE, UNSEEN) and (grid == first).all() else grid
 

@@ -1,22 +1,22 @@
-"""The vocabulary of the inference: what is known of an array, and what a rule says of a step.
+"""The terms of the inference: what is known about an array, and what a rule says about a step.
 
-- A *feature* of an axis: the axis comes from the free axes of a parameter where that was used. In
+- An axis has a *feature* if it comes from the free axes of a parameter at one of its uses. In
   `h = x @ w` the last axis of `h` has the feature of that use of `w`.
-- An axis is a parameter's *own* where it is an axis of the parameter still: both axes of `w`, of
-  `w.T`, of `w * mask`. An axis that a parameter was repeated along is not.
-- An axis *moves* where data vary along it. In `w * mask` both axes are own, and move with the mask.
-- A value is *combined* where data and a parameter met, and it is open whether as activations or as
-  a kernel: a masked kernel, a scaled input, rows chosen by an index. Where an own axis of it is
-  contracted with data it was a kernel; where a kernel takes it in it was data, *spent* there.
-- A *group* is a set of indices, or of coordinates, that are coupled: a block, where a grid can hold
-  it. An axis of activations is *apart* where its indices may be in different groups.
-- A *use*: a parameter meets data in a step. `x @ w` is a use of `w`.
-- A *coupling*: coordinates of activations that act through one number, as the features of one head
-  of `q` do in the score `q . k`.
-- A layer *ran over* an axis of data if it was applied at each of its indices: a dense layer runs
-  over batch and positions. Of that layer's features, the axis is one of positions.
-- A *role* of a parameter's axis: what it is where the parameter is used. In `x @ w` the first axis
-  of `w` is contracted, a `REDUCTION`, the second an `OUTPUT`.
+- An axis is a parameter's *own* while it is still an axis of the parameter: both axes of `w`, of
+  `w.T`, of `w * mask`. An axis along which a parameter was repeated is not its own.
+- An axis *moves* if data vary along it. In `w * mask` both axes are own, and move with the mask.
+- A value is *combined* if a parameter met data in it and may still act as activations or as a
+  kernel: a masked kernel, a scaled input, rows chosen by an index. If one of its own axes is later
+  contracted with data, it was a kernel. If a kernel takes it in, it was data, and is *spent* there.
+- A *group* is a set of coupled indices or coordinates: a block, if a grid can hold it. An axis of
+  activations is *apart* if its indices may be in different groups.
+- A *use* is a step in which a parameter meets data. `x @ w` is a use of `w`.
+- A *coupling* joins coordinates of activations that act through one number, as the features of one
+  head of `q` do in the score `q . k`.
+- A layer *ran over* an axis of data if it was applied at each index of the axis: a dense layer runs
+  over batch and positions. For the features of that layer, the axis holds positions.
+- The *role* of a parameter's axis is what the axis does where the parameter is used. In `x @ w` the
+  first axis of `w` is contracted, a `REDUCTION`, and the second is an `OUTPUT`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.axes import (
-    NOTHING,
     Factor,
     Factors,
     Indices,
@@ -48,7 +47,7 @@ from optax_adam_mini.partition.dataflow.program import (
 
 Axes = tuple[int, ...]
 
-# Element-wise functions that are not linear, and that layers are followed by.
+# Nonlinear element-wise functions that may follow a layer.
 FUNCTIONS = {
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cos", "cosh", "erf", "erfc",
     "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "log2", "logistic", "max", "min", "pow",
@@ -61,47 +60,47 @@ class Kind(enum.IntEnum):
 
     CONSTANT = 0
     WEIGHT = 1
-    """On parameters only."""
+    """Only on parameters."""
     DATA = 2
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """What is known of an array."""
+    """What is known about an array."""
 
     shape: tuple[int, ...]
     kind: Kind = Kind.CONSTANT
     params: frozenset[int] = frozenset()
-    """The parameters that it still is, alone or combined with data."""
+    """The parameters that the array still is, alone or combined with data."""
     axes: list[Factors] = dataclasses.field(default_factory=list)
     made: int = 0
-    """1 if it is a product of parameters, 2 if a function of one that is no product."""
+    """1 for a product of parameters, 2 for a nonlinear function of such a product, else 0."""
     is_summary: bool = False
-    """Parameters were summed over axes of their own to make it: a norm, a penalty."""
+    """It sums parameters over their own axes: a norm, a penalty."""
     is_plain: bool = False
-    """A loop carries something else than parameters in it, sooner or later."""
-    dropped: Factor = NOTHING
-    """What is known of the axes of size 1 that were left out."""
+    """A loop carries something other than parameters in it, at least in some iteration."""
+    dropped: Factors = ()
+    """What is known about the axes of size 1 that were dropped."""
     is_fixed: bool = False
-    """It is made of constants and of arrays that the function closes over."""
+    """It is computed only from constants and arrays that the function closes over."""
     mixtures: int = 0
-    """The contractions of activations with activations that are behind it, each a bit."""
+    """The contractions of activations with activations that it depends on, one bit each."""
 
     def __post_init__(self) -> None:
         self.axes = self.axes or [blank(size) for size in self.shape]
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is a parameter still, alone or combined: its groups are those of blocks."""
+        """Whether it is still a parameter, alone or combined: its groups are then blocks."""
         return bool(self.params)
 
     @property
     def is_combined(self) -> bool:
-        """Whether data were combined with a parameter in it."""
+        """Whether it combines a parameter with data."""
         return self.kind == Kind.DATA and bool(self.params)
 
     def whole(self, axis: int) -> Factor:
-        """What is known of an axis as one."""
+        """What is known about an axis, its factors merged into one."""
         factors = self.axes[axis]
         return factors[0] if len(factors) == 1 else whole(factors, self.shape[axis])
 
@@ -124,12 +123,12 @@ class Value:
 
     @property
     def has_features(self) -> bool:
-        """Whether outputs of parameters are in it."""
+        """Whether any axis has the outputs of a parameter."""
         return any(factor.features for factors in self.axes for factor in factors)
 
     @property
     def shape_apart(self) -> tuple[int, ...]:
-        """The shape without the axes whose indices need not be told apart."""
+        """The shape, with size 1 for each axis that is not apart."""
         return tuple(
             size if any(factor.is_apart for factor in factors) else 1
             for size, factors in zip(self.shape, self.axes, strict=True)
@@ -138,25 +137,25 @@ class Value:
 
 @dataclasses.dataclass
 class Link:
-    """Axes of an operand that, merged into one, are the axes of a result, merged into one."""
+    """Axes of an operand and the axes of a result that they become, each set merged into one."""
 
     operand: int
     axes: Axes
     result_axes: Axes
     result: int = 0
     positions: np.ndarray | None = None
-    """For each index of the result's axis that of the operand's, negative where it has none."""
+    """For each index of the result's axis, the operand's index, or a negative number if none."""
     parts: int = 1
-    """The result has one of so many parts of the operand's axis, all with the same groups."""
+    """The result has one of this many parts of the operand's axis; all have the same groups."""
     is_mixed: bool = False
-    """Every index of the operand's axes goes into every index of the result's."""
+    """Every index of the operand's axes contributes to every index of the result's."""
     is_lost: bool = False
-    """Which index goes where is not known: features stay features, and couple nothing."""
+    """It is unknown which index goes where: features stay features, and couple nothing."""
 
 
 @dataclasses.dataclass
 class Relation:
-    """What a rule says of a step."""
+    """What a rule says about a step."""
 
     links: list[Link] = dataclasses.field(default_factory=list)
     cuts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -164,57 +163,57 @@ class Relation:
     couplings: list[tuple[int, Axes]] = dataclasses.field(default_factory=list)
     """(operand, axes): activations are coupled along these axes."""
     uses: dict[int, Axes] = dataclasses.field(default_factory=dict)
-    """For each operand that is a parameter meeting data here, the axes of the result that come from
-    its free axes, in its own order."""
+    """For each operand that is a parameter and meets data here: the result's axes that come from
+    the parameter's free axes, in the parameter's order."""
     shifts: set[int] = dataclasses.field(default_factory=set)
-    """Operands, parameters, that are no factors here: biases, where the result is spent."""
+    """Parameter operands that are not factors here: they are biases if the result is spent."""
     scaled: set[int] = dataclasses.field(default_factory=set)
-    """Operands, parameters, that data scale by one number: layers of one input, where the result is
-    spent, unless they are gains in between."""
+    """Parameter operands that data scale by one number. If the result is spent, they are layers
+    with one input, unless they act as gains in between."""
     gains: set[int] = dataclasses.field(default_factory=set)
-    """Operands, parameters or combined, that scale data along their own axes."""
+    """Parameter or combined operands that scale data along their own axes."""
     spent: set[int] = dataclasses.field(default_factory=set)
-    """Combined operands that are data here, and no parameters any more."""
+    """Combined operands that act as data here, and are parameters no longer."""
     is_lookup: bool = False
-    """Rows of a parameter are chosen by an index."""
+    """An index chooses rows of a parameter."""
     keeps: set[int] = dataclasses.field(default_factory=set)
-    """Operands that are parameters still in the result, alone or combined."""
+    """Operands that are still parameters in the result, alone or combined."""
     in_groups: bool = False
-    """The outputs of a kernel are in groups that each have their own inputs."""
+    """The kernel's outputs form groups that each have their own inputs."""
     kind: Kind | None = None
     indices: dict[int, Indices] = dataclasses.field(default_factory=dict)
     """What the indices of the result's axes become."""
     ends: Indices = Indices.ANY
-    """What the indices of the operands' axes are, and those of the result's are not."""
+    """Properties of the operands' indices that the result's indices lose."""
     is_product: bool = False
     """It is an element-wise product, whose sum would be an inner product."""
     keeps_dropped: bool = False
-    """What is known of axes that were left out is known of the result."""
+    """The result inherits what is known about the operands' dropped axes."""
     drops: bool = True
-    """What the operands are the product of, the result is not."""
+    """If an operand is an element-wise product, the result no longer is."""
     is_stopped: bool = False
-    """No gradient goes back through it: the result is data."""
+    """No gradient passes back through it: the result is data."""
     made: int | None = None
     is_summary: bool = False
     is_mixture: bool = False
     """Activations are contracted with activations."""
     is_plain: bool = False
     unread: set[int] = dataclasses.field(default_factory=set)
-    """Operands of which it is not known what the primitive makes of them."""
+    """Operands that the primitive treats in an unknown way."""
     chain: tuple[tuple[int, Axes, Axes], ...] = ()
-    """Of a product of weights: (operand, its contracted axes, the result's axes from it)."""
+    """For a product of weights: (operand, its contracted axes, the result's axes from it)."""
     sums: list[tuple[Step, Relation]] = dataclasses.field(default_factory=list)
-    """The products that are summed here, as the contractions that they are."""
+    """The products that are summed here, each as the contraction that it is."""
     partner: dict[int, int] = dataclasses.field(default_factory=dict)
     """For each operand that is used, the operand that it meets."""
 
 
 Trail = list[tuple[Step, Relation]]
-"""Steps and what the rules say of them, in order."""
+"""Steps and their relations, in order."""
 
 
 class Use(NamedTuple):
-    """A parameter meets data in a step."""
+    """A step in which a parameter meets data."""
 
     step: Step
     operand: int
@@ -223,43 +222,44 @@ class Use(NamedTuple):
     partner: int | None = None
     """The operand that it meets."""
     ran_over: int = 0
-    """The uses that ran over the axes of data that are contracted here, each a bit."""
+    """The uses that ran over every axis of data that is contracted here, one bit each."""
     of_features: bool = False
-    """The axes of data that are contracted here have features."""
+    """An axis of data that is contracted here has features."""
 
 
 class Role(enum.Enum):
-    """What an axis of a parameter is where the parameter meets data."""
+    """What an axis of a parameter does where the parameter meets data."""
 
     REDUCTION = enum.auto()
     OUTPUT = enum.auto()
     BATCH = enum.auto()
-    """Layers of a stack, experts, rows chosen by an index, coordinates that act alone."""
+    """The axis holds layers of a stack, experts, rows chosen by an index, or coordinates that act
+    alone."""
 
 
 @dataclasses.dataclass
 class Facts:
-    """What the forward pass found of a program, for the passes after it."""
+    """What the forward pass found in a program, for the passes after it."""
 
     program: Program
     n_params: int
-    """The first so many of the program's inputs are parameters."""
+    """This many of the program's inputs, the first ones, are parameters."""
     values: list[Value]
     trail: Trail = dataclasses.field(default_factory=list)
-    """What the rules say of each step, in order."""
+    """The relation of each step, in order."""
     uses: dict[int, Use] = dataclasses.field(default_factory=dict)
     products: dict[int, Step] = dataclasses.field(default_factory=dict)
-    """The steps that are element-wise products, by their ids."""
+    """The steps that are element-wise products, by id."""
     given: set[int] = dataclasses.field(default_factory=set)
-    """What loops carry and branches end with, as far as it was given."""
+    """The results of loops and branches that at least one `MERGE` step has already set."""
     summed: dict[tuple[int, int], Step] = dataclasses.field(default_factory=dict)
-    """Products that are summed, each a step of its own, by their ids and those of the sums."""
+    """For each sum and each product in it, by id: the contraction, as a step of its own."""
     data: set[int] = dataclasses.field(default_factory=set)
     """The values that depend on more than parameters."""
     filters: set[int] = dataclasses.field(default_factory=set)
-    """The products, by their ids, of filters that are written out."""
+    """The ids of the products in filters that are written as sums of shifted products."""
     taps: set[int] = dataclasses.field(default_factory=set)
-    """The steps, by their ids, that take one index of such a filter."""
+    """The ids of the steps that take one index of such a filter."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:
@@ -275,23 +275,26 @@ class Facts:
         return [self.values[i] for i in step.outputs]
 
     def known(self, step: Step, operand: int) -> np.ndarray | None:
-        """The numbers that an operand is, where the program says them."""
+        """The value of an operand, if the program fixes it."""
         return self.program.known.get(step.inputs[operand])
 
     def made(self, features: Iterable[Mapping[int, Part]]) -> set[int]:
-        """The parameters whose outputs these are."""
+        """The parameters that produced these features."""
         numbers = {use for part in features for use in part}
         return set[int]().union(*(self.uses[number].params for number in numbers))
 
     def goes_through_functions(self, place: int) -> bool:
-        """Whether a function that is not linear is applied to a value, element by element.
+        """Whether a nonlinear element-wise function is applied to a value.
 
-        To the value itself: what it is added to is followed no further, where that is data.
+        The function must apply to the value itself: a sum of the value and data is not followed.
         """
         return bool(self.program.goes_into(place, self.data) & FUNCTIONS)
 
     def put_together(self, place: int) -> set[int]:
-        """The steps that put what is made of a value beside something else, before it meets it."""
+        """The steps that place a value, or a linear function of it, beside other arrays.
+
+        Products with a value that has features are not followed.
+        """
         seen, todo, found = {place}, [place], set[int]()
         while todo:
             place = todo.pop()
@@ -309,7 +312,7 @@ class Facts:
         return found
 
     def makers(self, values: Iterable[Value]) -> set[int]:
-        """The parameters that values are, or come from the outputs of."""
+        """The parameters that the values still are, or whose outputs they come from."""
         found: set[int] = set()
         for value in values:
             found |= value.params
@@ -321,7 +324,7 @@ class Facts:
         return any(not self.uses[use].params <= params for use in value.features(axis))
 
     def acts(self, value: Value) -> bool:
-        """Whether what a combined value is for another parameter is data."""
+        """Whether a combined value acts as data for another parameter."""
         axes = range(len(value.shape))
         return value.is_combined and (
             self.is_activation(value, axes)
@@ -329,7 +332,7 @@ class Facts:
         )
 
     def is_rows(self, value: Value) -> bool:
-        """Whether a combined value is rows of a parameter that were chosen by an index."""
+        """Whether a combined value consists of rows of a parameter that an index chose."""
         return any(
             self.uses[use].is_lookup and self.uses[use].params & value.params
             for axis in range(len(value.shape))
@@ -337,5 +340,5 @@ class Facts:
         )
 
     def is_activation(self, value: Value, axes: Iterable[int]) -> bool:
-        """Whether a combined value is, along `axes`, what other parameters made."""
+        """Whether a combined value has, along `axes`, features of other parameters."""
         return any(self.others_features(value, axis, value.params) for axis in axes)

@@ -1,4 +1,4 @@
-"""`explain`: why a parameter is cut as it is, and the words of what cannot be read."""
+"""`explain`: why a parameter is cut as it is, and the messages for what cannot be read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 from optax_adam_mini.product import Outer, Spec
 
-# Where the code of libraries is, in which no user looks for a layer.
+# The paths of libraries, which are not the user's own code.
 _LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
-_MANY = 8  # uses, of which each is tried alone
+_MANY = 8  # uses: up to this many are each tried alone
 
 
 def explain(
@@ -33,7 +33,7 @@ def explain(
     muon: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Why a parameter is cut as `infer_block_specs` cuts it.
+    """Explains why `infer_block_specs` cuts a parameter as it does.
 
     Args:
         fn: as in `infer_block_specs`, with its arguments.
@@ -42,20 +42,20 @@ def explain(
         parameter: the path `"a/b/c"` of the parameter to explain; `""` if
             `params` is one array.
         v: `"outer"` or `"mean"`, as in `infer_block_specs`.
-        muon: whether to say, too, which axes are a matrix for Muon, or why it leaves the parameter
-            to Adam-mini.
+        muon: whether to say also which axes make a matrix for Muon, or why
+            Muon leaves the parameter to Adam-mini.
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A few lines of text, with file and line in your code. They list what is
-        kept and the paper's cut; each use of the parameter, and which of its
-        axes are contracted there; each inner product that couples its outputs;
-        and the code that was passed over because it is unused or is the
-        backward pass of a derivative.
+        A few lines of text, with files and lines of your code. They list what
+        is kept and the paper's cut; each use of the parameter, and which of
+        its axes are contracted there; each inner product that couples its
+        outputs; and code that was passed over, because no output depends on
+        it, no gradient goes through it, or it is a derivative's backward pass.
 
     Raises:
-        ValueError: if there is no parameter of this path.
-        TypeError: if a leaf of `params` is no array.
+        ValueError: if no parameter has this path.
+        TypeError: if a leaf of `params` is not an array.
 
     Examples:
         >>> print(explain(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, jnp.ones((5, 2)),
@@ -105,7 +105,7 @@ def _for_muon(matrix: Matrix | str) -> str:
 
 
 def _kept(spec: Spec, shape: Sequence[int]) -> str:
-    """What `nu` has of a parameter."""
+    """What `nu` keeps for a parameter."""
     if not isinstance(spec, Outer):
         return "one number for each coordinate"
     return f"{spec.a.size(shape):,} rows and {spec.b.size(shape):,} columns; v is their product"
@@ -121,7 +121,7 @@ def place(step: Step) -> str:
 
 
 def why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> str:
-    """Why it is not known what a parameter does; empty if it is."""
+    """Why it is unknown what a parameter does; empty if it is known."""
     if steps := result.unread.get(index, ()):
         where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
         return f"{path} {tuple(shape)}: goes into {some(list(where))}, which there is no rule for"
@@ -151,7 +151,7 @@ def _uses(shape: Sequence[int], result: Result, index: int) -> list[str]:
 
 
 def _alone(shape: Sequence[int], result: Result, index: int, use: Use) -> tuple[int, ...]:
-    """The grid that one use of a parameter would give it."""
+    """The grid that a parameter would get from this use alone."""
 
     def without(step: Step, relation: Relation) -> Relation:
         others = {
@@ -177,7 +177,7 @@ def _alone(shape: Sequence[int], result: Result, index: int, use: Use) -> tuple[
 
 
 def _words(facts: Facts, use: Use, index: int) -> str:
-    """What a use is."""
+    """Describes a use."""
     step, operand = use.step, use.operand
     relation = next(found for other, found in facts.trail if other is step)
     value = facts.values[step.inputs[operand]]
@@ -217,14 +217,14 @@ def _shapes(facts: Facts, step: Step) -> str:
 
 
 def _takers(facts: Facts, index: int) -> list[Step]:
-    """The steps that take in a parameter, those on which no output depends included."""
+    """The steps that take in a parameter, including those on which no output depends."""
     found = facts.program.inputs[index]
     steps = [*facts.program.steps, *facts.program.unused]
     return [step for step in steps if found in step.inputs]
 
 
 def _passed_over(result: Result, index: int) -> list[str]:
-    """What takes in a parameter and is no use of it."""
+    """The steps that take in a parameter without using it."""
     facts = result.facts
     words: list[str] = []
     for step in facts.program.steps:

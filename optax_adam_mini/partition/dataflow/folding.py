@@ -1,4 +1,4 @@
-"""Indices that the program itself says: whole numbers, worked out where JAX would leave them."""
+"""Constant folding of indices: integers that the program fixes, and that JAX leaves unevaluated."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-_LARGEST = 1 << 12  # numbers of an array of indices; masks and tables are larger
+_LARGEST = 1 << 12  # entries in an array of indices; masks and tables are larger
 
 
 def is_index(aval: Any) -> bool:
-    """Whether an array may be one of indices: whole numbers or truth values, and small."""
+    """Whether an array may hold indices: it is small, of integers or booleans."""
     dtype = getattr(aval, "dtype", None)
     return (
         isinstance(dtype, np.dtype) and dtype.kind in "iub" and int(np.prod(aval.shape)) <= _LARGEST
@@ -21,7 +21,7 @@ def is_index(aval: Any) -> bool:
 def folded(
     name: str, operands: Sequence[np.ndarray], params: dict[str, Any], aval: Any
 ) -> np.ndarray | None:
-    """What a primitive makes of known numbers; None where that is not known here."""
+    """The result of a primitive on known operands, or None if it cannot be folded."""
     if name not in _FOLDED or not is_index(aval):
         return None
     return np.asarray(_FOLDED[name](params, *operands), aval.dtype).reshape(aval.shape)

@@ -1,6 +1,6 @@
-"""The forward pass: what every value is made of.
+"""The forward pass: finds the parameters that every value comes from.
 
-It runs the rules over the steps until what loops carry has settled.
+It runs the rules over the steps until the values that loops carry have settled.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from optax_adam_mini.partition.dataflow.axes import (
     Factors,
     Indices,
     Part,
+    beside,
     blank,
     merged,
     regrouped,
-    union,
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
@@ -29,14 +29,14 @@ from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program,
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 from optax_adam_mini.partition.dataflow.taps import find_taps
 
-# What indices are of numbers as such, whatever they were made of.
+# Properties of indices that describe the numbers, and survive where no gradient passes.
 _OF_NUMBERS = Indices.ONE_HOT | Indices.COUNTED
-# Primitives whose results' new axes are copies.
+# Primitives whose new axes hold copies.
 _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 
 
 def follow(program: Program, n_params: int) -> Facts:
-    """What is made of which of the first `n_params` inputs."""
+    """Finds what every value makes of the first `n_params` inputs, the parameters."""
     facts = Facts(program, n_params, [Value(shape) for shape in program.shapes])
     facts.data = depending(program, program.inputs[n_params:])
     facts.filters, facts.taps = find_taps(program, facts.data)
@@ -64,7 +64,7 @@ def _be_data(value: Value) -> None:
 
 
 def _pass(facts: Facts) -> bool:
-    """Whether a value that was read before it was given has changed, as in loops."""
+    """Runs the rules once; returns whether a value changed after it was read, as in loops."""
     facts.trail = []
     read: set[int] = set()
     again = False
@@ -94,20 +94,20 @@ def _relation(facts: Facts, step: Step) -> Relation:
     try:
         relation = RULES.get(step.name, unknown)(facts, step)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        # A rule that does not understand what it sees has not read it: the error that the user
-        # gets names the parameter, the primitive and the line.
+        # A rule that fails counts as no rule, so that the user's error names the parameter, the
+        # primitive and the line.
         return unknown(facts, step)
     return relation if _fits(facts, step, relation) else unknown(facts, step)
 
 
 def _of_derivative(facts: Facts, step: Step) -> Relation:
-    """A step of a backward pass, in which no parameter is used anew: its results are data."""
+    """A step of a derivative's backward pass: it has no new use, and its results are data."""
     kind = max((value.kind for value in facts.inputs(step)), default=Kind.CONSTANT)
     return Relation(kind=Kind.DATA if kind == Kind.WEIGHT else kind)
 
 
 def _fits(facts: Facts, step: Step, relation: Relation) -> bool:
-    """Whether the axes that a rule links have the same sizes."""
+    """Whether the axes that a rule links have matching sizes."""
     for link in relation.links:
         operand = facts.values[step.inputs[link.operand]].shape
         result = facts.values[step.outputs[link.result]].shape
@@ -127,7 +127,7 @@ def _fits(facts: Facts, step: Step, relation: Relation) -> bool:
 
 
 def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
-    """What the relation says of a result."""
+    """The value of a result, according to the relation."""
     ins = facts.inputs(step)
     value = Value(facts.program.shapes[step.outputs[result]])
     value.kind = max((v.kind for v in ins), default=Kind.CONSTANT)
@@ -152,13 +152,13 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
     found: list[list[Factors]] = [[] for _ in value.shape]
     for link in relation.links:
         operand = ins[link.operand]
-        # A parameter that is used has features in its place; data that it is combined with go on.
+        # Features replace a parameter that is used; data combined with it pass through.
         if link.result == result and (link.operand not in relation.uses or operand.is_combined):
             _follow(link, operand, value, found, link.operand in relation.keeps)
     linked = {axis for link in relation.links if link.result == result for axis in link.result_axes}
     data = value.kind == Kind.DATA
     for axis, parts in enumerate(found):
-        # Of an axis that comes from nowhere it is not known that data do not vary along it.
+        # Data may vary along an axis of unknown origin.
         factors = blank(value.shape[axis])
         if data and axis not in linked and value.shape[axis] > 1:
             factors = (Factor(value.shape[axis], moves=step.name not in _RESHAPING),)
@@ -167,7 +167,7 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
         value.axes[axis] = factors
     if relation.keeps_dropped:
         for operand in ins:
-            value.dropped = union(value.dropped, operand.dropped)
+            value.dropped = beside(value.dropped, operand.dropped)
         if step.name in _RESHAPING:
             _drop_axes(step, ins[0], value)
     _flag(facts, step, relation, value)
@@ -176,21 +176,21 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
 
 
 def _drop_axes(step: Step, operand: Value, value: Value) -> None:
-    """Axes of size 1 that are left out and come back: an array is iterated over, and stacked."""
+    """Remembers dropped axes of size 1 and restores them: arrays are iterated over and stacked."""
     before, after = (sum(n == 1 for n in v.shape) for v in (operand, value))
     if step.name != "broadcast_in_dim" and before > after:
         for axis, size in enumerate(operand.shape):
             if size == 1:
-                value.dropped = union(value.dropped, operand.whole(axis))
-    elif before < after and value.dropped != NOTHING:
+                value.dropped = beside(value.dropped, (operand.whole(axis),))
+    elif before < after and value.dropped:
         new = [axis for axis, size in enumerate(value.shape) if size == 1]
         for axis in new:
             if value.axes[axis] == blank(1):
-                value.axes[axis] = (value.dropped,)
+                value.axes[axis] = (whole(value.dropped, 1),)
 
 
 def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
-    """What is known of a result as such."""
+    """Updates the properties of a result's axes that its relation sets or ends."""
     for axis, factors in enumerate(value.axes):
         changed = factors
         if relation.is_stopped:
@@ -213,7 +213,7 @@ def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
 
 
 def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value) -> None:
-    """Gives a result the features of the parameters that are used to make it."""
+    """Gives a result the features of the parameters that are used in the step."""
     ins = facts.inputs(step)
     for operand, axes in relation.uses.items():
         number = facts.number(("use", id(step), operand))
@@ -256,7 +256,7 @@ def _use(facts: Facts, step: Step, relation: Relation, result: int, value: Value
 
 
 def _contracted(value: Value, relation: Relation, operand: int) -> tuple[int, bool]:
-    """The uses that ran over all axes of data that are contracted, and if these have features."""
+    """The uses that ran over all contracted axes of data, and whether these have features."""
     kept = {axis for link in relation.links if link.operand == operand for axis in link.axes}
     gone = [axis for axis, size in enumerate(value.shape) if axis not in kept and size > 1]
     over = [value.whole(axis).over for axis in gone]
@@ -269,7 +269,7 @@ def _contracted(value: Value, relation: Relation, operand: int) -> tuple[int, bo
 def _follow(
     link: Link, operand: Value, result: Value, found: list[list[Factors]], keeps: bool
 ) -> None:
-    """What is known of a result's axes from those of the operand's."""
+    """Adds to `found` what the operand's axes say about the result's."""
     if not link.result_axes:
         return
     sources = [factor for axis in link.axes for factor in operand.axes[axis]]
@@ -280,7 +280,7 @@ def _follow(
         is_parameter = keeps and operand.kind == Kind.WEIGHT
         own = frozenset((param, -1) for param in operand.params if is_parameter)
         moves = operand.kind == Kind.DATA
-        was = operand.dropped._replace(size=result.shape[axis], moves=moves)
+        was = whole(operand.dropped or (NOTHING,), result.shape[axis])._replace(moves=moves)
         found[axis].append((was._replace(own=was.own | own if keeps else own),))
         return
     sizes = [result.shape[axis] for axis in link.result_axes]
@@ -298,7 +298,7 @@ def _follow(
 
 
 def _taken(factor: Factor, positions: np.ndarray) -> Factor:
-    """An axis of which some indices are taken."""
+    """An axis from which some indices are taken."""
     taken = positions[positions >= 0]
     if not len(taken):
         return Factor(len(positions))
@@ -316,7 +316,7 @@ def _taken(factor: Factor, positions: np.ndarray) -> Factor:
 
 
 def _with_what_was(old: Value, new: Value) -> Value:
-    """What several steps give to one value: what loops carry, what branches end with."""
+    """Joins two values that a loop carries or branches return, as one value."""
     params = frozenset[int]() if old.is_plain or new.is_plain else old.params | new.params
     axes = [
         tuple(f if both & Indices.ONE_HOT else f.without(Indices.ONE_HOT) for f in factors)
@@ -336,7 +336,7 @@ def _with_what_was(old: Value, new: Value) -> Value:
         is_summary=old.is_summary and new.is_summary,
         is_plain=old.is_plain or new.is_plain,
         is_fixed=old.is_fixed and new.is_fixed,
-        dropped=union(old.dropped, new.dropped),
+        dropped=beside(old.dropped, new.dropped),
         mixtures=old.mixtures | new.mixtures,
     )
 

@@ -1,9 +1,10 @@
-"""Which coordinates are coupled: groups of them, and their arithmetic.
+"""Groups of coupled coordinates, and their arithmetic.
 
-A group is a number, the same wherever the group appears, so that what was split into several arrays
-is found together again. Of activations it stands for the scores that a coordinate acts through:
-what has several uses acts through all of theirs, and coordinates that act through the same are
-coupled. Of parameters it stands for a block along one axis.
+A group is a number. It is the same wherever the group appears, so that an array that was split into
+several is found together again. For activations, a group stands for the scores that a coordinate
+acts through: a coordinate with several uses acts through the scores of all of them, and coordinates
+that act through the same scores are coupled. For parameters, a group stands for a block along one
+axis.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import numpy as np
 
 Label = Any  # None | int | np.ndarray
 """The groups of one axis: None (every index alone), one number (all indices in that group), or an
-array with the group of each index, `ALONE` where it is in none."""
+array with the group of each index (`ALONE` if it is in none)."""
 
 Acts = Any  # int | np.ndarray
-"""The groups of all coordinates of activations, with an axis of size 1 for each that need not be
-told apart; `ALONE` or `UNSEEN` where all are."""
+"""The groups of all coordinates of activations, as an array with size 1 for each axis that is not
+apart; or `ALONE` or `UNSEEN`, if that holds for all coordinates."""
 
 UNSEEN = -2
-"""The group of what no use has told anything of."""
+"""The group of indices about which no use has said anything."""
 ALONE = -1
-"""The group of what acts by itself."""
+"""The group of indices that act by themselves."""
 WHOLE = 0
-"""The group of what a use has seen, and not told apart."""
+"""The group of indices that a use has seen and not separated."""
 
 
 def are_all(acts: Acts, group: int) -> bool:
@@ -36,7 +37,7 @@ def are_all(acts: Acts, group: int) -> bool:
 
 
 class Groups:
-    """The numbers of groups: new ones, and those of groups that are made of others."""
+    """Numbers groups: new ones, and those made of other groups."""
 
     def __init__(self) -> None:
         self._count = WHOLE + 1
@@ -44,7 +45,7 @@ class Groups:
         self._members: dict[int, frozenset[int]] = {}
 
     def new(self, count: int = 1) -> int:
-        """The first of `count` groups in a row that no index is in yet."""
+        """The first of `count` consecutive groups that no index is in yet."""
         first = self._count
         self._count += count
         return first
@@ -56,7 +57,7 @@ class Groups:
         return self._numbers[key]
 
     def _union(self, groups: Iterable[int]) -> int:
-        """What acts through all of these."""
+        """The group of a coordinate that acts through all of these."""
         found = set(groups)
         if ALONE in found:
             return ALONE
@@ -69,13 +70,13 @@ class Groups:
         return number
 
     def _of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """For each row of groups what acts through all of them."""
+        """For each row, the group of a coordinate that acts through all groups of the row."""
         rows, inverse = _unique_rows(rows)
         found = [self._union(row) for row in rows.tolist()]
         return np.array(found, np.int64)[inverse.reshape(-1)]
 
     def both(self, a: Acts, b: Acts) -> Acts:
-        """What acts through `a` and through `b`."""
+        """The groups of coordinates that act through `a` and through `b`."""
         if are_all(a, ALONE) or are_all(b, UNSEEN):
             return a
         if are_all(b, ALONE) or are_all(a, UNSEEN):
@@ -88,7 +89,7 @@ class Groups:
         return ALONE if (found == ALONE).all() else found.reshape(shape)
 
     def united(self, label: np.ndarray, axis: int) -> np.ndarray:
-        """`axis` shrunk to size 1: its indices are copies of one."""
+        """The groups with `axis` shrunk to size 1, because its indices are copies of one index."""
         if label.shape[axis] == 1:
             return label
         rows = np.moveaxis(label, axis, -1)
@@ -96,10 +97,10 @@ class Groups:
         return np.expand_dims(found.reshape(rows.shape[:-1]), axis)
 
     def through(self, grid: np.ndarray, step: Any) -> np.ndarray:
-        """What acts through numbers that each act through these.
+        """The groups of coordinates that act through a number, which acts through `grid`.
 
-        A number that acts through one score changes nothing of what goes into that score; one that
-        acts through several, as the norm of all heads does, is a place to meet of its own.
+        If the number acts through one score, that score stays the group. If it acts through
+        several, as the norm of all heads does, the number itself couples what goes into it.
         """
         groups, inverse = np.unique(grid, return_inverse=True)
         found = [
@@ -109,7 +110,7 @@ class Groups:
         return np.array(found, np.int64)[inverse.reshape(-1)].reshape(grid.shape)
 
     def meet(self, a: Label, b: Label) -> Label:
-        """Coupled by `a` and by `b`: the finer partition that refines both."""
+        """What both `a` and `b` couple: the partition that refines both."""
         if a is None or b is None:
             return None
         if isinstance(a, int) and isinstance(b, int):
@@ -127,7 +128,7 @@ class Groups:
         return np.array(numbers, np.int64)[inverse.reshape(-1)]
 
     def merged(self, labels: Sequence[Label], sizes: Sequence[int]) -> Label:
-        """The groups of one axis that is several side by side, the last one fastest."""
+        """The groups of several axes merged into one, the last one fastest."""
         labels = [label for label, size in zip(labels, sizes, strict=True) if size > 1]
         sizes = [size for size in sizes if size > 1]
         if all(label is None for label in labels):
@@ -160,7 +161,7 @@ class Groups:
         return np.array(numbers, np.int64)
 
     def mixed(self, labels: Sequence[Label]) -> Label:
-        """The groups of an axis of which every index goes into all of other axes' indices."""
+        """The groups of an axis, every index of which contributes to every index of other axes."""
         if not labels:
             return WHOLE
         return self.merged(labels, [2] * len(labels)) if _are_ints(labels) else None
@@ -174,8 +175,7 @@ class Groups:
     def along_axes(self, grid: np.ndarray) -> list[Label]:
         """The groups of each axis.
 
-        Where groups do not lie along the axes, what is coupled on an axis is what is coupled at
-        every index of the others.
+        Two indices of an axis are coupled only if they are coupled at every index of the others.
         """
         return [self._rows(np.moveaxis(grid, axis, 0)) for axis in range(grid.ndim)]
 
@@ -194,7 +194,7 @@ class Groups:
 
 
 def _unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.unique` of rows; of pairs by one number for each, which is ten times as fast."""
+    """`np.unique` of rows. Pairs are encoded as one number each, which is ten times as fast."""
     if rows.shape[1] != 2:
         return np.unique(rows, axis=0, return_inverse=True)
     first = rows.min(initial=0)
@@ -209,7 +209,7 @@ def _are_ints(labels: Sequence[Label]) -> bool:
 
 
 def _codes(label: Label, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The groups that occur, of an index that is alone a number of its own, and where they do."""
+    """The groups that occur and their places; each index that is alone has its own number."""
     alone = UNSEEN - 1 - np.arange(size)
     if label is None:
         return alone, np.arange(size)
@@ -219,10 +219,10 @@ def _codes(label: Label, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def moved(label: Label, positions: np.ndarray, size: int) -> Label:
-    """The groups of an axis of `size` of which a result has some indices, with the groups `label`.
+    """The groups of an axis of `size`, if a result has some of its indices, with groups `label`.
 
-    `positions` has these indices, negative for what the result has from elsewhere. Of the others
-    nothing is known.
+    `positions` has the axis's index for each index of the result, or a negative number if there is
+    none. Nothing is known about the other indices of the axis.
     """
     taken = positions >= 0
     found = np.full(size, UNSEEN, np.int64)

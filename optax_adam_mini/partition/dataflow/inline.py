@@ -1,4 +1,4 @@
-"""A jaxpr with all that it calls written out in one list of steps."""
+"""Flattens a jaxpr, and everything that it calls, into one list of steps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from optax_adam_mini.partition.dataflow.program import (
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Primitives that do no more than call a jaxpr with their own operands.
+# Primitives that only call a jaxpr with their own operands.
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
     "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "compute_on",
     "linear_call", "remat_opt", "eval_jaxpr", "call",
 }  # fmt: skip
-_EFFECTS = {"WriteEffect", "AccumEffect"}  # of references, which are arrays that change
+_EFFECTS = {"WriteEffect", "AccumEffect"}  # on references, which are mutable arrays
 
 
 _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
@@ -39,7 +39,7 @@ _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee", "fwd_jaxpr")
 def flatten(closed: ClosedJaxpr) -> Program:
     """The program of a closed jaxpr.
 
-    Where its first output is a number, that is the loss, and what comes after it is not trained.
+    If its first output is a scalar, that output is the loss, and no other output is trained.
     """
     program = Program()
     program.inputs = [program.value(var.aval) for var in closed.jaxpr.invars]
@@ -61,14 +61,14 @@ def flatten(closed: ClosedJaxpr) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Callers:
-    """What called a jaxpr, as far as its steps must know."""
+    """What a jaxpr's steps must know about the equations that called it."""
 
     tracebacks: tuple[Any, ...] = ()
     is_backward: bool = False
     is_differentiated: bool = False
 
     def of(self, eqn: Any) -> _Callers:
-        """The callers of what an equation calls, itself included."""
+        """The callers of what an equation calls, including the equation."""
         info = eqn.source_info
         transforms = {
             part.name
@@ -77,7 +77,7 @@ class _Callers:
         }
         return _Callers(
             (info.traceback, *self.tracebacks),
-            # A function that is linear, and transposed as such, is a layer.
+            # A transpose without a jvp is a linear function that the model transposes: a layer.
             self.is_backward or {"transpose", "jvp"} <= transforms,
             self.is_differentiated or "jvp" in transforms,
         )
@@ -89,8 +89,8 @@ def _inline(
     inputs: Sequence[int],
     callers: _Callers,
 ) -> list[int]:
-    """Appends the steps of a jaxpr; its results."""
-    from jax.extend.core import ClosedJaxpr, Literal  # takes as long to load as all of ours
+    """Appends the steps of a jaxpr; returns its results."""
+    from jax.extend.core import ClosedJaxpr, Literal  # as slow to import as this whole package
 
     jaxpr, consts = (
         (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else (called, [])
@@ -120,7 +120,7 @@ def _inline(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-# What is zero where any operand is, and where all are.
+# Primitives whose result is zero if any operand is zero, or if all are.
 _ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
 _ZERO_IF_ALL = {
     *LAYOUT, *LINEAR, "reduce_sum", "tanh", "sin", "abs", "square", "integer_pow", "tile",
@@ -128,7 +128,7 @@ _ZERO_IF_ALL = {
 
 
 def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:
-    """Whether nothing but zeros comes out, whatever parameters go in."""
+    """Whether the result is all zeros, whatever the parameters are."""
     are_zero = [place in program.zeros for place in operands]
     return bool(operands) and (
         (name in _ZERO_IF_ANY and any(are_zero)) or (name in _ZERO_IF_ALL and all(are_zero))
@@ -179,7 +179,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         return carry
     if name == "scan":
         body = params["jaxpr"]
-        # What the loop runs over, and what it collects, has an axis less inside.
+        # Arrays that the loop runs over or collects have one axis fewer inside.
         rank = lambda atom: len(atom.aval.shape)
         n_stacks = sum(
             rank(a) > rank(b) for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True)
@@ -218,7 +218,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     if (kernel := written_out(eqn)) is not None:
         return inline(kernel, operands)
     outs = results()
-    if name == "unstack":  # to iterate over an array is to index it
+    if name == "unstack":  # iterating over an array indexes it
         axis, shape = params["axis"], program.shapes[operands[0]]
         for index, out in enumerate(outs):
             start = [index if a == axis else 0 for a in range(len(shape))]
@@ -228,7 +228,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
             step("slice", operands, [one], where)
             step("squeeze", [one], [out], {"dimensions": (axis,)})
         return outs
-    if name == "tile":  # copies side by side: a new axis that is merged into the old one
+    if name == "tile":  # copies side by side are a new axis, merged into the old one
         shape, reps = program.shapes[operands[0]], params["reps"]
         sizes = [n for pair in zip(reps, shape, strict=True) for n in pair]
         copies = program.array(sizes)
@@ -236,13 +236,13 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         step("broadcast_in_dim", operands, [copies], {"broadcast_dimensions": old})
         step("reshape", [copies], outs)
         return outs
-    if name == "reshape" and params.get("dimensions") is not None:  # in another order of the axes
+    if name == "reshape" and params.get("dimensions") is not None:  # it transposes first
         order = tuple(params["dimensions"])
         turned = program.array([program.shapes[operands[0]][axis] for axis in order])
         step("transpose", operands, [turned], {"permutation": order})
         operands, params = [turned], {**params, "dimensions": None}
     if name in RESHAPES and program.shapes[outs[0]] and program.shapes[operands[0]]:
-        # Of a reshape of a reshape, what lies between does not matter.
+        # A reshape of a reshape is one reshape of the first operand.
         operands = [program.reshaped.get(operands[0], operands[0])]
         program.reshaped[outs[0]] = operands[0]
     if _is_zero(program, name, operands):

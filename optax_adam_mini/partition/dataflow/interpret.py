@@ -1,4 +1,4 @@
-"""Runs the passes over a program, and gathers what they found of each parameter."""
+"""Runs the passes over a program, and gathers what they found for each parameter."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from optax_adam_mini.partition.dataflow.roles import find_roles
 
 @dataclasses.dataclass
 class Result:
-    """What was found of the parameters, each an index into the program's inputs."""
+    """What was found for the parameters; each is an index into the program's inputs."""
 
     facts: Facts
     trail: Trail
-    """The steps that say it."""
+    """The steps that the result was found from."""
     labels: list[list[Label]]
-    """For each parameter the groups of each axis."""
+    """For each parameter, the groups of each axis."""
     roles: list[list[set[Role]]]
-    """For each parameter the roles of each axis, one for all uses unless these differ."""
+    """For each parameter, the roles of each axis: more than one if its uses differ."""
     uses: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
     unread: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
-    """The steps of unknown primitives that a parameter, or what it makes, goes into."""
+    """The steps without a rule that a parameter or its outputs go into."""
     coupled: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The inner products that couple a parameter's outputs."""
 
 
 def interpret(name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
-    """What the computation says of the leaves of `params`; `name` is who asks.
+    """What the computation says about the leaves of `params`; `name` is the public caller's.
 
     Raises:
-        TypeError: if `fn` is no function, or a leaf of `params` no array.
+        TypeError: if `fn` is not a function, or a leaf of `params` is not an array.
     """
     _check(name, fn, params)
     leaves, treedef = jax.tree.flatten(params)
@@ -73,7 +73,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _check(name: str, fn: Any, params: Any) -> None:
-    """Refuses what is no function, and parameters that hold something else than arrays."""
+    """Refuses an `fn` that is not a function, and leaves of `params` that are not arrays."""
     if not callable(fn) or isinstance(params, FunctionType):
         raise TypeError(
             f"{name}: fn must be the loss or the forward pass, got {type(fn).__name__}, and params "
@@ -98,9 +98,9 @@ def _short(leaf: Any) -> str:
 
 
 def _gathered(facts: Facts) -> Result:
-    """What the steps say that a gradient goes through.
+    """What the steps say through which a gradient passes.
 
-    Of a parameter that none of these uses, a frozen one, all steps say it.
+    A frozen parameter has no use in these, so all steps count for it.
     """
     stopped = facts.program.stopped
     found = _of_steps(facts, [part for part in facts.trail if id(part[0]) not in stopped])
@@ -119,7 +119,7 @@ def _of_steps(facts: Facts, trail: Trail) -> Result:
     labels, roles = find_groups(facts, trail), find_roles(facts, trail)
     for step, relation in trail:
         for link in relation.links:
-            # Of an axis that has shrunk to size 1, and was then dropped, no use is known.
+            # If an axis has shrunk to size 1 and was then dropped, its uses are unknown.
             place = step.outputs[link.result]
             shape = facts.values[place].shape
             if link.parts > 1 and shape[link.result_axes[0]] == 1:

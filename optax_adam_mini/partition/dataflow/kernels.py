@@ -1,4 +1,4 @@
-"""Opaque kernels of known meaning, written out in primitives that have rules."""
+"""Replaces opaque kernels of known meaning by primitives that have rules."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 def written_out(eqn: Any) -> ClosedJaxpr | None:
-    """What a kernel computes, or None where that is not known."""
+    """A jaxpr of what a kernel computes, or None if that is unknown."""
     if eqn.primitive.name == "dot_product_attention_fwd_wrapper":
         return _attention(eqn)
     return None
 
 
 def _attention(eqn: Any) -> ClosedJaxpr | None:
-    """Attention by cuDNN, which `jax.nn.dot_product_attention` calls.
+    """The attention of cuDNN, which `jax.nn.dot_product_attention` calls.
 
-    Masks, the lengths of sequences and dropout move no axis, and are left out.
+    Masks, sequence lengths and dropout move no axis, and are left out.
     """
     *_, page_table, _ = eqn.invars
-    if page_table.aval.size:  # keys and values by page, with no axis for the batch
+    if page_table.aval.size:  # paged keys and values have no batch axis
         return None
     has_bias = eqn.params["variadic_args"][0]
     heads_first = eqn.params["layout"] == 1

@@ -1,4 +1,4 @@
-"""What is a matrix for Muon: kernels between two others, and neither tables nor output heads."""
+"""Finds the matrices for Muon: kernels other than tables and output heads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from optax_adam_mini.partition.dataflow.program import Step
 
 
 class Matrix(NamedTuple):
-    """Which axes of a parameter are inputs and which outputs; along the others it is several."""
+    """The axes of a parameter that are inputs and outputs; other axes stack several matrices."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
 def find_matrices(result: Result) -> list[Matrix | str]:
-    """Of every parameter its matrix, or why it is none.
+    """For every parameter, its matrix or the reason why it is none.
 
     An output head is a kernel whose outputs meet no further kernel on their way to the loss.
     """
@@ -28,11 +28,13 @@ def find_matrices(result: Result) -> list[Matrix | str]:
             tuple(axis for axis, found in enumerate(roles) if role in found)
             for role in (Role.REDUCTION, Role.OUTPUT)
         )
-        if any(use.is_lookup for use in result.uses.get(index, ())):
+        has_one_role = all(len(axis) < 2 for axis in roles)
+        is_kernel = inputs and outputs and has_one_role  # of a kernel, an expert may be chosen
+        if not is_kernel and any(use.is_lookup for use in result.uses.get(index, ())):
             found.append("a table, of which rows are chosen")
         elif not (inputs and outputs):
             found.append("no kernel: it has no inputs and outputs")
-        elif any(len(axis) > 1 for axis in roles):
+        elif not has_one_role:
             found.append("no one matrix: an axis is of inputs in one use and of outputs in another")
         elif all(met.isdisjoint(step.outputs) for step in _used_in(result, index)):
             found.append("an output head: its outputs meet no further kernel")
@@ -42,7 +44,7 @@ def find_matrices(result: Result) -> list[Matrix | str]:
 
 
 def _used_in(result: Result, index: int) -> list[Step]:
-    """The steps in which a parameter, or what is made of it, is a kernel."""
+    """The steps in which a parameter, or a value that is still that parameter, is a kernel."""
     return [
         step
         for step, relation in result.trail
@@ -52,7 +54,7 @@ def _used_in(result: Result, index: int) -> list[Step]:
 
 
 def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
-    """The operands that are kernels in a step: parameters that are contracted with data."""
+    """The operands that are kernels in a step: parameters contracted with data."""
     found: list[int] = []
     for operand in relation.uses:
         shape = result.facts.values[step.inputs[operand]].shape
@@ -63,7 +65,7 @@ def _kernels(result: Result, step: Step, relation: Relation) -> list[int]:
 
 
 def _meeting_kernels(result: Result) -> set[int]:
-    """The values that meet a kernel, or of which something is made that does."""
+    """The values that meet a kernel, or that such values depend on."""
     found, count = set[int](), -1
     while count != (count := len(found)):
         for step, relation in reversed(result.trail):

@@ -1,4 +1,4 @@
-"""The steps of a function in one list, and which of them its outputs depend on."""
+"""A function as one list of steps, and which steps its outputs depend on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 MERGE = "merge"
-"""The step that gives a value one of several things that it may be."""
+"""A step that sets a value to one of several alternatives."""
 
-# Steps through which a sum goes: sums of their results are sums of their operands.
+# Primitives that a sum passes through: a sum of their results is a sum of their operands.
 LINEAR = {
     "add", "add_any", "convert_element_type", "copy", "copy_p", "device_put", "div", "mul", "name",
     "neg", "optimization_barrier", "pcast", "pvary", "real", "reduce_precision", "reshard",
@@ -25,18 +25,18 @@ LAYOUT = {
     "concatenate", "stack", "split", "scan_slice", "scan_stack", "dynamic_slice",
     "dynamic_update_slice", "scatter",
 }  # fmt: skip
-# Which put arrays beside one another.
+# Primitives that place arrays side by side.
 PLACING = {"concatenate", "stack", "dynamic_update_slice", "scatter", "complex"}
 COMPLEX = {"complex", "real", "imag", "conj"}
 
-# Through which no gradient goes.
+# Primitives through which no gradient passes.
 STOPPING = {
     "stop_gradient", "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "is_finite",
     "argmax", "argmin", "not", "and", "or", "xor",
 }  # fmt: skip
-# After which each index of an axis acts by itself.
+# Primitives after which each index of an axis acts by itself.
 TAKES = {"scan_slice", "dynamic_slice", "gather"}
-# Which make one number of many, that all go into alike.
+# Primitives that reduce many numbers to one, all in the same way.
 SUMS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
     "pmax", "pmin",
@@ -47,27 +47,27 @@ RESHAPES = {"reshape", "squeeze", "expand_dims"}
 
 @dataclasses.dataclass(eq=False)
 class Step:
-    """One equation, its operands and results as indices into the program's values."""
+    """One equation; its operands and results are indices into the program's values."""
 
     name: str
     inputs: list[int]
     outputs: list[int]
     params: dict[str, Any]
     tracebacks: tuple[Any, ...] = ()
-    """Where it stands in the user's code, and what called it, innermost first."""
+    """Its place in the user's code and its callers' places, innermost first."""
     is_backward: bool = False
-    """It is of the backward pass of a derivative."""
+    """It belongs to the backward pass of a derivative."""
     is_differentiated: bool = False
-    """It is of a forward pass whose derivative is taken."""
+    """It belongs to a forward pass whose derivative is taken."""
     has_effect: bool = False
-    """It changes what another step reads."""
+    """It writes to a reference that another step may read."""
 
 
 @dataclasses.dataclass
 class Program:
     """The steps of a function.
 
-    What several steps may give (the carry of a loop, the result of a condition) is one value.
+    A value that several steps may set (the carry of a loop, the result of a `cond`) is one value.
     """
 
     steps: list[Step] = dataclasses.field(default_factory=list)
@@ -81,15 +81,15 @@ class Program:
     zeros: set[int] = dataclasses.field(default_factory=set)
     """Values that are zero."""
     reshaped: dict[int, int] = dataclasses.field(default_factory=dict)
-    """What was reshaped into a value."""
+    """For each value that is a reshape, the value that was reshaped."""
     known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    """Whole numbers that are the same whatever the function is given: indices."""
+    """The indices that do not depend on the function's arguments."""
     kernels: set[int] = dataclasses.field(default_factory=set)
-    """What the kernels of convolutions are made of."""
+    """The values that kernels of convolutions depend on."""
     implied: set[int] = dataclasses.field(default_factory=set)
-    """The steps, by their ids, that are kept only because a derivative of theirs is used."""
+    """The ids of the steps that are kept only because their derivative is used."""
     stopped: set[int] = dataclasses.field(default_factory=set)
-    """The steps, by their ids, through which no output has a gradient."""
+    """The ids of the steps through which no gradient passes."""
     unused: list[Step] = dataclasses.field(default_factory=list)
     """Steps on which no output depends."""
 
@@ -97,9 +97,9 @@ class Program:
     """The steps that take in a value."""
 
     def goes_into(self, place: int, data: Set[int] = frozenset[int]()) -> set[str]:
-        """The primitives that a value goes into, moved about and scaled as it may be.
+        """The primitives that a value goes into, directly or after linear and layout steps.
 
-        What is added to one of `data` is not followed.
+        A sum of the value and one of `data` is not followed.
         """
         seen, todo, found = {place}, [place], set[str]()
         while todo:
@@ -123,7 +123,7 @@ class Program:
         return found
 
     def is_kernel(self, place: int) -> bool:
-        """Whether the kernel of a convolution is made of a value."""
+        """Whether the kernel of a convolution depends on a value."""
         return place in self.kernels
 
     def value(self, aval: Any) -> int:
@@ -137,7 +137,7 @@ class Program:
 
 
 def depending(program: Program, places: Iterable[int]) -> set[int]:
-    """The values that depend on these."""
+    """The values that depend on `places`, including these."""
     found, before = set(places), -1
     while before != (before := len(found)):
         for step in program.steps:
@@ -147,10 +147,10 @@ def depending(program: Program, places: Iterable[int]) -> set[int]:
 
 
 def drop_unused(program: Program) -> None:
-    """Takes out the steps on which no output depends.
+    """Removes the steps on which no output depends.
 
-    The forward pass behind a derivative is kept whole: it says what a parameter is that only the
-    derivative goes through.
+    The forward pass of a derivative is kept whole, because it shows what a parameter does that only
+    the derivative depends on.
     """
     needed = _reached(program.steps, program.outputs)
     strictly = _reached(program.steps, program.outputs, with_implied=False)
@@ -161,14 +161,14 @@ def drop_unused(program: Program) -> None:
 
 
 def without_gradient(program: Program) -> set[int]:
-    """The steps whose results reach the loss only where no gradient comes back from there."""
+    """The ids of the steps whose results reach the loss only where no gradient comes back."""
     steps = [step for step in program.steps if step.name not in STOPPING]
     reached = _reached(steps, program.losses)
     return {id(step) for step in steps if reached.isdisjoint(step.outputs)}
 
 
 def _reached(steps: Sequence[Step], outputs: Sequence[int], with_implied: bool = True) -> set[int]:
-    """The values that outputs depend on through these steps."""
+    """The values that `outputs` depend on through these steps."""
     reached, before = set(outputs), -1
     while before != (before := len(reached)):
         has_derivative = any(

@@ -1,4 +1,4 @@
-"""The roles of the parameters' axes, brought back from where the parameters are used."""
+"""Finds the roles of the parameters' axes, from the steps that use the parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from optax_adam_mini.partition.dataflow.program import Step
 
 
 def find_roles(facts: Facts, trail: Trail) -> list[list[set[Role]]]:
-    """The roles of the axes of every value; of data whether it is of members."""
+    """The roles of the axes of every value; an axis of data can only have the role `BATCH`."""
     roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in facts.values]
     count = -1
     while count != (count := sum(len(axis) for axes in roles for axis in axes)):
@@ -23,7 +23,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
     for link in relation.links:
         place, result = step.inputs[link.operand], step.outputs[link.result]
         found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
-        if link.operand not in relation.keeps:  # data: members that each have a kernel later on
+        if link.operand not in relation.keeps:  # data: members that each meet a kernel later
             found = (
                 {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
             )
@@ -69,7 +69,7 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
 
 
 def _are_members(facts: Facts, step: Step, relation: Relation, link: Link) -> bool:
-    """Whether each index of an axis meets a kernel of its own, with outputs that are its own."""
+    """Whether each index of an axis meets its own kernel, and has its own outputs."""
     if not any(Indices.MEMBERS in relation.indices.get(a, Indices.ANY) for a in link.result_axes):
         return False
     value = facts.values[step.inputs[link.operand]]

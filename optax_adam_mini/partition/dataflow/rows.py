@@ -1,4 +1,4 @@
-"""A row and a column inside each block that was found: the specs of `v="outer"`."""
+"""The specs of `v="outer"`: a row and a column inside each block that was found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT = ("mean", "outer")
 
 
 def check_kept(name: str, v: Any) -> None:
-    """Refuses another word for what is kept of a block.
+    """Checks the option `v`.
 
     Raises:
         ValueError: if it is none of `KEPT`.
@@ -31,11 +31,11 @@ def check_kept(name: str, v: Any) -> None:
 def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     """The spec of a parameter: a row and a column in each block, or per coordinate.
 
-    The axes along which a parameter lies in layers or experts stay apart in both grids. Of the
-    others, those that are contracted make rows and the rest columns; of a table the rows are those
-    that are looked up. A row is cut where the outputs are taken apart, into the parts of a fused
-    kernel, and where heads end and neurons begin. What has no rows, a bias or a gain, is kept per
-    coordinate, and so is what would not be smaller otherwise.
+    Axes of stacked layers or experts stay separate in both grids. Of the other axes, contracted
+    ones make rows and the rest make columns; a table's rows are those that are looked up. A row is
+    cut where the outputs are taken apart, as in a fused kernel, and where heads end and neurons
+    begin. Parameters without rows, such as biases and gains, keep `v` per coordinate, and so do
+    parameters for which `outer` would not be smaller.
     """
     spec = spec_of(shape, result, index)
     if spec.size(shape) == math.prod(shape):
@@ -51,7 +51,7 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
     parts = {axis: sizes for axis, sizes in parts.items() if len(sizes) > 1}
     cuts = [(axis, cut_into(axis, shape[axis], sizes)) for axis, sizes in parts.items()]
     rows = BlockSpec((*((a, None) for a in inputs), *cuts), unit="row")
-    # Layers side by side along the inputs have columns of their own.
+    # Layers placed side by side along the inputs have their own columns.
     is_contracted = lambda axis: Role.REDUCTION in result.roles[index][axis]
     layers = [(a, cut) for a, cut in spec.cuts if a in inputs and is_contracted(a)]
     columns = BlockSpec((*layers, *((a, None) for a in outputs)), unit="column")
@@ -62,7 +62,7 @@ def outer_of(shape: Sequence[int], result: Result, index: int) -> Spec:
 def _sorted(
     shape: Sequence[int], result: Result, index: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """The axes of rows, of columns, and those of layers, experts and the like."""
+    """The axes of rows, the axes of columns, and the axes of stacked layers or experts."""
     roles = result.roles[index]
     live = [axis for axis, size in enumerate(shape) if size > 1]
     stacked = [axis for axis in live if roles[axis] == {Role.BATCH}]
@@ -80,7 +80,7 @@ def _sorted(
 
 
 def _looked_up(result: Result, index: int) -> set[int]:
-    """The axes of a parameter along which rows are chosen."""
+    """The axes of a parameter along which an index chooses rows."""
     steps = {id(use.step) for use in result.uses.get(index, ()) if use.is_lookup}
     return {
         own
@@ -94,7 +94,7 @@ def _looked_up(result: Result, index: int) -> set[int]:
 
 
 def _conv_groups(result: Result, index: int) -> int:
-    """In how many groups a convolution's outputs have inputs of their own."""
+    """The number of groups of a convolution, each with its own inputs."""
     params = [use.step.params for use in result.uses.get(index, ())]
     return max((p.get("feature_group_count", 1) for p in params), default=1)
 
@@ -102,7 +102,7 @@ def _conv_groups(result: Result, index: int) -> int:
 def _borders(
     result: Result, index: int, shape: Sequence[int], outputs: Sequence[int]
 ) -> list[set[int]]:
-    """For each output axis, where a parameter or its outputs are taken apart."""
+    """For each output axis, the borders at which a parameter or its outputs are taken apart."""
     facts, sizes = result.facts, [shape[axis] for axis in outputs]
     numbers = {number for number, use in facts.uses.items() if index in use.params}
     found: list[set[int]] = [set() for _ in sizes]
@@ -135,18 +135,18 @@ def _borders(
 
 
 Piece = tuple[int, int]
-"""From where to where an axis is taken."""
+"""The start and stop of a piece of an axis."""
 
 
 def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
-    """The values of which some indices are taken: value, axis, and what each result has."""
+    """The values from which indices are taken: value, axis, and each result's piece."""
     found: dict[tuple[int, int], dict[int, Piece]] = {}
     for step, relation in result.trail:
         for link in relation.links:
             taken = link.positions if link.positions is not None else np.array([])
             taken = taken[taken >= 0]
             piece = (int(taken.min()), int(taken.max()) + 1) if len(taken) else (0, 0)
-            # Every other index, or another order, is no part that a grid could hold.
+            # A grid can hold neither every other index nor another order.
             if len(link.axes) == 1 and len(taken) and piece[1] - piece[0] == len(taken):
                 key = step.inputs[link.operand], link.axes[0]
                 found.setdefault(key, {})[step.outputs[link.result]] = piece
@@ -154,7 +154,7 @@ def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
 
 
 def _joined(facts: Facts, pieces: dict[int, Piece]) -> list[Piece]:
-    """The pieces of an axis, those as one that come together again before they meet anything."""
+    """The pieces of an axis; pieces that are joined again before they meet anything are one."""
     parts: list[tuple[set[int], Piece]] = []
     for place, (start, stop) in pieces.items():
         where = facts.put_together(place)
@@ -171,7 +171,7 @@ def _joined(facts: Facts, pieces: dict[int, Piece]) -> list[Piece]:
 def _parts(
     shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: Sequence[set[int]]
 ) -> dict[int, list[int]]:
-    """For each output axis the sizes of the parts that have rows of their own."""
+    """For each output axis, the sizes of the parts that have their own rows."""
     found: dict[int, list[int]] = {}
     for axis, within in zip(outputs, borders, strict=True):
         ends = {0, shape[axis], *within}

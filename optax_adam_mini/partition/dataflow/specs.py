@@ -1,4 +1,4 @@
-"""From the groups that were found to block specs: a grid, never coarser than the groups."""
+"""Turns groups into block specs: grids that are never coarser than the groups."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def spec_of(shape: Sequence[int], result: Result, index: int) -> BlockSpec:
 
 
 def _cut(axis: int, size: int, label: Label) -> Cut:
-    """Neighbours in one group are one block.
+    """The cut of an axis: each run of neighbours in one group is a block.
 
-    Where the indices of a group are apart, each run of neighbours is a block: finer, never coarser.
+    A group whose indices are not neighbours becomes several blocks: finer, never coarser.
     """
     if label is None:
         return None
@@ -52,7 +52,7 @@ def _cut(axis: int, size: int, label: Label) -> Cut:
         return 1
     seen = label[label != UNSEEN]
     if len(seen) == 0 or (seen == seen[0]).all():
-        # What no use has seen is as the rest is.
+        # Indices that no use has seen go with the rest.
         return None if len(seen) and seen[0] == ALONE else 1
     label = np.where(label == UNSEEN, ALONE, label)
     borders = np.flatnonzero((label[1:] != label[:-1]) | (label[1:] == ALONE)) + 1

@@ -1,7 +1,8 @@
-"""Filters that are written out: a parameter is taken apart, and its products are summed again.
+"""Finds filters that are written as sums of shifted products.
 
-`sum(shifted(x, i) * w[i] for i in range(taps))` is a convolution of each channel with a filter of
-its own. Each of its products looks like a gain.
+`sum(shifted(x, i) * w[i] for i in range(taps))` convolves each channel with its own filter. By
+itself, each of its products looks like a gain. `sum(shifted(x, i) @ w[i] for i in range(taps))` is
+a convolution too. By itself, each of its products looks like a layer of a stack.
 """
 
 from __future__ import annotations
@@ -19,52 +20,60 @@ from optax_adam_mini.partition.dataflow.program import (
 )
 
 _SLICES = {"slice", "split", "dynamic_slice", "scan_slice", "gather"}
+_ADDING = {"add", "add_any", "sub", "neg", "convert_element_type", "copy"}
 _MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transpose", MERGE}
 
 
 class Product(NamedTuple):
-    """One index of a parameter, times data."""
+    """A product of data and one index of a parameter."""
 
     step: Step
     slice: Step
+    moved: int
+    """The data that the index is multiplied with."""
     data: int
-    """What was moved about to be multiplied."""
+    """The data before they were shifted."""
 
 
 def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
-    """The products of filters that are written out, and the steps that take their taps, by id."""
+    """The ids of the products in such filters, and of the steps that take their taps."""
     made = {place: step for step in program.steps for place in step.outputs}
-    families: dict[tuple[int, int], list[Product]] = {}
+    families: dict[tuple[int, int, str], list[Product]] = {}
     for step in program.steps:
-        if step.name != "mul" or step.is_backward:
+        if step.name not in ("mul", "dot_general") or step.is_backward:
             continue
         for weight, other in (step.inputs, step.inputs[::-1]):
             taken = _taken(program, made, weight) if weight not in data and other in data else None
             if taken is not None:
                 root = _root(program, made, other)
-                found = families.setdefault((taken.inputs[0], root), [])
-                found.append(Product(step, taken, root))
+                found = families.setdefault((taken.inputs[0], root, step.name), [])
+                found.append(Product(step, taken, other, root))
     products: set[int] = set()
     slices: set[int] = set()
     for family in families.values():
         reached = [_summed_in(program, product.step) for product in family]
         for i, product in enumerate(family):
             in_loop = product.slice.name not in ("slice", "split")
-            met = [where for j, where in enumerate(reached) if j != i or in_loop]
+            if product.step.name == "mul":
+                met = [where for j, where in enumerate(reached) if j != i or in_loop]
+            else:
+                met = [where for other, where in zip(family, reached, strict=True)
+                       if other.moved != product.moved]  # fmt: skip
             is_summed = any(
                 (left in reached[i] and right in where) or (right in reached[i] and left in where)
                 for where in met
                 for left, right in _sums(program, reached[i])
             )
-            # Of a loop: not where one product is what the next one is made of.
+            # In a loop, products that depend on one another do not make a filter.
             if is_summed and not (in_loop and _makes(program, product.step, product.data)):
-                products.add(id(product.step))
                 slices.add(id(product.slice))
+                if product.step.name == "mul":
+                    products.add(id(product.step))
     return products, slices
 
 
 def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
-    """The step that takes one index of a parameter, if a value is one."""
+    """The step that takes one index of a parameter to make this value, if there is one."""
     while (step := made.get(place)) is not None and step.name in _MOVES:
         place = step.inputs[0]
     if step is None or step.name not in _SLICES:
@@ -77,7 +86,7 @@ def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
 
 
 def _root(program: Program, made: dict[int, Step], place: int) -> int:
-    """What a value was before it was moved about: shifted, padded, cut."""
+    """The value that was shifted, padded or sliced to make this one."""
     step = made.get(place)
     if step is None or step.name not in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
         return place
@@ -87,14 +96,23 @@ def _root(program: Program, made: dict[int, Step], place: int) -> int:
 
 
 def _summed_in(program: Program, step: Step) -> set[int]:
-    """The values that a product goes into by sums."""
-    seen = set(step.outputs)
-    todo = [*seen]
+    """The values that a product goes into through sums and layout steps.
+
+    A product of matrices may instead be a layer, whose sum other layers read: it is followed only
+    while a value has one reader.
+    """
+    is_matrix = step.name != "mul"
+    through = _ADDING | LAYOUT if is_matrix else LINEAR | LAYOUT
+    readers = lambda place: [s for s in program.consumers.get(place, ()) if not s.is_backward]
+    seen: set[int] = set()
+    todo = [*step.outputs]
     while todo:
-        for consumer in program.consumers.get(todo.pop(), ()):
-            if consumer.name in LINEAR | LAYOUT and not consumer.is_backward:
-                todo += set(consumer.outputs) - seen
-                seen.update(consumer.outputs)
+        place = todo.pop()
+        steps = readers(place)
+        if place in seen or (is_matrix and len(steps) > 1):
+            continue
+        seen.add(place)
+        todo += [out for s in steps if s.name in through for out in s.outputs]
     return seen
 
 
@@ -103,7 +121,7 @@ def _makes(program: Program, step: Step, place: int) -> bool:
 
 
 def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:
-    """The operands of the sums that values go into."""
+    """The operands of the sums that these values go into."""
     steps = {
         id(step): step for place in places for step in program.consumers.get(place, ())
         if step.name in ("add", "add_any", "sub")

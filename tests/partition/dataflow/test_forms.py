@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optax_adam_mini import infer_block_specs
+from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers
 from tests.partition.dataflow.models.parts import (
     ROWS,
     B,
@@ -184,6 +184,18 @@ FILTERS = {
     "a loop": summed_in_a_loop,
 }
 FINER_FILTERS = {"a scan": summed_in_a_scan}
+# Convolutions from all channels to all.
+CONVOLUTIONS = {
+    "convolution": lambda x, w: conv(x, w[::-1], padding=[(TAPS - 1, 0)]),
+    "einsum": lambda x, w: jnp.einsum(
+        "kbtd,kdf->btf", jnp.stack([shifted(x, i) for i in range(TAPS)]), w
+    ),
+    "one kernel": lambda x, w: (
+        jnp.concatenate([shifted(x, i) for i in range(TAPS)], -1) @ w.reshape(-1, w.shape[-1])
+    ),
+    "shifts": lambda x, w: sum(shifted(x, i) @ w[i] for i in range(TAPS)),
+    "rolls": lambda x, w: sum(jnp.roll(x, i, 1) @ w[i] for i in range(TAPS)),
+}
 
 
 def filtered(by):
@@ -209,7 +221,10 @@ FORMS = {
     "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),
     "rotations of heads": ({k: turned_by_head(f) for k, f in ROTATIONS.items()}, QKV, X),
     "filters": ({k: filtered(f) for k, f in FILTERS.items()}, KERNELS, X),
-}
+    "convolutions": (
+        {k: filtered(f) for k, f in CONVOLUTIONS.items()}, KERNELS | {"w": shape(TAPS, F, F)}, X,
+    ),
+}  # fmt: skip
 
 
 # A gate and its value, and layers, of which the kernel is taken apart, or its outputs; heads and
@@ -319,6 +334,13 @@ def test_a_function_has_the_same_blocks_in_every_form(function, form, v):
     assert found(forms[form], params, x, v) == found(first, params, x, v)
 
 
+@pytest.mark.parametrize("form", EXPERTS)
+def test_muon_has_the_experts_however_they_are_chosen(form):
+    numbers = infer_muon_dimension_numbers(EXPERTS[form], MLP, ROWS)
+    assert numbers["u"] == numbers["v"] == ((1,), (2,))
+    assert numbers["w"] is None
+
+
 @pytest.mark.parametrize("form", FINER_FILTERS)
 def test_filters_are_never_joined(form):
     grid = found(filtered(FINER_FILTERS[form]), KERNELS, X, "mean")["w"]
@@ -349,6 +371,31 @@ def test_gains_of_a_query_and_a_key_are_not_read_as_a_filter():
     assert found(forward, params, X, "mean") == {"z": (1, 1), "g": (2, 1), "v": (1, D)}
 
 
+def of_one_input(act):
+    """Layers that each read something of one input."""
+
+    def forward(p, x):
+        y = x[:, 0]
+        for i in range(3):
+            y = act(y, y + x[:, i + 1] @ p["w"][i])
+        return y
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda before, y: jnp.tanh(y),
+        lambda before, y: before + jnp.tanh(y),
+        lambda before, y: y + jnp.tanh(y),
+        lambda before, y: y + jnp.tanh(before),
+    ],
+)
+def test_layers_that_read_one_input_are_no_convolution(act):
+    assert found(of_one_input(act), {"w": shape(3, D, D)}, X, "mean") == {"w": (3, 1, D)}
+
+
 def test_stacked_layers_have_rows_of_their_own():
     grids = found(LOOPS["by index"], STACK, X, "outer")
     assert grids["u"] == ((4, D, 1), (4, 1, F))
@@ -366,10 +413,21 @@ def grouped(p, x):
     return jnp.einsum("bgrts,bsgd->btgrd", weights, v).reshape(B, T, -1) @ p["o"]
 
 
-def test_a_middle_axis_is_cut_into_heads_and_parts():
+def grouped_in_a_loop(p, x):
+    y = (x @ p["w"]).reshape(B, T, 2, 4, N)
+    q, k, v = y[:, :, :, :2], y[:, :, :, 2], y[:, :, :, 3]
+    out = []
+    for i in range(2):
+        weights = jax.nn.softmax(jnp.einsum("btrd,bsd->brts", q[:, :, i], k[:, :, i]))
+        out.append(jnp.einsum("brts,bsd->btrd", weights, v[:, :, i]))
+    return jnp.stack(out, 2).reshape(B, T, -1) @ p["o"]
+
+
+@pytest.mark.parametrize("fn", [grouped, grouped_in_a_loop])
+def test_a_middle_axis_is_cut_into_heads_and_parts(fn):
     params = shapes(w=(D, 2 * 4 * N), o=(2 * 2 * N, D))
-    assert found(grouped, params, X, "mean")["w"] == (1, 2 * (2 + 1 + N))
-    assert found(grouped, params, X, "outer")["w"] == ((D, 4), (1, 8 * N))
+    assert found(fn, params, X, "mean")["w"] == (1, 2 * (2 + 1 + N))
+    assert found(fn, params, X, "outer")["w"] == ((D, 4), (1, 8 * N))
 
 
 def resized(order, square):

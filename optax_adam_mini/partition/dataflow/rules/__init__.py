@@ -1,4 +1,4 @@
-"""The rules of all primitives, one file for each kind."""
+"""The rules of all primitives, one file per kind."""
 
 from optax_adam_mini.partition.dataflow.rules import (
     contractions,

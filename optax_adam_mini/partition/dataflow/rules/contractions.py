@@ -1,8 +1,8 @@
-"""Contractions: where parameters meet data, and activations meet one another.
+"""Contractions: parameters meet data, and activations meet one another.
 
-The contracted axes of a parameter lie inside a block, its free axes separate blocks and make
-features, and its batch axes separate blocks. Activations whose contraction is an inner product are
-coupled along the contracted axes.
+The contracted axes of a parameter lie inside a block. Its free axes separate blocks and make
+features; its batch axes separate blocks. If activations are contracted in an inner product, they
+are coupled along the contracted axes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optax_adam_mini.partition.dataflow.rules.inner_products import Side, is_inn
 from optax_adam_mini.partition.dataflow.rules.registry import rule, unknown
 
 Places = dict[int, int]
-"""The result's axis for each batch and free axis of an operand."""
+"""For each batch and free axis of an operand, the result's axis."""
 
 
 @rule("dot_general")
@@ -34,10 +34,10 @@ def _scaled_dot(facts: Facts, step: Step) -> Relation:
 
 @rule("ragged_dot_general")
 def _ragged_dot(facts: Facts, step: Step) -> Relation:
-    """Rows in groups of several lengths, each with its own matrix: the experts of a mixture."""
+    """Groups of rows of unequal length, each with its own matrix: experts of a mixture."""
     numbers = step.params["ragged_dot_dimension_numbers"]
     dims, groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
-    if not groups:  # the groups are parts of the contracted axis, as in a gradient
+    if not groups:  # the groups divide the contracted axis, as in a gradient
         return unknown(facts, step)
     found = _dot(facts, step, dims, groups)
     if facts.inputs(step)[1].is_weight:
@@ -46,7 +46,7 @@ def _ragged_dot(facts: Facts, step: Step) -> Relation:
 
 
 def _dot(facts: Facts, step: Step, dims: Any, groups: Axes = ()) -> Relation:
-    """A dot of the first two operands; the result has no axis for `groups` of the second."""
+    """A dot of the first two operands; the second's axes `groups` are not in the result."""
     contracted, batch = dims
     sides: list[Side] = []
     for value, gone, shared, rest in zip(
@@ -80,7 +80,7 @@ def contraction(
         not _is_layer_of_constants(facts, step)
         and all(
             value.kind <= Kind.WEIGHT
-            # A filter that the function closes over, with which a convolution's kernel is resized.
+            # An array that the function closes over, with which a convolution's kernel is resized.
             or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
             for value in values
         )
@@ -98,16 +98,16 @@ def contraction(
                 if not side.is_kernel and side.featured(side.contracted)
             ]
         elif not any(side.is_kernel for side in sides):
-            # The norm of a vector, which has nothing left but the batch, mixes nothing.
+            # The norm of a vector leaves only batch axes, and mixes nothing.
             found.is_mixture = any(side.free for side in sides)
     return found
 
 
 def _is_layer_of_constants(facts: Facts, step: Step) -> bool:
-    """Whether constants are what a layer is applied to, and not what its kernel is made with.
+    """Whether constants are a layer's input rather than a factor of its kernel.
 
-    They are where a derivative pushes a basis through the model, and where what comes out goes
-    through a function: a kernel would be contracted before that.
+    They are input if a derivative pushes a basis through the model, or if the result goes through a
+    nonlinear function: a kernel would be contracted with data before that.
     """
     if all(value.kind == Kind.WEIGHT for value in facts.inputs(step)):
         return False
@@ -119,7 +119,7 @@ def _is_layer_of_constants(facts: Facts, step: Step) -> bool:
 def _of_data(
     facts: Facts, found: Relation, sides: Sequence[Side], places: Sequence[Places]
 ) -> None:
-    """Constants mix the features that they are contracted with."""
+    """A contraction of activations; constants mix the features that they are contracted with."""
     for operand in range(2):
         other = sides[1 - operand].value
         if other.kind == Kind.CONSTANT or other.is_fixed:
@@ -127,7 +127,7 @@ def _of_data(
 
 
 def _mix(found: Relation, operand: int, sides: Sequence[Side], places: Sequence[Places]) -> None:
-    """A constant matrix makes an axis of another size of the contracted ones."""
+    """A constant matrix turns the contracted axes into new ones."""
     new = tuple(places[1 - operand][axis] for axis in sides[1 - operand].free
                 if axis in places[1 - operand])  # fmt: skip
     contracted = sides[operand].contracted
@@ -136,7 +136,7 @@ def _mix(found: Relation, operand: int, sides: Sequence[Side], places: Sequence[
 
 
 def _is_lookup(sides: Sequence[Side]) -> bool:
-    """Whether rows are chosen by one-hot vectors."""
+    """Whether one-hot vectors choose rows."""
     return any(
         Indices.ONE_HOT in side.value.whole(axis).indices
         for side in sides
@@ -146,7 +146,7 @@ def _is_lookup(sides: Sequence[Side]) -> bool:
 
 
 def _chosen(side: Side, other: Side) -> list[int]:
-    """The contracted axes of which one index is chosen, by one-hot vectors."""
+    """The contracted axes from which one-hot vectors choose an index."""
     return [
         axis
         for axis, met in zip(side.contracted, other.contracted, strict=True)
@@ -155,7 +155,7 @@ def _chosen(side: Side, other: Side) -> list[int]:
 
 
 def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Places]) -> None:
-    """Parameters, and constants, with one another: the product is a parameter."""
+    """A contraction of parameters, or of a parameter and a constant: the result is a parameter."""
     found.keeps = {operand for operand, side in enumerate(sides) if side.value.is_weight}
     kept = {axis for side in sides for axis in (*side.batch, *side.free)}
     found.is_summary = not kept or all(side.value.is_summary for side in sides)
@@ -172,11 +172,13 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
         is_data = copied or side.value.made == 2
         of_other = [a for a in (*other.batch, *other.free) if other.value.is_copied(a)]
         if is_data and not of_other and other.is_contracted and side.is_contracted:
-            # Repeated for each example, or a function of a product of parameters: it acts as data.
+            # A parameter repeated for each example, or a function of a product of parameters, acts
+            # as data.
             found.keeps = set()
             found.kind = Kind.DATA
             found.spent.add(operand)
-            # Outputs of a layer, where the product went through a function, and rows of its input.
+            # If the product went through a function, it is the output of a layer, and its
+            # contracted axes are outputs too.
             axes = [*side.free, *side.batch, *(side.contracted if side.value.made == 2 else ())]
             found.cuts += [(operand, axis) for axis in axes if side.value.is_own(axis)]
             _use_kernel(found, 1 - operand, other, places[1 - operand], operand)
@@ -194,11 +196,11 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
 def _of_a_parameter(
     facts: Facts, step: Step, found: Relation, sides: Sequence[Side], places: Sequence[Places]
 ) -> None:
-    """A parameter, alone or combined, with data."""
+    """A contraction of data with a parameter, alone or combined."""
     found.kind = Kind.DATA
     if sides[0].value.params == sides[1].value.params and not any(
         facts.acts(side.value) for side in sides
-    ):  # a norm, a proximal term: what a parameter makes with itself is no use of it
+    ):  # a norm, a proximal term: a parameter that meets itself is not used
         _of_parameters(found, sides, places)
         found.kind = max(side.value.kind for side in sides)
         return
@@ -236,13 +238,13 @@ def _of_a_parameter(
         elif kernels or facts.is_activation(value, side.contracted):
             found.spent.add(operand)
             if not facts.acts(value) and side.has_outputs(facts):
-                # One example, or a factor of the kernel that was scaled: it cannot be told.
+                # It may be one example, or a factor of the kernel that was scaled.
                 found.cuts += [(operand, axis) for axis in range(len(value.shape))
                                if value.is_own(axis)]  # fmt: skip
 
 
 def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
-    """Whether a parameter is what the other side is multiplied with."""
+    """Whether this side is a kernel that the other side is multiplied with."""
     if not side.value.is_weight or not side.is_contracted:
         return False
     if side.value.kind == Kind.WEIGHT:
@@ -269,7 +271,7 @@ def _is_output(value: Value, axis: int) -> bool:
 def _multiply(
     facts: Facts, found: Relation, operand: int, sides: Sequence[Side], places: Sequence[Places]
 ) -> None:
-    """Nothing of a parameter is contracted: the dot is a product, as with a gain."""
+    """A dot that contracts no axis of a parameter: an element-wise product, as with a gain."""
     aligned: list[Value] = []
     rank = 1 + max((axis for place in places for axis in place.values()), default=-1)
     for side, place in zip(sides, places, strict=True):
@@ -305,7 +307,7 @@ def _conv(facts: Facts, step: Step) -> Relation:
     found.links.append(Link(1, (outputs,), (out_channels,)))
     if data.is_combined:
         found.spent.add(0)
-    elif data.is_weight:  # a parameter as the image: nothing is known of its pixels
+    elif data.is_weight:  # a parameter as the image: its pixels are not followed
         found.unread.add(0)
     if kernel.is_weight:
         found.kind = Kind.DATA

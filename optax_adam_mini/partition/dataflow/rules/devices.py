@@ -1,7 +1,7 @@
 """Devices: what `shard_map` and collectives do to axes.
 
-A device has a part of an axis; parts of a parameter, or of its outputs, that are gathered again
-are not followed.
+A device has a part of an axis. Parts of a parameter or of its outputs are not followed when they
+are gathered again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _shard(facts: Facts, step: Step) -> Relation:
 
 @rule("unshard", "all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all")
 def _moved_across(facts: Facts, step: Step) -> Relation:
-    """Axes that are split or joined across devices: unread where they are a parameter's."""
+    """Axes that are split or joined across devices: unread if they are a parameter's."""
     value, out = facts.inputs(step)[0], facts.outputs(step)[0]
     axes = list(range(len(value.shape)))  # the operand's axis for each of the result's
-    if not step.params.get("tiled", True):  # an axis for the devices goes or comes
+    if not step.params.get("tiled", True):  # an axis of devices is removed or added
         for gone in ("scatter_dimension", "split_axis"):
             if gone in step.params:
                 axes.remove(step.params[gone])
@@ -55,9 +55,9 @@ def _moved_across(facts: Facts, step: Step) -> Relation:
 @rule("psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast",
       "unreduced_psum")  # fmt: skip
 def _across(facts: Facts, step: Step) -> Relation:
-    """Arrays of all devices combined, or exchanged, element by element.
+    """Arrays of all devices, combined or exchanged element by element.
 
-    An axis that vmap has named is one of the array: it goes, as in a sum.
+    An axis named by `vmap` is an axis of the array, and is reduced as in a sum.
     """
     named = step.params.get("axes", ())
     gone = {axis for axis in named if isinstance(axis, int)} if isinstance(named, tuple) else set()

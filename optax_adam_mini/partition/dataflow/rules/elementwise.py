@@ -1,8 +1,8 @@
-"""Element-wise primitives: axes of the result's size stay what they are.
+"""Element-wise primitives: axes of the result's size keep their places.
 
-A parameter that meets activations in a product is a gain, one block; elsewhere it is a bias, and
-each coordinate is a block. Where it meets data that no other parameter made it is open what it is,
-and a later step says.
+A parameter that activations are multiplied by is a gain, which is one block. A parameter that meets
+activations otherwise is a bias, and each coordinate is a block. If a parameter meets data that no
+other parameter made, a later step decides what it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ELEMENTWISE = {
 
 
 def elementwise(facts: Facts, step: Step) -> Relation:
-    """Axes of the result's size stay what they are."""
+    """The rule of all element-wise primitives."""
     ins, out = facts.inputs(step), facts.outputs(step)[0]
     found = Relation(kind=max(value.kind for value in ins), keeps_dropped=True)
     for operand, value in enumerate(ins):
@@ -51,7 +51,7 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     if step.name in STOPPING and not (
         step.name == "stop_gradient" and ins[0].kind == Kind.WEIGHT  # a layer that is frozen
     ):
-        # A target that the model itself computes is data to what learns from it.
+        # A target that the model itself computes is data for the loss.
         found.kind = Kind.DATA if found.kind else Kind.CONSTANT
         found.is_stopped = True
         return _with_one_hot(found, step, ins, out)
@@ -71,7 +71,7 @@ def elementwise(facts: Facts, step: Step) -> Relation:
 
 
 def _tap(found: Relation, ins: Sequence[Value]) -> Relation:
-    """One tap of the filters of channels, which each have their own."""
+    """One tap of a filter per channel."""
     for operand, value in enumerate(ins):
         if value.is_weight:
             found.uses[operand] = ()
@@ -80,7 +80,7 @@ def _tap(found: Relation, ins: Sequence[Value]) -> Relation:
 
 
 def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value) -> Relation:
-    """Adds that the result is one-hot, where what counts is compared with an index."""
+    """Marks the result as one-hot where a counter is compared with an index."""
     found.ends = Indices.COUNTED
     if step.name == "eq":
         for counted, other in ((ins[0], ins[1]), (ins[1], ins[0])):
@@ -98,7 +98,7 @@ def _with_one_hot(found: Relation, step: Step, ins: Sequence[Value], out: Value)
 
 
 def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
-    """Whether vectors that are one-hot still choose rows: scaled, smoothed by constants, masked."""
+    """Whether one-hot vectors still choose rows, as if scaled, masked or smoothed by constants."""
     hot = [
         any(Indices.ONE_HOT in f.indices for factors in value.axes for f in factors)
         for value in ins
@@ -118,9 +118,9 @@ def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
 
 
 def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
-    """Whether a sum over it would contract the two operands.
+    """Whether a sum over the product would contract the two operands.
 
-    What scales a product that is there already, and what has nothing to contract, is no factor.
+    It would not if one operand only scales a product, or has nothing to contract.
     """
     is_one = any(value.is_weight for value in ins) or all(value.has_features for value in ins)
     if any(value.kind == Kind.CONSTANT for value in ins) or not is_one:
@@ -132,9 +132,9 @@ def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
 
 
 def _merge(facts: Facts, step: Step, found: Relation) -> Relation:
-    """What a loop carries, or a branch ends with.
+    """A value that a loop carries or a branch returns.
 
-    A parameter that is something else in the next round is used coordinate by coordinate.
+    If the value is not a parameter in every iteration, a parameter in it is used per coordinate.
     """
     (value,), out = facts.inputs(step), facts.outputs(step)[0]
     found.made, found.is_summary, found.drops = value.made, value.is_summary, False
@@ -154,7 +154,7 @@ def _merge(facts: Facts, step: Step, found: Relation) -> Relation:
 
 
 def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: bool) -> None:
-    """What parameters are that meet others element by element; all have the same axes."""
+    """Adds what parameters do in an element-wise primitive; all operands have the same axes."""
     for operand, value in enumerate(ins):
         if not value.is_weight:
             continue
@@ -176,7 +176,7 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
                 found.cuts += [(operand, axis) for axis in own]
             continue
         if not own:  # a number: a temperature, a gate
-            if is_product or not value.is_summary:  # a penalty is added, and no use
+            if is_product or not value.is_summary:  # adding a penalty is not a use
                 found.uses[operand] = ()
             continue
         aligned = [other for other in others if len(other.shape) == len(value.shape)]
@@ -191,23 +191,23 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             for axis in range(len(value.shape))
             if axis not in own and not value.moves(axis)
         )
-        scales = any(value.moves(axis) for axis in own)  # as a gain that data were scaled by
+        scales = any(value.moves(axis) for axis in own)  # data were scaled by it, as by a gain
         frequencies = [
             axis
             for axis in range(len(value.shape))
             if (value.is_own(axis) or Indices.FREQUENCIES in value.whole(axis).indices)
             and any(Indices.FREQUENCIES in other.whole(axis).indices for other in aligned)
         ]
-        if is_product:  # each member of an ensemble has a gain of its own
+        if is_product:  # each member of an ensemble has its own gain
             found.cuts += [
                 (operand, axis)
                 for axis in own
                 if any(Indices.MEMBERS in o.whole(axis).indices for o in aligned)
             ]
-        if facts.is_rows(value):  # used where they were chosen; what is data still scales them
+        if facts.is_rows(value):  # used where they were chosen; data may still scale them
             if not covered:
                 found.keeps.add(operand)
-        elif is_product and frequencies:  # a convolution, of each channel by itself
+        elif is_product and frequencies:  # a convolution of each channel
             found.uses[operand] = ()
             found.cuts += [(operand, axis) for axis in own if axis not in frequencies]
         elif is_product and is_copied and len(covered) == len(own):
@@ -223,14 +223,14 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
                 found.gains.add(operand)
             elif is_product and not facts.acts(
                 value
-            ):  # a number of data times all: a gain later, or a layer of one input
+            ):  # all scaled by one number of data: a later gain, or a layer with one input
                 found.scaled.add(operand)
     weights = [value for value in ins if value.is_weight]
     found.is_summary = bool(weights) and all(value.is_summary for value in weights)
 
 
 def _is_bias_of_a_parameter(ins: Sequence[Value], operand: int, own: Sequence[int]) -> bool:
-    """Whether a parameter is added at each index of another's: what they make acts as data."""
+    """Whether a parameter is added at each index of another's axis: the sum acts as data."""
     value = ins[operand]
     return bool(own) and any(
         other.kind == Kind.WEIGHT

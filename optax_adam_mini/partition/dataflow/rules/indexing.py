@@ -1,7 +1,7 @@
-"""Indexing: rows are chosen out of an array, or placed into one.
+"""Indexing: rows are chosen from an array, or placed into one.
 
-The axis that is indexed separates blocks (tokens); axes that are taken whole stay what they are.
-Where the program itself says which indices it takes, they are a slice of activations.
+An indexed axis separates blocks (tokens); axes that are taken whole stay as they are. If the
+program fixes the indices, indexing activations is a slice.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ def step_shape(facts: Facts, step: Step) -> tuple[int, ...]:
 
 
 def numbers_axis(indices: object) -> int:
-    """The axis of indices that holds the coordinates: the last one."""
+    """The axis of `indices` that holds the coordinates: the last one."""
     return len(indices.shape) - 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def chosen(
     facts: Facts, step: Step, whole: dict[int, int], shared: dict[int, int] | None = None
 ) -> Relation:
-    """Rows of the first operand by index.
+    """Rows of the first operand, chosen by index.
 
-    `whole` has the axes that are taken whole, and where they are in the result; `shared` those
-    along which each index has its own rows.
+    `whole` maps the axes that are taken whole to the result's axes; `shared` maps the axes along
+    which each index has its own rows.
     """
     value = facts.inputs(step)[0]
     shared = shared or {}
     links = [Link(0, (a,), (to,)) for a, to in (shared | whole).items()]
     indexed = [a for a in range(len(value.shape)) if a not in (shared | whole)]
-    for place in range(len(step_shape(facts, step))):  # features that were chosen are features
+    for place in range(len(step_shape(facts, step))):  # chosen features stay features
         if place not in (shared | whole).values() and not value.is_weight:
             links += [Link(0, (a,), (place,), is_lost=True) for a in indexed if value.features(a)]
     found = layout(facts, step, links)
@@ -130,7 +130,7 @@ def _scatter(facts: Facts, step: Step) -> Relation:
         for axis, place in zip(inside, numbers.update_window_dims, strict=True)
         if updates.shape[place] == value.shape[axis]
     }
-    if step.name == "scatter" and len(window) == len(value.shape):  # all over what there was
+    if step.name == "scatter" and len(window) == len(value.shape):  # overwrites everything
         links = [Link(2, (place,), (axis,)) for place, axis in window.items()]
         found = layout(facts, step, links, keeps={2} if updates.is_weight else set())
         found.kind = updates.kind
@@ -157,13 +157,13 @@ def _dynamic_update_slice(facts: Facts, step: Step) -> Relation:
         if len(window) < len(value.shape):
             return _placed(facts, step, 1, window)
         links = same(1, range(len(value.shape)))
-    return layout(facts, step, links)  # written into nothing, or all over what there was
+    return layout(facts, step, links)  # written into zeros, or over everything
 
 
 def _placed(facts: Facts, step: Step, updates: int, window: dict[int, int]) -> Relation:
-    """Parts of the first operand are replaced by, or added to, another operand.
+    """Parts of the first operand are replaced by another operand, or combined with it.
 
-    A parameter is used coordinate by coordinate in both places.
+    A parameter is used per coordinate as either operand.
     """
     ins = facts.inputs(step)
     found = Relation(kind=max(value.kind for value in ins))

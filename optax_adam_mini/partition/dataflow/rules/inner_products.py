@@ -1,7 +1,7 @@
 """Inner products: contractions whose coordinates act through one number, and so are coupled.
 
-The scores of attention are such, and similarities of two embeddings. A layer whose weights happen
-to be computed, a mixture of values or of experts, is none: it keeps the features of one side.
+Attention scores and similarities of two embeddings are inner products. A mixture of values or of
+experts is not: it is a layer whose weights are computed, and keeps the features of one side.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Value
 
 @dataclasses.dataclass
 class Side:
-    """An operand of a contraction and the roles of its axes."""
+    """An operand of a contraction, and the roles of its axes."""
 
     value: Value
     contracted: Axes
@@ -22,14 +22,15 @@ class Side:
     is_kernel: bool = False
     """It is a parameter that meets data here."""
     is_written_out: bool = False
-    """Of a product and its sum: an axis of size 1 is one that the other side has alone."""
+    """The contraction is written as a product and a sum: only the other side varies along an axis
+    of size 1."""
 
     def uses(self, axes: Axes) -> set[int]:
         """The uses that made these axes."""
         return {use for axis in axes for use in self.value.features(axis)}
 
     def featured(self, axes: Axes) -> list[int]:
-        """Those of the axes that outputs of parameters lie along, or the kernel's own."""
+        """Those of the axes that have features, or are the kernel's own."""
         return [
             axis
             for axis in axes
@@ -38,7 +39,7 @@ class Side:
 
     @property
     def is_contracted(self) -> bool:
-        """Whether a parameter is contracted, not only what it was repeated along."""
+        """Whether a parameter's axis is contracted, and not only one it was repeated along."""
         value = self.value
         return bool(self.contracted) and any(
             (value.shape[axis] == 1 and not self.is_written_out)
@@ -47,7 +48,7 @@ class Side:
         )
 
     def has_outputs(self, facts: Facts) -> bool:
-        """Whether free axes are the parameter's, and not those of activations in it."""
+        """Whether a free axis is the parameter's, and not one of activations combined with it."""
         value = self.value
         is_activation = facts.is_activation(value, range(len(value.shape)))
         return any(
@@ -61,10 +62,10 @@ class Side:
 def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     """Whether the contracted coordinates act through one number, and so are coupled.
 
-    Then no features are left but those of heads and of positions. Where the other side keeps its
-    own, the contraction is a layer whose weights happen to be computed.
+    An inner product leaves no features but those of heads and of positions. If one side keeps
+    others, the contraction is a layer whose weights are computed.
     """
-    # Where examples or positions are summed over as well, it is a mean of many products.
+    # A sum over examples or positions as well is a mean of many products.
     summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
     for side in (a, b):
         if not summed or len(side.featured(tuple(side.contracted[i] for i in summed))) < len(
@@ -73,8 +74,8 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             return False
     if a.is_kernel or b.is_kernel:
         kernel, data = (a, b) if a.is_kernel else (b, a)
-        # A layer without outputs of its own, one number for each head, as GAT's attention has; or
-        # queries that are made of parameters alone.
+        # Either a layer without outputs, one number per head, as in GAT's attention; or queries
+        # that are computed from parameters alone.
         has_outputs = any(
             kernel.value.is_own(axis) or kernel.value.shape[axis] == 1 for axis in kernel.free
         )
@@ -84,8 +85,9 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             and bool(data.uses(data.batch) & data.uses(data.contracted))
         )
     if _meet(a, b):
-        # The same outputs on both sides: the norm of a vector, positions that are matched with
-        # themselves, the derivative of a mixture. A factor of both is none if each has its own.
+        # Both sides share outputs: the norm of a vector, positions matched with themselves, the
+        # derivative of a mixture. These couple nothing. If each side also has its own uses, the
+        # shared outputs are only a factor of both, and the check below decides.
         if a.featured(a.free) or b.featured(b.free) or a.value.mixtures != b.value.mixtures:
             return False
         left, right = a.uses(a.contracted), b.uses(b.contracted)
@@ -102,7 +104,7 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             [
                 axis
                 for axis in axes
-                if not (side.value.features(axis).keys() <= shared)  # the same positions twice
+                if not (side.value.features(axis).keys() <= shared)  # the same positions on both
                 and not _is_position(facts, side, axis, are_two)
             ],
         )
@@ -111,8 +113,8 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     kept = [(side, axes) for side, axes in kept if axes]
     if len(kept) != 1:
         return not kept
-    # One side keeps features: several heads share the other, if they are the slower axes of the
-    # same parameter. (Were they the faster ones, blocks would be strided.)
+    # One side keeps features. They are heads that share the other side if they are the slower axes
+    # of the same parameter. (If they were the faster axes, blocks would be strided.)
     ((side, axes),) = kept
     return all(
         slow.keys() == fast.keys() and all(slow[use].distance > fast[use].distance for use in fast)
@@ -134,18 +136,19 @@ def _meet(a: Side, b: Side) -> bool:
 
 
 def _extents(value: Value, use: int) -> dict[int, tuple[int, int]]:
-    """By the distance of neighbours, from which to which output of a use the axes go."""
-    factors = [*map(value.whole, range(len(value.shape))), value.dropped]
+    """For each distance of neighbours, the start and stop of the outputs of a use."""
+    factors = [*map(value.whole, range(len(value.shape))), *value.dropped]
     parts = sorted(factor.features[use] for factor in factors if use in factor.features)
     return {part.distance: (part.start, part.stop) for part in parts}
 
 
 def _is_position(facts: Facts, side: Side, axis: int, are_two: bool) -> bool:
-    """Whether an axis with features is one of positions to those that are contracted.
+    """Whether an axis with features holds positions, as seen from the contracted axes.
 
-    Either what made these ran over it, as a query's kernel runs over positions that were mixed:
-    then it is of positions if both sides have such, or if that kernel contracted features. Or what
-    made it has mixed positions that they had (the keys of Linformer).
+    It does if the layer that made the contracted axes ran over it, as a query's kernel runs over
+    mixed positions, and either both sides keep features or that layer contracted features. It also
+    does if the layer that made it ran over the contracted features, to mix positions (the keys of
+    Linformer).
     """
     contracted = [(use, facts.uses[use]) for use in side.uses(side.contracted)]
     found = side.value.whole(axis)

@@ -1,7 +1,7 @@
-"""Layout: axes are moved about, split, merged and put together; nothing is used.
+"""Layout: axes are moved, split, merged and joined; nothing is used.
 
-A link says which axes of an operand are which of the result's, and, where only some indices are
-taken or the result is put together, which index is where.
+A link says which axes of an operand become which of the result's. If only some indices are taken,
+or the result is joined from several arrays, it also says which index goes where.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _reshape(facts: Facts, step: Step) -> Relation:
 
 
 def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
-    """The smallest groups of axes that a reshape turns into one another, size 1 left out."""
+    """The smallest groups of axes that a reshape turns into one another, without size 1."""
     if math.prod(old) == 0:
         return []
     a = [i for i, size in enumerate(old) if size != 1]
@@ -147,7 +147,7 @@ def _stack(facts: Facts, step: Step) -> Relation:
 
 
 def _put_together(facts: Facts, step: Step, along: int) -> Relation:
-    """Arrays become parts of one. A parameter among data is used coordinate by coordinate."""
+    """Arrays are joined into one. A parameter that is joined with data is used per coordinate."""
     ins = facts.inputs(step)
     filled = [value for value in ins if 0 not in value.shape]
     has_data = any(

@@ -1,7 +1,7 @@
-"""Transforms and linear algebra: axes of the batch stay, those of a matrix are mixed.
+"""Transforms and linear algebra: batch axes stay, and the axes of a matrix are mixed.
 
-A Fourier transform mixes the indices of an axis among themselves, and what is multiplied in the
-domain of frequencies is a convolution. Where a parameter itself is decomposed, nothing is known.
+A Fourier transform mixes the indices of an axis, and a product in the frequency domain is a
+convolution. A parameter that is itself decomposed is unread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _fft(facts: Facts, step: Step) -> Relation:
 
 @rule("custom_linear_solve")
 def _linear_solve(facts: Facts, step: Step) -> Relation:
-    """What is solved for has the axes of the right-hand side, the last operands."""
+    """The solution has the axes of the right-hand side, which is the last operands."""
     first = len(step.inputs) - len(step.outputs)
     links = [
         Link(first + result, (axis,), (axis,), result, is_lost=True)
@@ -47,7 +47,7 @@ def _of_matrices(facts: Facts, step: Step) -> Relation:
                 Link(operand, (a,), (a,), result) for a in batch if value.shape[a] == out.shape[a]
             ]
     found = layout(facts, step, links, keeps=set())
-    if step.name == "triangular_solve":  # the columns of what is solved for stay
+    if step.name == "triangular_solve":  # the columns of the right-hand side stay
         rank = len(ins[1].shape)
         columns = rank - 1 if step.params["left_side"] else rank - 2
         found.links.append(Link(1, (columns,), (columns,)))
@@ -55,7 +55,7 @@ def _of_matrices(facts: Facts, step: Step) -> Relation:
         linked = {a for link in found.links if link.operand == operand for a in link.axes}
         own = [a for a, n in enumerate(value.shape) if n > 1 and value.is_own(a)]
         mixed = [axis for axis in own if axis not in linked]
-        if facts.acts(value):  # activations that a parameter scales, each as it does
+        if facts.acts(value):  # activations, each coordinate scaled by a parameter
             found.cuts += [(operand, axis) for axis in mixed]
         elif mixed:
             found.unread.add(operand)

@@ -1,6 +1,6 @@
-"""Loops: what a loop runs over has an axis less inside.
+"""Loops: an array that a loop runs over has one axis fewer inside.
 
-Layers that are stacked along that axis are blocks of their own.
+Layers that are stacked along that axis have their own blocks.
 """
 
 from __future__ import annotations

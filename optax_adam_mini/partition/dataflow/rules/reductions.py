@@ -1,6 +1,6 @@
-"""Reductions: axes go, the others stay what they are.
+"""Reductions: the reduced axes go, and the others stay as they are.
 
-A sum of a product is the contraction of its two factors, whether it is written as one or not.
+A sum of a product is the contraction of its two factors, and is treated like a `dot_general`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
     }
     for product in {number for axis in gone for number, _ in tags[axis]}:
         multiplied = facts.products[product]
-        # A product that goes on, coordinate by coordinate, is a gate and no inner product, although
-        # its mean is taken as well: a layer norm does that.
+        # If the product itself is also used, it is a gate and not an inner product, although its
+        # mean is taken as well, as in a layer norm.
         goes_into = facts.program.goes_into(multiplied.outputs[0])
         if goes_into - {"reduce_sum"}:
             continue
@@ -80,13 +80,13 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
         relation = contraction(facts, summed, sides, [to, to])
         if relation.unread:
             continue
-        if relation.chain:  # of parameters alone: a parameter still, and no norm
+        if relation.chain:  # of parameters alone: still a parameter, and not a norm
             found.made, found.is_summary = relation.made, False
         relation.links = [link for link in relation.links if link.operand in relation.uses]
         relation.keeps = set()
         used = frozenset[int]().union(*(values[operand].params for operand in relation.uses))
         if used >= value.params:
-            found.keeps = set()  # it was a kernel, and its outputs are data
+            found.keeps = set()  # it was a kernel; its outputs are data
         found.is_mixture |= relation.is_mixture
         found.sums.append((summed, relation))
 
@@ -104,6 +104,6 @@ def _sort(facts: Facts, step: Step) -> Relation:
     for result in range(len(step.outputs)):
         operand = min(result, len(ins) - 1)
         links += [Link(operand, (a,), (a,), result, is_lost=a == along % rank) for a in range(rank)]
-    # The coordinates of a parameter that is sorted are who knows where.
+    # Where the coordinates of a sorted parameter end up is unknown.
     mixed = {i for i, v in enumerate(ins) if v.shape and v.is_weight and v.is_own(along % rank)}
     return layout(facts, step, links, unread=mixed)

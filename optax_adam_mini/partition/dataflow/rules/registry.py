@@ -1,9 +1,9 @@
 """The table of rules.
 
-A rule says how the axes of a primitive's results come from the axes of its operands: it returns a
-`Relation`. Most primitives only move axes about, and their rules are a list of links. Where a
-parameter meets data, the rule says what that makes of the parameter's axes; where activations meet
-in an inner product, it couples the axes that are contracted.
+A rule returns a `Relation`, which says how the axes of a primitive's results come from the axes of
+its operands. Most primitives only move axes, and their rules are a list of links. Where a parameter
+meets data, the rule also says what role its axes have. Where activations meet in an inner product,
+the rule couples the contracted axes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enters a rule into the table."""
+    """Adds a rule to the table."""
 
     def enter(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -30,12 +30,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def same(operand: int, axes: Iterable[int], result: int = 0) -> list[Link]:
-    """Links of axes that stay what they are."""
+    """Links of axes that keep their places."""
     return [Link(operand, (axis,), (axis,), result) for axis in axes]
 
 
 def layout(facts: Facts, step: Step, links: list[Link], **more: Any) -> Relation:
-    """Axes are moved about; nothing is used."""
+    """A relation that only moves axes; nothing is used."""
     ins = facts.inputs(step)
     kind = max((value.kind for value in ins), default=Kind.CONSTANT)
     more.setdefault("keeps", {i for i, value in enumerate(ins) if value.is_weight})
@@ -46,7 +46,7 @@ def layout(facts: Facts, step: Step, links: list[Link], **more: Any) -> Relation
 
 
 def unknown(facts: Facts, step: Step) -> Relation:
-    """No rule: harmless where neither parameters nor what they make come in."""
+    """The relation of a primitive without a rule: unread if parameters or features go into it."""
     ins = facts.inputs(step)
     kind = max((value.kind for value in ins), default=Kind.CONSTANT)
     touched = {i for i, value in enumerate(ins) if value.is_weight or value.has_features}

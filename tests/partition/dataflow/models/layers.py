@@ -551,8 +551,7 @@ MODELS = {
         [X, INDEX], DILATED_GRIDS,
     ),
     "dilated, by shifts": (
-        dilated(lambda x, w, d: past(x, d) @ w[0] + x @ w[1]), DILATED, [X, INDEX],
-        {**DILATED_GRIDS, "w": (2, 2, 1, 10)},
+        dilated(lambda x, w, d: past(x, d) @ w[0] + x @ w[1]), DILATED, [X, INDEX], DILATED_GRIDS,
     ),
     "dilated, stacked": (
         dilated(lambda x, w, d: jnp.einsum("kbtc,kco->bto", jnp.stack([past(x, d), x]), w)),
