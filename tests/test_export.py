@@ -36,7 +36,7 @@ def jitted_step(shape, spec, dtype=jnp.float32, optimizer=adam_mini):
 
 
 @each_layout
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("rocm", marks=pytest.mark.slow), "tpu"])
 def test_the_step_lowers_without_custom_calls_or_loops(shape, spec, platform):
     step, args = jitted_step(shape, spec)
     module = jax.export.export(step, platforms=[platform])(*args).mlir_module()
@@ -45,7 +45,7 @@ def test_the_step_lowers_without_custom_calls_or_loops(shape, spec, platform):
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_temporaries_of_the_step_are_small(shape, spec, dtype):
     step, args = jitted_step(shape, spec, dtype)
     memory = step.lower(*args).compile().memory_analysis()

@@ -318,15 +318,20 @@ LONG = {"steps": 6000, "last": 1000}
     ("n", "decays", "options", "limit"),
     [
         (4096, (0.9, 0.999), {}, 0.05),
-        (4096, (0.9, 0.95), {}, 0.05),
-        (4096, (0.99, 0.9995), {}, 0.15),
         # After many steps v has its full size: m is a fifteenth of the root, near the first codes.
         (4096, (0.99, 0.9995), LONG, 0.215),
-        (4096, (0.9, 0.999), LONG, 0.05),
         (4096, (0.9, 0.999), {"sigma": 1.5}, 0.12),
-        (4096, (0.9, 0.95), {"sigma": 1.5}, 0.12),
         # Not bounded, as in the paper: the largest moments are in the coarse codes.
         (4096, (0.9, 0.999), {"sigma": 1.5, "bounded": False}, 0.15),
+        *(
+            pytest.param(4096, decays, options, limit, marks=pytest.mark.slow)
+            for decays, options, limit in (
+                ((0.9, 0.95), {}, 0.05),
+                ((0.99, 0.9995), {}, 0.15),
+                ((0.9, 0.999), LONG, 0.05),
+                ((0.9, 0.95), {"sigma": 1.5}, 0.12),
+            )
+        ),
         *(
             pytest.param(n, decays, options, limit, marks=pytest.mark.slow)
             for n in (2**16, 2**16 + 1)
@@ -515,7 +520,10 @@ def largest_ratio(b1, b2):
         pytest.param(MATRIX, id="outer"),
     ],
 )
-@pytest.mark.parametrize(("b1", "b2"), DECAYS)
+@pytest.mark.parametrize(
+    ("b1", "b2"),
+    [*DECAYS[:4], *(pytest.param(*decays, marks=pytest.mark.slow) for decays in DECAYS[4:])],
+)
 def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     """Gradients of one coordinate that grow by b2 / b1 bring the moment closest to its bound."""
     shape, steps = (4, 4), 60
@@ -948,8 +956,23 @@ def test_conversion_to_8_bits_works_on_shapes_and_refuses_other_dtypes():
 # --- Bytes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("spec", [per_neuron(), per_token(), MATRIX], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "nesterov"),
+    [
+        (per_neuron(), False),
+        (MATRIX, True),
+        *(
+            pytest.param(spec, nesterov, marks=pytest.mark.slow)
+            for spec, nesterov in (
+                (per_neuron(), True),
+                (per_token(), False),
+                (per_token(), True),
+                (MATRIX, False),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_a_donated_step_keeps_nothing_of_a_parameters_size(spec, nesterov):
     """Not even an array of codes, which would be a quarter of the parameter's size."""
     tx = int8(1e-3, nesterov=nesterov, block_specs=spec)
@@ -1023,9 +1046,19 @@ def leaves(saved, like, path):
     return eqx.tree_deserialise_leaves(path / "saved.eqx", like)
 
 
+each_way = pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        ("int8", "float32"),
+        ("float32", "int8"),
+        pytest.param("int8", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "int8", marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.mark.parametrize("restore", [standard, manager, pytree, msgpack, leaves])
-@pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
-                                            ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
+@each_way
 def test_a_checkpoint_of_another_mu_dtype_is_refused(restore, made, used, tmp_path):
     """Either by the restore itself or by the next update; never used as it is."""
     old, new = kind(made), kind(used)
@@ -1038,8 +1071,7 @@ def test_a_checkpoint_of_another_mu_dtype_is_refused(restore, made, used, tmp_pa
 
 
 @pytest.mark.parametrize("restore", [standard, lambda saved, like, path: saved])
-@pytest.mark.parametrize(("made", "used"), [("int8", "float32"), ("int8", "bfloat16"),
-                                            ("float32", "int8"), ("bfloat16", "int8")])  # fmt: skip
+@each_way
 def test_an_nnx_optimizer_of_another_mu_dtype_is_refused(made, used, restore, tmp_path):
     model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones(4))))(model)
