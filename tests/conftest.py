@@ -5,7 +5,7 @@ import jax
 import pytest
 
 # Ordinarily as many examples as a short suite has time for: each compiles programs of its own.
-PROFILES = {"ordinary": 8, "thorough": 40, "nightly": 2000}
+PROFILES = {"ordinary": 6, "thorough": 40, "nightly": 2000}
 for name, max_examples in PROFILES.items():
     hypothesis.settings.register_profile(name, max_examples=max_examples, deadline=None)
 hypothesis.settings.register_profile(  # for tests that are to fail, and no more than that

@@ -25,7 +25,7 @@ BY_HEAD_QKV = [(64, per_tensor()), (64, per_tensor()), (64, per_neuron())] * 12
 @pytest.mark.parametrize(
     ("shape", "spec", "grid"),
     [
-        # The design's table, line by line.
+        # Each kind of spec, on the shape it is meant for.
         ((768,), per_tensor(), (1,)),
         ((768,), per_element(), (768,)),
         ((768, 3072), per_neuron(), (1, 3072)),
@@ -36,7 +36,7 @@ BY_HEAD_QKV = [(64, per_tensor()), (64, per_tensor()), (64, per_neuron())] * 12
         ((768, 2304), fused(-1, QKV), (1, 792)),
         ((32, 768, 12, 64), per_head(12, axis=-2, stacked=0), (32, 1, 12, 1)),
         ((8, 768, 3072), per_neuron(stacked=0), (8, 1, 3072)),
-        # And what it leaves open.
+        # Unequal parts, scalars, empty arrays and axes of one.
         (
             (2048, 2560),
             fused(1, [(n, BlockSpec(((1, c),))) for n, c in [(2048, 32), (512, None)]]),
@@ -54,7 +54,7 @@ BY_HEAD_QKV = [(64, per_tensor()), (64, per_tensor()), (64, per_neuron())] * 12
         ((1, 1), per_head(1), (1, 1)),
     ],
 )
-def test_grid(shape, spec, grid):
+def test_a_spec_cuts_a_shape_into_its_grid(shape, spec, grid):
     assert spec.grid(shape) == grid
     mean = jax.eval_shape(spec.block_mean, jax.ShapeDtypeStruct(shape, jnp.float32))
     chex.assert_shape(mean, grid)
@@ -135,14 +135,14 @@ def test_specs_are_hashable_and_comparable():
         ),
     ],
 )
-def test_errors(make, error, text):
+def test_specs_that_do_not_fit_are_refused(make, error, text):
     with pytest.raises(error) as raised:
         make()
     assert text in str(raised.value)
 
 
-def test_repr_can_be_typed():
-    """A spec or label function in an error or a log says how to make it."""
+def test_repr_of_a_spec_evaluates_to_the_spec():
+    """So that a spec or label function in an error or a log can be copied into code."""
     names = {name: getattr(optax_adam_mini, name) for name in optax_adam_mini.__all__}
     for text in [
         "per_tensor()", "per_tensor(stacked=0)", "per_element()", "per_neuron(axis=-1)",

@@ -22,13 +22,13 @@ def blocks():
             yield pytest.param(page, "\n" * line + code, id=name)
 
 
-def test_they_are_found():
+def test_python_blocks_of_the_docs_are_found():
     assert len(list(blocks())) >= 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), list(blocks()))
-def test_block_runs_alone(page, code):
+def test_a_python_block_of_the_docs_runs_alone(page, code):
     if needs := re.match(r"\n*# Needs (\w+)", code):
         pytest.importorskip(needs[1], reason=f"{needs[1]} is not installed")
     exec(compile(code, page, "exec"), {"__name__": "__main__"})

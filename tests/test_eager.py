@@ -82,7 +82,7 @@ class Inverse:
      by_logical_axes([], default=flax_layers())],
     ids=["default", "spec", "by_path", "by_logical_axes"],
 )  # fmt: skip
-def test_it_is_copied_and_sent_to_other_processes(specs):
+def test_a_transformation_can_be_copied_and_pickled(specs):
     """With a schedule that has no hash, as optax.adamw is."""
     tx = adam_mini(Inverse(0.1), block_specs=specs)
     params = {"kernel": jnp.ones((8, 12)), "bias": jnp.zeros(12)}

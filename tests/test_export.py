@@ -36,8 +36,8 @@ def jitted_step(shape, spec, dtype=jnp.float32, optimizer=adam_mini):
 
 
 @each_layout
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_lowers_without_custom_calls_or_loops(shape, spec, platform):
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("rocm", marks=pytest.mark.slow), "tpu"])
+def test_the_step_lowers_without_custom_calls_or_loops(shape, spec, platform):
     step, args = jitted_step(shape, spec)
     module = jax.export.export(step, platforms=[platform])(*args).mlir_module()
     assert "stablehlo.custom_call" not in module
@@ -45,8 +45,8 @@ def test_lowers_without_custom_calls_or_loops(shape, spec, platform):
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_temporaries_are_small(shape, spec, dtype):
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+def test_temporaries_of_the_step_are_small(shape, spec, dtype):
     step, args = jitted_step(shape, spec, dtype)
     memory = step.lower(*args).compile().memory_analysis()
     size = args[0]["w"].dtype.itemsize * args[0]["w"].size
@@ -55,7 +55,7 @@ def test_temporaries_are_small(shape, spec, dtype):
 
 
 @each_layout
-def test_roots_and_quotients_are_of_blocks(shape, spec):
+def test_square_roots_and_divisions_are_per_block(shape, spec):
     step, args = jitted_step(shape, spec)
     hlo = step.lower(*args).compile().as_text()
     size = args[0]["w"].size
@@ -70,7 +70,7 @@ def test_roots_and_quotients_are_of_blocks(shape, spec):
 
 @each_layout
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_passes_over_memory(shape, spec, dtype):
+def test_the_step_makes_as_many_passes_over_memory_as_adamw(shape, spec, dtype):
     """Over arrays of the parameters' size: the sum over blocks, mu, and the parameters. AdamW's
     has one for nu in place of the sum."""
     for optimizer in (adam_mini, optax.adamw):

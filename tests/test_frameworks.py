@@ -92,7 +92,7 @@ def refusal(params, block_specs=None):
 # Flax Linen: TrainState and mutable batch statistics
 
 
-def test_flax_linen(digits):
+def test_linen_trains_with_batch_statistics(digits):
     class Classifier(nn.Module):
         @nn.compact
         def __call__(self, images, train):
@@ -134,7 +134,7 @@ def test_flax_linen(digits):
     assert jnp.any(state.batch_stats["BatchNorm_0"]["mean"] != first["BatchNorm_0"]["mean"])
 
 
-def test_flax_linen_plain_query_kernels():
+def test_plain_query_kernels_of_linen_need_num_heads():
     class Attention(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -189,7 +189,7 @@ READER = {
 }
 
 
-def test_flax_nnx_optimizer(digits):
+def test_an_nnx_optimizer_trains(digits):
     model = Reader(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, adam_mini(1e-2), wrt=nnx.Param)
     traces = []
@@ -201,22 +201,21 @@ def test_flax_nnx_optimizer(digits):
         optimizer.update(model, grads)
         return loss
 
+    copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # one program, not one a leaf
+
     def step(state, batch):  # of the same two objects, their state given and taken as a pytree
         nnx.update((model, optimizer), state)
         loss = nnx_step(model, optimizer, *batch)
-        return copy_of_state(), loss
+        return copied(nnx.state((model, optimizer))), loss
 
-    def copy_of_state():
-        return jax.tree.map(jnp.copy, nnx.state((model, optimizer)))
-
-    train(step, copy_of_state(), digits, jit=lambda step: step)
+    train(step, copied(nnx.state((model, optimizer))), digits, jit=lambda step: step)
     assert len(traces) == 1
     assert optimizer.step[...] == 40
     assert nu_shapes(nnx.as_pure(optimizer.opt_state)) == READER
 
 
 @pytest.mark.slow
-def test_flax_nnx_functional(digits):
+def test_nnx_trains_with_the_functional_api(digits):
     graph, params = nnx.split(Reader(nnx.Rngs(0)), nnx.Param)
     tx = adam_mini(1e-2)
 
@@ -233,7 +232,7 @@ def test_flax_nnx_functional(digits):
     assert nu_shapes(opt_state) == READER
 
 
-def test_flax_nnx_of_unknown_name():
+def test_an_nnx_parameter_of_unknown_name_is_refused():
     class Prompted(nnx.Module):
         def __init__(self, rngs):
             self.prompt = nnx.Param(jnp.ones((3, 16)))
@@ -278,7 +277,7 @@ def haiku_train(forward, digits, block_specs=None):
 
 
 @pytest.mark.slow
-def test_haiku_convolution(digits):
+def test_a_haiku_convolution_trains(digits):
     def forward(images):
         x = hk.Conv2D(8, 3, with_bias=False)(images[..., None])
         x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(x, is_training=True))
@@ -296,7 +295,7 @@ def test_haiku_convolution(digits):
 
 
 @pytest.mark.slow
-def test_haiku_lstm(digits):
+def test_a_haiku_lstm_trains(digits):
     def forward(images):
         lstm = hk.LSTM(32)
         rows, _ = hk.dynamic_unroll(lstm, images, lstm.initial_state(len(images)), time_major=False)
@@ -318,7 +317,7 @@ def haiku_attention(images):
 
 
 @pytest.mark.slow
-def test_haiku_attention(digits):
+def test_haiku_attention_trains(digits):
     assert haiku_train(haiku_attention, digits, flax_layers(num_heads=4)) == {
         "layer_norm/offset": (16,),
         "layer_norm/scale": (1,),
@@ -349,7 +348,7 @@ def test_haiku_attention_needs_num_heads(digits):
     )
 
 
-def test_haiku_layers():
+def test_haiku_layers_have_the_right_blocks():
     def forward(tokens, images):
         gru = hk.GRU(4)
         gru(hk.Embed(9, 6)(tokens), gru.initial_state(len(tokens)))
@@ -431,7 +430,7 @@ class EquinoxConvolution(eqx.Module):
 @pytest.mark.parametrize(
     "is_param", [eqx.is_inexact_array, pytest.param(eqx.is_array, marks=pytest.mark.slow)]
 )
-def test_equinox_convolution(is_param, digits):
+def test_an_equinox_convolution_trains(is_param, digits):
     pixels = {"pixels": (144,)} if is_param is eqx.is_array else {}
     model = eqx.filter_jit(EquinoxConvolution)(jax.random.key(0))
     assert equinox_train(model, digits, is_param=is_param) == {
@@ -466,7 +465,7 @@ class EquinoxAttention(eqx.Module):
 
 
 @pytest.mark.slow
-def test_equinox_attention(digits):
+def test_equinox_attention_trains(digits):
     model = eqx.filter_jit(EquinoxAttention)(jax.random.key(0))
     assert equinox_train(model, digits, flax_layers(num_heads=2)) == {
         "embed/weight": (17, 1),
@@ -488,7 +487,7 @@ def test_equinox_attention(digits):
 
 @pytest.mark.slow
 def test_equinox_takes_the_whole_model_as_params(digits):
-    """As `optax.adamw` does: its functions, numbers and integers, which have no gradient."""
+    """With its functions, floats and integers, which have no gradient, as `optax.adamw` does."""
 
     class Model(eqx.Module):
         conv: EquinoxConvolution
@@ -514,7 +513,7 @@ def test_equinox_takes_the_whole_model_as_params(digits):
     theirs = trained(optax.adamw(1e-2, weight_decay=0.1))
     assert loss(ours, *digits) < loss(model, *digits)
     chex.assert_trees_all_close(*(eqx.filter(m, eqx.is_array) for m in (ours, theirs)), atol=1e-4)
-    # And a parameter without a gradient stays, whatever else has none.
+    # A parameter whose gradient is None has the update None.
     grads = eqx.filter_grad(loss)(model, *digits)
     grads = eqx.tree_at(lambda m: m.conv.norm.weight, grads, None)
     tx = adam_mini(1e-2, block_specs=per_neuron(axis=0))
@@ -529,7 +528,7 @@ def equinox_shapes(make, *args):
     )
 
 
-def test_equinox_layers():
+def test_equinox_layers_have_the_right_blocks():
     def make(key):
         return {
             "conv": eqx.nn.Conv1d(3, 4, 2, use_bias=False, key=key),
@@ -558,7 +557,7 @@ def test_equinox_layers():
     }
 
 
-def test_equinox_stacked_layers():
+def test_stacked_equinox_layers_have_blocks_of_their_own():
     class Stack(eqx.Module):
         blocks: eqx.nn.MLP
 
@@ -640,20 +639,28 @@ def losses_in_a_dict(digits):
     return container_losses(CONTAINERS["dict"][0], digits)[0]
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_containers(container, digits, losses_in_a_dict):
+@pytest.mark.parametrize(
+    "container",
+    [
+        name
+        if name in ("list_of_tuples", "dataclass_of_namedtuples")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONTAINERS
+    ],
+)
+def test_parameters_in_any_container_train_alike(container, digits, losses_in_a_dict):
     pack, paths = CONTAINERS[container]
     losses, shapes = container_losses(pack, digits)
     assert shapes == dict(zip(paths, [(1, 32), (32,), (1, 10), (10,)], strict=True))
     np.testing.assert_allclose(losses, losses_in_a_dict, rtol=1e-5)
 
 
-def test_bare_array():
+def test_a_bare_array_is_cut_by_neuron():
     state = adam_mini(1e-2).init(jnp.ones((3, 4)))
     assert nu_shapes(state) == {"": (1, 4)}
 
 
-def test_containers_of_unknown_names():
+def test_unknown_field_names_are_refused_with_advice():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
     class Factors:
@@ -677,7 +684,7 @@ def test_containers_of_unknown_names():
     }
 
 
-def test_containers_of_weights():
+def test_a_field_called_weight_has_its_outputs_first():
     class Linear(NamedTuple):
         weight: Any
         bias: Any
@@ -687,7 +694,7 @@ def test_containers_of_weights():
     assert "weight (3, 4): its name is none of Flax's own" in refusal(params._asdict())
 
 
-# docs/frameworks.md, whose blocks tests/test_docs.py runs
+# The code of docs/frameworks.md, which tests/test_docs.py runs with Adam-mini
 
 
 OLD_LINE = re.compile(r"^# (?P<old>tx = optax\.adamw\(.*\))\ntx = adam_mini\(.*\)$", re.M)
@@ -698,8 +705,8 @@ SECTIONS = dict(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", sorted(SECTIONS.keys() - {"What to check"}))
-def test_page(section):
-    """The line above, uncommented, is all there is to change: it runs as well."""
+def test_code_of_the_page_trains_with_adamw_too(section):
+    """The page says that the optimizer's line is all there is to change: its old line runs too."""
     assert "infer_block_specs(" in SECTIONS[section]
     assert "checkpointer.restore(" in SECTIONS[section]
     old, count = OLD_LINE.subn(r"\g<old>", SECTIONS[section])
@@ -710,7 +717,7 @@ def test_page(section):
 
 
 @pytest.mark.slow
-def test_page_restores_what_is_no_parameter():
+def test_code_of_the_page_restores_batch_statistics_and_counters():
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(SECTIONS["Flax NNX with the functional API"], PAGE, "exec"), names)
     assert names["rest"]["dropout"]["rngs"]["count"][...] == 4  # three steps, and one after

@@ -73,7 +73,7 @@ def assert_same(ours, reference):
 
 
 @pytest.mark.parametrize("setting", golden.SETTINGS)
-def test_equals_recorded_reference(setting):
+def test_parameters_equal_the_recorded_reference(setting):
     with np.load(golden.FILE) as file:
         params, grads, reference = (
             {name: file[f"{part}/{name}"] for name in golden.SHAPES}
@@ -83,7 +83,7 @@ def test_equals_recorded_reference(setting):
 
 
 @pytest.mark.parametrize("setting", golden.SETTINGS)
-def test_equals_live_reference(setting):
+def test_parameters_equal_the_installed_reference(setting):
     pytest.importorskip("torch")
     pytest.importorskip("adam_mini")
     params, grads = golden.inputs()

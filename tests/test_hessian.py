@@ -16,13 +16,12 @@ def quadratic(matrix):
     return lambda params: params["w"].ravel() @ matrix @ params["w"].ravel() / 2
 
 
-def test_hessian_is_jaxs_own():
+def test_hessians_equal_those_of_jax():
     x = jax.random.normal(jax.random.key(0), (3, 5))
     fn = lambda x: jnp.sum(jnp.tanh(x @ x.T) ** 3)
+    expected = jax.jit(jax.hessian(fn))(x).reshape(15, 15)
     for batch_size in (1, 4, 64):
-        np.testing.assert_allclose(
-            hessians(fn, x, batch_size), jax.hessian(fn)(x).reshape(15, 15), rtol=1e-4, atol=1e-4
-        )
+        np.testing.assert_allclose(hessians(fn, x, batch_size), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -37,7 +36,7 @@ def test_hessians_of_several_arrays_are_those_of_each():
         np.testing.assert_allclose(found[name], alone.reshape(size, size), rtol=1e-4, atol=1e-4)
 
 
-def test_all_inside_where_the_hessian_has_these_blocks():
+def test_the_share_is_one_where_the_hessian_has_these_blocks():
     matrix = np.kron(np.eye(4), np.ones((3, 3)))  # rows of w
     (share,) = block_shares(quadratic(matrix), {"w": jnp.ones((4, 3))}, per_neuron(0)).values()
     assert share.inside == 1
@@ -47,33 +46,33 @@ def test_all_inside_where_the_hessian_has_these_blocks():
     assert columns.inside == 0
 
 
-def test_as_by_chance_where_all_is_coupled_alike():
+def test_the_share_is_that_of_chance_where_all_coordinates_couple_alike():
     fn = quadratic(np.ones((24, 24)))
     for spec in (per_neuron(0), per_neuron(1), per_head(2)):
         share = block_shares(fn, {"w": jnp.ones((4, 6))}, spec)["w"]
         assert share.inside == pytest.approx(share.chance)
 
 
-def test_signs_and_the_diagonal_do_not_count():
+def test_the_share_ignores_signs_and_the_diagonal():
     matrix = np.array([[9.0, -1, 2, 0], [-1, 9, 0, 1], [2, 0, 9, -3], [0, 1, -3, 9]])
     share = block_shares(quadratic(matrix), {"w": jnp.ones((2, 2))}, per_neuron(0))["w"]
     assert share.inside == pytest.approx((2 * 1 + 2 * 3) / (2 * (1 + 2 + 1 + 3)))
 
 
-def test_blocks_that_hold_nothing_or_all_are_left_out():
+def test_parameters_of_one_block_or_one_per_element_are_left_out():
     params = {"a": jnp.ones(3), "b": jnp.ones(3), "c": jnp.ones((2, 3))}
     specs = {"a": per_element(), "b": per_tensor(), "c": per_neuron()}
     loss = lambda p: jnp.sum(p["c"] @ (p["a"] * p["b"])) ** 2
     assert list(block_shares(loss, params, specs)) == ["c"]
 
 
-def test_too_large_is_an_error():
+def test_a_parameter_that_is_too_large_is_refused():
     params = {"w": jnp.ones((129, 128))}
     with pytest.raises(ValueError, match=r"^w \(129, 128\): has 16,512 coordinates"):
         block_shares(lambda p: jnp.sum(p["w"] ** 2), params, per_neuron())
 
 
-def test_too_large_is_an_error_before_anything_is_measured():
+def test_a_parameter_that_is_too_large_is_refused_before_any_is_measured():
     params = {"a": jnp.ones((3, 2)), "w": jnp.ones((129, 128))}
 
     def loss(params):
@@ -91,7 +90,7 @@ def test_integers_are_left_out_and_complex_parameters_refused():
         block_shares(lambda p: jnp.abs(p["w"]).sum(), params, per_neuron())
 
 
-def test_nothing_off_the_diagonal_is_nan():
+def test_the_share_of_a_diagonal_hessian_is_nan():
     share = block_shares(lambda p: jnp.sum(p["w"] ** 2), {"w": jnp.ones((2, 3))}, per_neuron())
     assert np.isnan(share["w"].inside)
     assert share["w"].chance == pytest.approx(3 * 2 / (6 * 5))

@@ -55,14 +55,18 @@ from optax_adam_mini import adam_mini
     ],
     ids=lambda value: re.sub(" at 0x.*?>", "", str(value)),
 )
-def test_refused_when_built(kwargs, error, text):
+def test_wrong_hyperparameters_are_refused_when_the_optimizer_is_built(kwargs, error, text):
     with pytest.raises(error) as raised:
         adam_mini(**{"learning_rate": 1e-3, **kwargs})
     assert text in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    "param_dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+    "param_dtype",
+    [
+        "bfloat16",  # and float32, which the other parameter has
+        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16")),
+    ],
 )
 @pytest.mark.parametrize(
     "rate",

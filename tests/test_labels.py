@@ -24,7 +24,7 @@ from optax_adam_mini import (
 from optax_adam_mini.labels import resolve_block_specs
 
 
-def test_resolve_block_specs():
+def test_block_specs_may_be_one_spec_a_tree_a_prefix_or_a_function():
     params = {"a": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}, "b": jnp.ones(3)}
     specs = {"a": {"kernel": per_neuron(), "bias": per_element()}, "b": per_tensor()}
     expected = [("a/bias", per_element()), ("a/kernel", per_neuron()), ("b", per_tensor())]
@@ -33,7 +33,7 @@ def test_resolve_block_specs():
     assert resolve_block_specs(per_tensor(), params) == [
         (path, per_tensor()) for path in ("a/bias", "a/kernel", "b")
     ]
-    # A prefix, and nothing asked for where the parameters are empty.
+    # A prefix; and where a part of the parameters is empty, no spec is asked for.
     assert resolve_block_specs({"a": per_element(), "b": per_tensor()}, params)[1] == (
         "a/kernel",
         per_element(),
@@ -87,7 +87,7 @@ def test_resolve_block_specs():
         (3, TypeError, "block_specs: expected a BlockSpec such as per_neuron(), got 3 of type int"),
     ],
 )
-def test_resolve_block_specs_errors(specs, error, text):
+def test_block_specs_that_do_not_fit_are_refused(specs, error, text):
     with pytest.raises(error) as raised:
         resolve_block_specs(specs, {"a": jnp.ones((2, 4)), "c": jnp.ones(2)})
     assert text in str(raised.value)

@@ -45,7 +45,7 @@ MATRIX = outer(per_neuron(axis=0), per_neuron())
 SPECS = {name: MATRIX if len(shape) == 2 else per_element() for name, shape in SHAPES.items()}
 ours = functools.partial(muon_mini, muon_weight_dimension_numbers=NUMBERS)
 theirs = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=NUMBERS)
-# In 8 bits all that a float state has is tested, too.
+# A state in 8 bits has all that one in floats has, and codes: it is the one to test quickly.
 IN_8_BITS_FIRST = [pytest.param(None, marks=pytest.mark.slow), "int8"]
 mini = functools.partial(ours, 0.02, adam_learning_rate=4e-3, block_specs=SPECS)
 
@@ -91,8 +91,16 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_with_a_number_for_each_coordinate_it_is_optax_contrib_muon(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name not in ("default", "heavy ball", "a preset")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIONS
+    ],
+)
+def test_muon_mini_per_element_equals_optax_contrib_muon(name):
     rate = optax.linear_schedule(0.05, 0.0, 40) if name == "schedule" else 0.02
     # At Adam's 0.999 Optax's 1 - b2**t has five digits fewer than ours.
     options = {"adam_b2": 0.95, "adam_learning_rate": 4e-3, **OPTIONS[name]}
@@ -105,9 +113,10 @@ def test_with_a_number_for_each_coordinate_it_is_optax_contrib_muon(name):
 
 
 @pytest.mark.parametrize("given", ["none", "prefix", "function"])
-def test_the_ways_to_give_dimension_numbers(given):
-    params = {"a": make_params(), "b": jnp.ones((4, 6))}
-    numbers = {"a": NUMBERS, "b": MuonDimensionNumbers()}
+def test_dimension_numbers_may_be_none_a_prefix_or_a_function(given):
+    some = ("heads", "bias")
+    params = {"a": {name: make_params()[name] for name in some}, "b": jnp.ones((4, 6))}
+    numbers = {"a": {name: NUMBERS[name] for name in some}, "b": MuonDimensionNumbers()}
     if given == "none":
         numbers, params = None, {"a": jnp.ones((4, 6)), "b": jnp.ones((3, 4, 5))}
     elif given == "prefix":
@@ -123,8 +132,8 @@ def test_the_ways_to_give_dimension_numbers(given):
     chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_running_muon_is_taken_over():
-    """Of its Adam the second moment becomes Adam-mini's, and nothing else changes."""
+def test_a_muon_run_switches_to_muon_mini():
+    """Adam's second moment becomes Adam-mini's, and nothing else in the state changes."""
     params, state = train(theirs(0.02), make_params(), 5)
     tx = mini()
     switched = from_adam_state(state, params, SPECS)
@@ -135,7 +144,7 @@ def test_a_running_muon_is_taken_over():
         adam.nu.b["table"], list(parts(state))[1].nu["table"].mean(0, keepdims=True), rtol=1e-5
     )
     found, expected = (
-        t.update(gradients(params, 5), s, params)[0]
+        jax.jit(t.update)(gradients(params, 5), s, params)[0]
         for t, s in ((ours(0.02, block_specs=SPECS), switched), (theirs(0.02), state))
     )
     chex.assert_trees_all_close(found["heads"], expected["heads"], rtol=1e-6, atol=1e-6)
@@ -145,7 +154,7 @@ def test_a_running_muon_is_taken_over():
 # --- Adam-mini's part ----------------------------------------------------------------------------
 
 
-def test_specs_of_the_whole_tree_and_decay_by_the_mask():
+def test_muon_mini_takes_specs_and_a_decay_mask_of_the_whole_tree():
     mask = {name: name == "table" for name in SHAPES}
     tx = mini(adam_weight_decay=0.5, weight_decay=0.5, weight_decay_mask=mask)
     params = make_params()
@@ -163,7 +172,7 @@ def test_specs_of_the_whole_tree_and_decay_by_the_mask():
 @pytest.mark.parametrize(
     "mu_dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (None, jnp.int8)), jnp.float32]
 )
-def test_parameters_in_bfloat16(mu_dtype):
+def test_updates_of_bfloat16_parameters_are_close_to_float32(mu_dtype):
     params = make_params(jnp.bfloat16)
     tx = mini(mu_dtype=mu_dtype, weight_decay=0.1)
     state = tx.init(params)
@@ -171,7 +180,7 @@ def test_parameters_in_bfloat16(mu_dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, gradients(params, 0)))
-    expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+    expected, _ = jax.jit(tx.update)(wide[1], tx.init(wide[0]), wide[0])
     chex.assert_trees_all_close(
         jax.tree.map(lambda u: u.astype(jnp.float32), updates), expected, rtol=1e-2, atol=2e-4
     )
@@ -191,8 +200,14 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrapped_it_is_as_optax_contrib_muon_wrapped(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("multi_steps", "partition") else pytest.param(name, marks=pytest.mark.slow)
+        for name in WRAPPERS
+    ],
+)
+def test_wrapped_muon_mini_equals_wrapped_optax_contrib_muon(name):
     found, expected = (
         train(WRAPPERS[name](make(0.02, **more)), make_params(), 5)[0]
         for make, more in ((ours, {"block_specs": per_element()}), (theirs, {}))
@@ -204,7 +219,7 @@ STATIC = ("ns_steps", "ns_coeffs", "muon_weight_dimension_numbers", "block_specs
 
 
 @pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
-def test_injected_hyperparams(mu_dtype):
+def test_injected_hyperparameters_take_effect(mu_dtype):
     inject = optax.inject_hyperparams(ours, static_args=STATIC)
     rate = optax.linear_schedule(0.05, 0.0, 40)
     tx = inject(rate, adam_learning_rate=4e-3, block_specs=SPECS, mu_dtype=mu_dtype)
@@ -218,13 +233,19 @@ def test_injected_hyperparams(mu_dtype):
 
 
 @pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
-def test_jit_is_eager(mu_dtype):
-    jitted, eager = (train(mini(mu_dtype=mu_dtype), make_params(), 4, jit)[0] for jit in (1, 0))
+def test_jit_and_eager_updates_agree(mu_dtype):
+    # Without `jax.jit` each operation is compiled for each shape: one leaf of each kind.
+    some = ("heads", "table", "bias")
+    params, numbers, specs = (
+        {name: tree[name] for name in some} for tree in (make_params(), NUMBERS, SPECS)
+    )
+    tx = mini(muon_weight_dimension_numbers=numbers, block_specs=specs, mu_dtype=mu_dtype)
+    jitted, eager = (train(tx, params, 4, jit)[0] for jit in (True, False))
     chex.assert_trees_all_close(jitted, eager, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
-def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
+def test_the_state_goes_through_map_params_and_a_checkpoint(mu_dtype, tmp_path):
     tx = mini(mu_dtype=mu_dtype)
     params, state = train(tx, make_params(), 3)
     seen = []
@@ -242,8 +263,37 @@ def test_map_params_and_a_checkpoint(mu_dtype, tmp_path):
 # --- On meshes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
-def test_8_devices_give_the_numbers_of_one(mu_dtype):
+def test_updates_in_8_bits_are_the_same_on_8_devices():
+    some = {"kernel": P("fsdp", "tensor"), "table": P("tensor", "fsdp"), "bias": P("tensor")}
+    params, numbers, specs = (
+        {name: tree[name] for name in some} for tree in (make_params(), NUMBERS, SPECS)
+    )
+    tx = mini(muon_weight_dimension_numbers=numbers, block_specs=specs, mu_dtype="int8")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    of_params = {name: NamedSharding(mesh, spec) for name, spec in some.items()}
+    of_state = opt_state_shardings(tx, params, of_params)
+    alone = jax.jit(tx.update)
+    sharded = jax.jit(
+        tx.update,
+        in_shardings=(of_params, of_state, of_params),
+        out_shardings=(of_params, of_state),
+    )
+    one = many = tx.init(params)
+    for step in range(2):
+        grads = gradients(params, step)
+        expected, one = alone(grads, one, params)
+        found, many = sharded(
+            *jax.device_put((grads, many, params), (of_params, of_state, of_params))
+        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    muon, sharded_muon = (next(parts(state)).mu for state in (one, many))
+    assert sharded_muon.codes["kernel"].sharding.spec == P("fsdp", "tensor")
+    chex.assert_trees_all_equal(jax.device_get(sharded_muon), jax.device_get(muon))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
+def test_training_on_8_devices_equals_one_device(mu_dtype):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     of_params = {name: NamedSharding(mesh, spec) for name, spec in training.SPECS.items()}
     params, tokens = training.init_params(), jax.ShapeDtypeStruct((16, 9), "int32")
@@ -311,13 +361,9 @@ def apart(x, parts):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "qkv",
-        "stacked",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two axes", "outputs first")),
-    ],
+    [pytest.param(name, marks=[] if name == "stacked" else pytest.mark.slow) for name in FUSED],
 )
-def test_parts_are_matrices_of_their_own(name):
+def test_each_part_of_a_fused_kernel_is_a_matrix_of_its_own(name):
     shape, numbers, parts = FUSED[name]
     make = functools.partial(muon_mini, 0.02, weight_decay=0.1,
                              muon_weight_dimension_numbers=numbers)  # fmt: skip
@@ -341,7 +387,7 @@ def test_parts_are_matrices_of_their_own(name):
 
 
 def test_query_key_and_value_in_one_kernel_are_three_matrices():
-    """As they are read off a model; in 8 bits the state is that of one matrix."""
+    """With dimension numbers and specs inferred from a model, and the momentum in 8 bits."""
     width = 16
     params = {"qkv": jax.random.normal(jax.random.key(0), (width, 3 * width)),
               "out": jnp.eye(width), "head": jnp.ones((width, 5))}  # fmt: skip
@@ -372,7 +418,7 @@ def test_query_key_and_value_in_one_kernel_are_three_matrices():
     assert np.min(values) < 0.5
 
 
-def test_parts_without_rows_are_one_clear_error():
+def test_parts_need_specs_with_rows():
     tx = ours(0.02, parts=True, block_specs=per_neuron())
     with pytest.raises(ValueError, match="parts=True: the parts of a kernel"):
         tx.init(make_params())
@@ -385,7 +431,7 @@ def test_parts_without_rows_are_one_clear_error():
 # --- 8 bits --------------------------------------------------------------------------------------
 
 
-def test_codes_are_the_two_neighbours_and_their_mean_is_the_number():
+def test_codes_round_to_a_neighbour_and_are_right_on_average():
     rng = np.random.default_rng(0)
     m = np.float32(rng.normal(size=(4, 50)) * np.exp(3 * rng.normal(size=(4, 50))))
     m[0] = 0.0
@@ -399,7 +445,7 @@ def test_codes_are_the_two_neighbours_and_their_mean_is_the_number():
     assert (largest[0] >= top).all()
     assert (largest[0] <= 1.008 * top).all()
     top = largest[0]
-    # In NumPy, and in float64: what a code stands for.
+    # The numbers that the codes stand for, in NumPy and float64.
     table = np.sign(np.arange(-127, 128)) * np.arange(-127.0, 128.0) ** 2 / 127**2
     values = table[np.asarray(codes, int) + 127] * top
     step = np.diff(table)[np.clip(np.searchsorted(table, m / np.maximum(top, 1e-30)), 1, 254) - 1]
@@ -409,7 +455,7 @@ def test_codes_are_the_two_neighbours_and_their_mean_is_the_number():
     np.testing.assert_allclose(read_row(codes[0], largest[0]), values[0], rtol=1e-6)
 
 
-def test_what_is_no_number_stays_so_and_zeros_stay():
+def test_codes_keep_nan_infinity_and_zeros():
     for bad in (np.nan, np.inf):
         m = jnp.ones((2, 5)).at[0, 2].set(bad)
         read = read_row(*write_row(m, (1,), rounding_seed(1, 0)))
@@ -440,8 +486,8 @@ def error_of_updates(scales, signal, steps=100, last=20):
     return float(np.sqrt(np.mean(found[-last:])))
 
 
-def test_the_error_of_updates_is_bounded():
-    """After Newton-Schulz, whatever the scales are."""
+def test_updates_in_8_bits_are_close_to_those_in_float32():
+    """After Newton-Schulz, for momenta whose entries or rows differ much in size, and of low rank."""
     rng = np.random.default_rng(1)
     shape = (64, 256)
     ones, spread = np.ones(shape), np.exp(1.5 * rng.normal(size=shape))
@@ -451,7 +497,7 @@ def test_the_error_of_updates_is_bounded():
     assert error_of_updates(ones, rng.normal(size=(64, 4)) @ rng.normal(size=(4, 256))) < 0.35
 
 
-def test_an_eighth_of_adamws_state():
+def test_the_state_in_8_bits_is_an_eighth_of_adamws():
     config = Config(model="gpt2")
     _, params = abstract_model(config)
     numbers = jax.tree.map(lambda p: MuonDimensionNumbers() if p.ndim == 2 else None, params)
@@ -465,7 +511,7 @@ def test_an_eighth_of_adamws_state():
     assert size(tx) <= 0.128 * size(optax.adamw(1e-3))
 
 
-def test_a_state_of_the_other_kind_is_refused():
+def test_a_state_of_another_mu_dtype_is_refused():
     params = {"kernel": jnp.ones((3, 4))}  # nothing for Adam-mini, which refuses as well
     for one, other in ((None, "int8"), ("int8", None)):
         state = muon_mini(0.02, mu_dtype=one).init(params)
@@ -492,7 +538,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_hyperparameters_are_one_clear_error(name):
+def test_wrong_hyperparameters_are_refused(name):
     given, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         muon_mini(**{"learning_rate": 0.02, **given})
@@ -511,14 +557,14 @@ WRONG_NUMBERS = {
 
 
 @pytest.mark.parametrize("name", WRONG_NUMBERS)
-def test_wrong_dimension_numbers_are_one_clear_error_of_init(name):
+def test_init_refuses_wrong_dimension_numbers(name):
     numbers, error, message = WRONG_NUMBERS[name]
     tx = muon_mini(0.02, muon_weight_dimension_numbers=numbers)
     with pytest.raises(error, match=message):
         tx.init(make_params())
 
 
-def test_what_is_no_gradient_is_refused_with_its_path():
+def test_wrong_gradients_are_refused_with_their_path():
     params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
     tx = muon_mini(1e-2, block_specs=per_element())
     state = tx.init(params)
@@ -532,7 +578,7 @@ def test_what_is_no_gradient_is_refused_with_its_path():
         muon_mini(1e-2, adam_learning_rate=-1.0)
 
 
-def test_a_gradient_that_is_none_is_one_clear_error():
+def test_a_missing_gradient_is_refused():
     tx, params = mini(), make_params()
     state = tx.init(params)
     for name in ("kernel", "bias"):  # of either part
@@ -546,7 +592,7 @@ def test_a_gradient_that_is_none_is_one_clear_error():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mu_dtype", [None, "int8"])
-def test_no_parameter_needs_no_gradient(mu_dtype):
+def test_a_parameter_that_is_none_needs_no_gradient(mu_dtype):
     params = {**make_params(), "kernel": None, "bias": None}
     tx = mini(weight_decay=0.1, mu_dtype=mu_dtype)
     updates, state = tx.update(params, tx.init(params), params)
@@ -555,7 +601,7 @@ def test_no_parameter_needs_no_gradient(mu_dtype):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
 
 
-def test_integers_are_no_parts():
+def test_integers_do_not_move_and_complex_parameters_are_refused():
     params = {"w": jnp.ones((3, 4)), "indices": jnp.ones((3, 4), jnp.int32)}
     tx = muon_mini(0.02, block_specs=per_element())
     updates, _ = tx.update(params, tx.init(params), params)
@@ -569,8 +615,8 @@ def test_integers_are_no_parts():
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_functions_see_the_parameters_and_not_the_gradients(parts):
-    """A function of dtypes, and gradients in another one."""
+def test_label_functions_get_the_parameters_and_not_the_gradients(parts):
+    """A label function that reads dtypes would see those of bfloat16 gradients."""
     of_wide = lambda one, other: (
         lambda p: jax.tree.map(
             lambda x: one if x.ndim == 2 and x.dtype == jnp.float32 else other, p
@@ -590,7 +636,7 @@ def test_functions_see_the_parameters_and_not_the_gradients(parts):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-def test_the_next_update_casts_the_momentum():
+def test_the_momentum_is_cast_to_a_new_mu_dtype():
     params = make_params()
     state = mini(mu_dtype=jnp.bfloat16).init(params)
     _, state = mini().update(gradients(params, 0), state, params)

@@ -119,7 +119,7 @@ def alias(rows: str) -> type:
 
 
 ContribTest = contrib("cases")
-AliasTest = alias("cases")
+AliasTest = pytest.mark.slow(alias("cases"))  # ContribTest has nearly the same tests
 OtherContribTest = pytest.mark.slow(contrib("other_cases"))
 OtherAliasTest = pytest.mark.slow(alias("other_cases"))
 ShardingTest = installed(

@@ -85,7 +85,7 @@ def pairs(draw):
 
 @hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
 @given(pairs(), SEEDS)
-def test_product_is_the_formula(case, seed):
+def test_v_is_the_product_of_a_row_and_a_column(case, seed):
     shape, a, edges_a, b, edges_b = case
     spec = outer(a, b)
     rng = np.random.default_rng(seed)
@@ -98,8 +98,8 @@ def test_product_is_the_formula(case, seed):
     np.testing.assert_allclose(found, product(x, edges_a, edges_b), rtol=1e-4, atol=1e-30)
 
 
-def test_blocks_of_unequal_sizes_weigh_as_many_as_they_are():
-    """Two rows and six, each a number: their mean is that of eight rows."""
+def test_rows_of_unequal_sizes_weigh_by_their_size():
+    """One number for two rows and one for six: the mean over rows is that of all eight."""
     spec = outer(fused(0, [(2, per_tensor()), (6, per_tensor())]), per_neuron())
     x = np.outer(np.repeat([1.0, 5.0], [2, 6]), [1.0, 2.0, 4.0]).astype(np.float32)
     np.testing.assert_allclose(spec.spread(spec.block_mean(x), x.shape), x, rtol=1e-6)
@@ -107,7 +107,7 @@ def test_blocks_of_unequal_sizes_weigh_as_many_as_they_are():
 
 @given(shapes_and_specs(max_rank=3, min_side=1), SEEDS)
 @pytest.mark.slow
-def test_one_grid_inside_the_other_is_the_finer_one(case, seed):
+def test_v_is_that_of_the_finer_grid_where_one_contains_the_other(case, seed):
     shape, spec, _ = case
     x = jnp.asarray(np.random.default_rng(seed).random(shape), jnp.float32)
     for pair in (outer(spec, per_tensor()), outer(per_tensor(), spec), outer(spec, spec)):
@@ -127,7 +127,7 @@ def test_one_grid_inside_the_other_is_the_finer_one(case, seed):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_steps_are_the_formulas(spec, shape, nesterov):
+def test_updates_equal_the_formulas_in_numpy(spec, shape, nesterov):
     """The whole update against NumPy in float64."""
     rng = np.random.default_rng(0)
     p, grads = rng.normal(size=shape), rng.normal(size=(5, *shape)) * rng.lognormal(size=shape)
@@ -153,8 +153,8 @@ def test_steps_are_the_formulas(spec, shape, nesterov):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_optax_factored_moment():
-    """Adafactor's of a matrix, whose averages are those of its rows and its columns."""
+def test_v_equals_optax_factored_rms():
+    """Adafactor keeps the averages of rows and columns too, so its updates must be ours."""
     rng = np.random.default_rng(1)
     grads = jnp.asarray(rng.normal(size=(4, 130, 140)) * rng.lognormal(size=(130, 140)))
     grads = grads.astype(jnp.float32)
@@ -171,8 +171,8 @@ def test_optax_factored_moment():
 
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-15, 1.0, 1e15])
-def test_rows_and_columns_of_any_size(scale):
-    """Where the product of a row and a column is out of float32's range, v is not."""
+def test_v_is_right_where_the_product_is_out_of_float32s_range(scale):
+    """The product of a row and a column may overflow or underflow where v does not."""
     row, column = np.array([[1.0], [1e-3], [0.0]]), np.array([[1.0, 1e-2, 0.0, 1e-3]])
     g = jnp.asarray(scale * row * column, jnp.float32)
     nu = MATRIX.block_mean(g, jnp.square)
@@ -187,8 +187,8 @@ LARGEST, SMALLEST = float(jnp.finfo(jnp.float32).max), float(jnp.finfo(jnp.float
 
 @pytest.mark.parametrize("spec", [MATRIX, rows_by_head(2)], ids=str)
 @pytest.mark.parametrize("v", [LARGEST, LARGEST / 4, 1e19, 1.0, 1e-19, 32 * SMALLEST])
-def test_ratios_near_the_ends_of_float32(spec, v):
-    """Quotients of numbers near the largest, whose inverse is 0, and near the smallest."""
+def test_v_is_right_near_the_ends_of_float32s_range(spec, v):
+    """The inverse of a number near the largest is flushed to 0, so v must not be made with it."""
     expected = v * np.arange(1, 17)[None] / 16
     edges = [[numpy_adam_mini.edges_of(r) for r in g.runs((1, 16))] for g in (spec.a, spec.b)]
     means = [jnp.asarray(numpy_adam_mini.block_mean(expected, e), jnp.float32) for e in edges]
@@ -211,7 +211,7 @@ def test_zero_rows_and_zero_blocks_do_not_move(dtype):
         assert np.asarray(updates, np.float32)[1:, :2].all()
 
 
-def test_empty_parameters():
+def test_empty_parameters_are_updated():
     for shape in ((0, 4), (3, 0), (0,)):
         p = jnp.zeros(shape)
         tx = adam_mini(0.1, block_specs=MATRIX)
@@ -221,8 +221,8 @@ def test_empty_parameters():
 
 @pytest.mark.parametrize("bad", [1e20, 1e30, jnp.inf, jnp.nan])
 @pytest.mark.parametrize("mu_dtype", [None, "int8"])
-def test_what_overflow_and_nan_do(bad, mu_dtype):
-    """Its row and its column are lost, for good; no other coordinate moves otherwise than before."""
+def test_overflow_and_nan_stop_only_their_row_and_column(bad, mu_dtype):
+    """They stop for good; every other coordinate moves as before."""
     g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
     tx = scale_by_adam_mini(block_specs=rows_by_head(2), mu_dtype=mu_dtype)
     state = tx.init(g)
@@ -236,7 +236,7 @@ def test_what_overflow_and_nan_do(bad, mu_dtype):
     assert np.isnan(updates[lost]).all() == np.isnan(bad)
 
 
-def test_state_and_table():
+def test_the_state_has_one_number_for_each_row_and_column():
     p = {"kernel": jnp.ones((768, 3072), jnp.bfloat16), "bias": jnp.zeros(3072, jnp.bfloat16)}
     specs = by_path([("kernel", MATRIX)], default=per_element())
     nu = adam_mini(1e-3, block_specs=specs).init(p)[0].nu
@@ -261,7 +261,7 @@ def test_blocks_are_the_common_coarsening():
     assert uneven.runs((6,)) == (((2, 3),),)
 
 
-def test_errors():
+def test_wrong_pairs_of_specs_are_refused():
     with pytest.raises(TypeError, match=r"outer: b must be a BlockSpec .* of type Outer"):
         outer(per_neuron(), MATRIX)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"outer: a must be a BlockSpec .* got 0 of type int"):

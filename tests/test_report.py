@@ -33,7 +33,7 @@ def show(table):
     return console.file.getvalue()
 
 
-def test_table(capsys):
+def test_the_table_lists_the_blocks_and_bytes_of_each_parameter(capsys):
     params = {
         "wte": {"embedding": jax.ShapeDtypeStruct((100, 8), jnp.bfloat16)},
         "h": [
@@ -62,8 +62,8 @@ def test_table(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_five_bytes_a_parameter_of_a_whole_training():
-    """By the table, and by what there is."""
+def test_bfloat16_training_in_8_bits_takes_five_bytes_a_parameter():
+    """Two of the parameter, two of the gradient, one of the state: as the table says, and in fact."""
     params = {"kernel": jnp.ones((1024, 512), jnp.bfloat16)}
     tx = stochastic_rounding(adam_mini(1e-3, mu_dtype=jnp.int8, block_specs=per_neuron()))
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
@@ -79,7 +79,7 @@ def test_rows_are_joined_only_where_they_are_alike():
     assert "Dense_2/kernel" in text
 
 
-def test_cuts_in_words():
+def test_a_cut_is_described_in_words():
     assert describe(per_head(12), (768, 768)) == "12 heads x (768, 64)"
     assert describe(per_head(12, axis=-2, stacked=0), (32, 768, 12, 64)) == (
         "384 heads x (1, 768, 1, 64)"
@@ -129,7 +129,7 @@ def test_print_fits_the_terminal(width, monkeypatch):
 
 
 def test_caption_says_what_mu_is_counted_in():
-    """A run in 8 bits would be said to take half of AdamW's state, without a word."""
+    """Without mu_dtype the table of a run in 8 bits would count mu in the parameters' dtypes."""
     params = {"kernel": jnp.ones((4, 8), jnp.bfloat16), "bias": jnp.ones(8)}
     assert block_table(params, per_neuron()).caption.endswith(
         "mu: bfloat16 and float32; for 8 bits: block_table(params, specs, mu_dtype=jnp.int8)"
@@ -140,8 +140,8 @@ def test_caption_says_what_mu_is_counted_in():
 
 @pytest.mark.parametrize("mu_dtype", [None, "int8"])
 @pytest.mark.parametrize("is_outer", [True, False])
-def test_what_goes_to_muon(mu_dtype, is_outer):
-    """Its bytes are those of the state that muon_mini makes, but for counters and coefficients."""
+def test_the_table_shows_the_matrices_and_bytes_of_muon(mu_dtype, is_outer):
+    """The bytes are those of the state of muon_mini, without counters and coefficients."""
     shape = jax.ShapeDtypeStruct
     params = {
         "conv": shape((3, 3, 2, 5), jnp.bfloat16),
@@ -156,7 +156,7 @@ def test_what_goes_to_muon(mu_dtype, is_outer):
         "bias": None,
     }
     table = outer(per_neuron(axis=0), per_neuron()) if is_outer else per_neuron()
-    # What is given for the matrices is not looked at.
+    # Specs of Muon's matrices are ignored, even those that do not fit.
     specs = {"conv": per_head(7), "h": outer(per_neuron(axis=0), per_neuron()), "table": table,
              "bias": per_element()}  # fmt: skip
     found = block_table(params, specs, mu_dtype, muon_weight_dimension_numbers=numbers)
@@ -175,7 +175,7 @@ def test_what_goes_to_muon(mu_dtype, is_outer):
     assert f"optimizer state: {size:,} bytes" in found.caption
 
 
-def test_numbers_of_muon_that_do_not_fit():
+def test_dimension_numbers_that_do_not_fit_are_refused():
     params = {"kernel": jnp.ones((4, 6))}
     with pytest.raises(ValueError, match=r"kernel \(4, 6\): .*does not fit"):
         block_table(params, per_neuron(), muon_weight_dimension_numbers=MuonDimensionNumbers(0, 2))

@@ -11,7 +11,7 @@ from tests.strategies import given, shapes_and_specs
 
 
 @given(shapes_and_specs(), st.integers(0, 2**32 - 1))
-def test_block_mean_and_spread_against_numpy(case, seed):
+def test_block_mean_and_spread_equal_numpy(case, seed):
     shape, spec, edges = case
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     grid = tuple(len(e) - 1 for e in edges)
@@ -26,12 +26,12 @@ def test_block_mean_and_spread_against_numpy(case, seed):
 
 
 @pytest.mark.parametrize(("shape", "spec"), [((0, 4), per_head(2)), ((4, 0), per_head(2, axis=0))])
-def test_parts_of_an_empty_array(shape, spec):
+def test_block_means_of_an_empty_array_have_the_shape_of_the_grid(shape, spec):
     mean = spec.block_mean(jnp.zeros(shape))
     assert mean.shape == spec.grid(shape)
 
 
-def test_sums_of_bfloat16_are_wide():
+def test_sums_of_bfloat16_are_in_float32():
     x = jnp.full((1 << 20,), 1.1, jnp.bfloat16)
     for spec, shape in [
         (per_tensor(), (1 << 20,)),
@@ -64,8 +64,8 @@ def test_sums_of_bfloat16_are_wide():
         ((2048, 4096), fused(-1, [(2048, per_head(4)), (2048, per_neuron())])),
     ],
 )
-def test_sums_before_long_rows_against_numpy(shape, spec, dtype):
-    """Which are added in a loop on CPU."""
+def test_sums_over_a_long_axis_equal_numpy(shape, spec, dtype):
+    """On CPU they are a loop, with a batching rule and a gradient."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     square = lambda x: x * x  # in the dtype that it is given
     edges = [numpy_adam_mini.edges_of(runs) for runs in spec.runs(shape)]

@@ -99,7 +99,7 @@ def test_per_element_is_adamw(kwargs):
     st.sampled_from([0.0, 0.1]),
     st.integers(0, 2**32 - 1),
 )
-def test_any_grid_is_the_papers_formulas(case, dtype, betas, weight_decay, seed):
+def test_updates_on_any_grid_equal_the_papers_formulas(case, dtype, betas, weight_decay, seed):
     shape, spec, edges = case
     rng = np.random.default_rng(seed)
     p = jnp.asarray(rng.normal(size=shape), dtype)
@@ -115,7 +115,7 @@ def test_any_grid_is_the_papers_formulas(case, dtype, betas, weight_decay, seed)
     )
 
 
-def test_second_step_by_hand():
+def test_the_second_step_equals_one_computed_by_hand():
     # b1 = 1/2, b2 = 1/2, two gradients (2, 4) and (6, 2): mean squares 10 and 20.
     tx = adam_mini(
         1.0, b1=0.5, b2=0.5, eps=0.0, weight_decay=0.0, bounded=False, block_specs=per_tensor()
@@ -132,14 +132,14 @@ def test_second_step_by_hand():
 
 
 def test_bias_corrections_have_all_digits():
-    """The first step is one learning rate long, though 1 - b2 has four digits of float32 left."""
+    """The first step is one learning rate long, though 1 - b2 has only four digits in float32."""
     tx = scale_by_adam_mini(0.999, 0.9999, eps=0.0, bounded=False, block_specs=per_element())
     g = jnp.array([3.0, -2.0])
     updates, _ = tx.update(g, tx.init(g))
     np.testing.assert_allclose(updates, [1.0, -1.0], rtol=1e-6)
 
 
-def test_the_count_stays_at_the_last():
+def test_the_step_count_does_not_overflow():
     tx = scale_by_adam_mini(block_specs=per_element())
     g, last = jnp.ones(3), jnp.iinfo(jnp.int32).max
     updates, state = tx.update(g, tx.init(g)._replace(count=jnp.int32(last)))
@@ -151,7 +151,7 @@ def test_the_count_stays_at_the_last():
     "spec", [per_tensor(), per_neuron(), outer(per_neuron(axis=0), per_neuron())], ids=str
 )
 def test_scaled_gradients_and_eps_make_the_same_steps(spec):
-    """What the FAQ says of gradients whose squares sum to more than float32 holds."""
+    """The FAQ advises it for gradients whose squares sum to more than float32 can hold."""
     rng = np.random.default_rng(0)
     p = jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
     grads = rng.normal(size=(3, 64, 32)).astype(np.float32)
@@ -190,7 +190,7 @@ def test_mean_of_a_large_bfloat16_block(shape):
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16", "float32"])
 @pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes_stay(dtype, grad_dtype, mu_dtype):
+def test_updates_and_state_keep_their_dtypes(dtype, grad_dtype, mu_dtype):
     params = {"kernel": jnp.ones((4, 4), dtype), "bias": jnp.ones(4, dtype)}
     grads = jax.tree.map(lambda x: x.astype(grad_dtype), params)
     tx = adam_mini(1e-2, mu_dtype=mu_dtype)
@@ -203,7 +203,7 @@ def test_dtypes_stay(dtype, grad_dtype, mu_dtype):
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
 
 
-def test_float64():
+def test_float64_parameters_have_float64_moments():
     with jax.enable_x64(True):
         params = {"wide": jnp.ones((2, 2), jnp.float64), "narrow": jnp.ones((2, 2), jnp.float32)}
         tx = adam_mini(1e-2, block_specs=per_tensor())
@@ -249,7 +249,7 @@ def test_map_params_reaches_mu_and_nu():
     assert state[0].count == 0
 
 
-def test_missing_gradients_and_parameters():
+def test_a_missing_gradient_leaves_its_moments():
     tx = adam_mini(1e-1, block_specs={"kernel": per_neuron(), "bias": per_element()})
     params = {"kernel": jnp.ones((4, 6)), "bias": None}
     state = tx.init(params)
@@ -277,7 +277,7 @@ def test_missing_gradients_and_parameters():
         (by_path([("kernl", per_neuron())], per_element()), ValueError, "'kernl' matches no param"),
     ],
 )  # fmt: skip
-def test_refused_by_init(block_specs, error, text):
+def test_init_refuses_specs_that_do_not_fit(block_specs, error, text):
     tx = adam_mini(1e-3, block_specs=block_specs)
     with pytest.raises(error) as raised:
         tx.init(PARAMS)
@@ -341,7 +341,7 @@ def test_adamws_state_is_refused_with_the_way_to_convert_it():
     tx.update(PARAMS, made, PARAMS)
 
 
-def test_state_of_other_sizes():
+def test_a_state_of_other_parameters_is_refused():
     tx = adam_mini(1e-3)
     other = {**PARAMS, "bias": jnp.ones(9)}
     with pytest.raises(
@@ -352,7 +352,7 @@ def test_state_of_other_sizes():
         tx.update(PARAMS, tx.init(other), PARAMS)
 
 
-def test_state_of_other_specs_is_refused():
+def test_a_state_of_other_block_specs_is_refused():
     state = adam_mini(1e-3, block_specs=per_tensor()).init(PARAMS)
     tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_tensor()})
     with pytest.raises(ValueError, match=r"kernel: the state's nu has shape \(1, 1\)"):
@@ -361,7 +361,7 @@ def test_state_of_other_specs_is_refused():
 
 @pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
 def test_one_transformation_on_two_models_of_the_same_shapes(mu_dtype):
-    """The structures of both have the same hash: JAX's does not see names."""
+    """JAX's hash of a tree's structure ignores names, so it must not be what specs are cached by."""
     models = [{"head": {"kernel": jnp.ones((8, 8))}}, {"embed": {"embedding": jnp.ones((8, 8))}}]
     make = lambda: adam_mini(1e-3, weight_decay=0.0, mu_dtype=mu_dtype)
     shared = make()
@@ -397,7 +397,7 @@ def test_complex_parameters_need_a_moment_of_their_own_dtype(mu_dtype):
         (lambda p: None, ValueError, "mask: the function returned None"),
     ],
 )
-def test_what_a_mask_function_returns_is_checked_as_a_mask_is(mask, error, match):
+def test_what_a_mask_function_returns_is_checked(mask, error, match):
     init = lambda: adam_mini(1e-3, mask=mask, block_specs=per_tensor()).init(
         {"k": jnp.ones((2, 3)), "b": jnp.ones(3)}
     )

@@ -7,8 +7,8 @@ from benchmarks.memory import fits
 from examples.common.cli import exit_status
 
 
-def test_without_the_compilers_it_is_one_line(monkeypatch, tmp_path, capsys):
-    """Who has not installed libtpu is told what to do, without a traceback."""
+def test_missing_compilers_are_refused_in_one_line(monkeypatch, tmp_path, capsys):
+    """Without libtpu the error is one line that says what to install, and no traceback."""
 
     def version(name):
         raise metadata.PackageNotFoundError(name)

@@ -10,7 +10,7 @@ def never():
     raise AssertionError("this was found before")
 
 
-def test_found_once_and_kept(tmp_path):
+def test_a_result_is_computed_once_and_kept(tmp_path):
     path = tmp_path / "new" / "study.json"
     asked = {"optimizer": "adamw", "seed": 1}
     assert Results(path, {"steps": 3}).get(asked, lambda: {"loss": 0.5}) == {"loss": 0.5}
@@ -22,7 +22,7 @@ def test_found_once_and_kept(tmp_path):
     assert len(Results(path, {"steps": 3}).runs) == 3
 
 
-def test_interrupted_run_leaves_the_earlier_ones(tmp_path):
+def test_an_interrupted_run_keeps_the_earlier_results(tmp_path):
     results = Results(tmp_path / "study.json", {})
     results.get({"seed": 1}, lambda: {"loss": 1.0})
 
@@ -34,20 +34,20 @@ def test_interrupted_run_leaves_the_earlier_ones(tmp_path):
     assert [run["asked"] for run in Results(tmp_path / "study.json", {}).runs] == [{"seed": 1}]
 
 
-def test_diverged_is_valid_json(tmp_path):
+def test_a_diverged_result_is_valid_json(tmp_path):
     found = Results(tmp_path / "study.json", {}).get({}, lambda: {"loss": float("nan")})
     assert found == {"loss": None}
     strict = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
     assert json.loads((tmp_path / "study.json").read_text(), **strict)["runs"][0]["found"] == found
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_results_of_other_settings_are_refused(tmp_path):
     Results(tmp_path / "study.json", {"steps": 3}).get({}, lambda: {})
     with pytest.raises(ConfigError, match=r"study\.json has results of other settings.*--output"):
         Results(tmp_path / "study.json", {"steps": 4})
 
 
-def test_other_machine_is_refused(tmp_path, monkeypatch):
+def test_results_of_another_machine_are_refused(tmp_path, monkeypatch):
     Results(tmp_path / "study.json", {}).get({}, lambda: {})
     monkeypatch.setattr("benchmarks.results.machine", lambda: {"jax": "99"})
     with pytest.raises(ConfigError, match="results of other machine"):

@@ -1,4 +1,4 @@
-"""What all examples do alike when something is asked of them that cannot be, or they are stopped."""
+"""What all examples do alike: refusals, broken runs, interrupts, the choice of an optimizer."""
 
 import dataclasses
 import errno
@@ -66,7 +66,7 @@ def test_another_examples_run_is_refused_and_not_written_to(run_of_gpt2):
         pytest.param('{"steps": 3}', "is no run of this example", marks=pytest.mark.slow),
     ],
 )
-def test_a_broken_run_is_one_clear_line(written, message, tmp_path):
+def test_a_broken_run_is_refused_in_one_line(written, message, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / runs.CONFIG_FILE).write_text(written)
@@ -164,7 +164,7 @@ def test_what_is_no_text_is_refused_alone_and_passed_over_in_a_folder(
         ValueError("RESOURCE_EXHAUSTED: ... No space left on device [type.googleapis.com]"),
     ],
 )
-def test_a_full_disk_is_one_line(error, capsys):
+def test_a_full_disk_ends_the_run_with_one_line(error, capsys):
     def main():
         try:
             raise error
@@ -250,7 +250,7 @@ def _has_come_to(moment, root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.3, 1.5, 4.0, "compiling", "training"])
-def test_an_interrupt_at_any_moment(after, corpus, tmp_path):
+def test_an_interrupt_at_any_moment_ends_in_one_line_and_can_be_resumed(after, corpus, tmp_path):
     options = ["--layers=2", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
     options += ["--steps=100000", "--eval-windows=8", "--checkpoint-every=20", f"--text={corpus}"]
     log = tmp_path / "log"

@@ -119,7 +119,7 @@ def paths(tree) -> dict[str, object]:
         ),
     ],
 )
-def test_parameter_counts(config, size, count):
+def test_parameter_counts_are_the_published_ones(config, size, count):
     _, params = abstract(config, size)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
@@ -249,7 +249,7 @@ def test_attention_computes_what_the_formulas_say():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_time_embedding():
+def test_time_embedding_is_sines_and_cosines():
     times = [0, 1, 37, 1000]
     actual = time_embedding(jnp.array(times), 8)
     for row, time in zip(actual, times, strict=True):
@@ -384,8 +384,8 @@ def test_sampling_with_eta_1_is_ancestral(monkeypatch, schedule, clip):
 
 @pytest.mark.parametrize("steps", [1, 7, 100])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_the_only_image_there_is_comes_back(steps, eta):
-    """For one image, the noise in x is known: what is not the image."""
+def test_sampling_gives_back_the_only_training_image(steps, eta):
+    """With one training image the exact noise in x is known, and used as the prediction."""
     image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 1)).astype(np.float32)
     alpha_bars = make_alpha_bars("linear", 100)
 
@@ -668,7 +668,7 @@ def test_sampler_draws_from_the_noise_of_its_key(tiny):
     assert not np.allclose(first, other)
 
 
-def test_grid():
+def test_samples_are_laid_out_in_a_grid():
     panel = np.arange(5 * 2 * 3 * 1).reshape(5, 2, 3, 1) / 30
     drawn = grid(panel)
     assert drawn.shape == (3 * 3 - 1, 3 * 4 - 1, 1)
@@ -690,7 +690,7 @@ def test_grid():
     ],
 )
 @pytest.mark.slow
-def test_resume_is_bit_for_bit(tiny, whole, tmp_path, capsys, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, whole, tmp_path, capsys, optimizer, fails_at):
     run_killed_at_save(fails_at, lambda: main(tiny_config(tmp_path, optimizer=optimizer)))
     folder = only_run(tmp_path)
     assert not (folder / "samples.png").exists()
@@ -768,7 +768,7 @@ class FakeFaces:
         return {"image": [self.images[i] for i in indices], "Smiling": [True for _ in indices]}
 
 
-def test_faces_from_the_hub(tiny, monkeypatch):
+def test_faces_are_read_from_the_hub(tiny, monkeypatch):
     hub = FakeHub(FakeFaces(3))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     config = Config(batch_size=2, eval_images=1, data=DiffusionImages("celeba"))
@@ -842,7 +842,7 @@ def test_refuses_a_hub_out_of_reach(tmp_path, monkeypatch):
         ({"resume": "x", "eta": 0.5}, "leave out --eta"),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
@@ -860,7 +860,7 @@ def test_refuses_to_sample_what_is_not_there(tmp_path):
             main(Config(runs=str(tmp_path), sample=True, **options))
 
 
-def test_show_blocks(tmp_path, capsys):
+def test_show_blocks_prints_the_table_and_starts_no_run(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True))
     output = capsys.readouterr().out
     assert "rows" in output
@@ -868,7 +868,7 @@ def test_show_blocks(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_line():
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("diffusion", "--width=20")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --width is 20, which GroupNorm's 8 groups")

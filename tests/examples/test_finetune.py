@@ -107,7 +107,7 @@ def tiny_config(run: Path, sums_file: Path, root: Path, /, **options) -> Config:
 
 
 @pytest.mark.parametrize("devices", [None, {"mesh": "fsdp=64"}])
-def test_runs_from_anywhere_are_taken(run, tmp_path, devices):
+def test_old_runs_and_runs_of_more_devices_are_fine_tuned(run, tmp_path, devices):
     """From before there were meshes, and from more devices than there are here."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -122,7 +122,7 @@ def test_runs_from_anywhere_are_taken(run, tmp_path, devices):
 # The pairs
 
 
-def test_pairs_of_a_source_file():
+def test_pairs_are_read_from_a_source_file():
     source = b'''
 class Reader:
     """A class has none."""
@@ -209,7 +209,7 @@ def test_pairs_of_the_standard_library(tmp_path):
 
 
 @all_models
-def test_adapters_begin_as_nothing(config):
+def test_adapters_do_not_change_the_model_at_first(config):
     params, tokens = pretrained_weights(config), tokens_of(config)
     expected = jax.jit(make_logits(config))(params, tokens)
     for rank in (0, 2):
@@ -299,7 +299,7 @@ def test_loss_is_that_of_the_answers():
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_trains_what_it_should(rank):
+def test_only_the_chosen_parameters_train(rank):
     start, batch = pretrained(LLAMA), answers(LLAMA)
     config = Config(lora_rank=rank, steps=10, hyper=OptimizerConfig(3e-2, 1))
     program = make_program(config, "adam_mini", start)
@@ -364,7 +364,7 @@ def test_comparison_leaves_everything_in_the_run_folder(run, sums_file, tmp_path
 
 
 @pytest.mark.parametrize("lora_rank", [2, 0])
-def test_parameters_in_bfloat16(run, sums_file, tmp_path, lora_rank):
+def test_bfloat16_parameters_are_trained_resumed_and_evaluated(run, sums_file, tmp_path, lora_rank):
     """Those that are frozen too; resumed, and evaluated."""
     options = {
         "lora_rank": lora_rank,
@@ -387,7 +387,7 @@ def test_parameters_in_bfloat16(run, sums_file, tmp_path, lora_rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lora_rank", "fails_at"), [(2, 3), (0, 7)])
-def test_resume_is_bit_for_bit(run, sums_file, tmp_path, lora_rank, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(run, sums_file, tmp_path, lora_rank, fails_at):
     options = {"lora_rank": lora_rank, "optimizer": "adam_mini" if fails_at < 5 else None}
     main(tiny_config(run, sums_file, tmp_path / "whole", **options))
     killed = tiny_config(run, sums_file, tmp_path / "killed", **options)
@@ -451,7 +451,7 @@ def test_families_are_told_apart(tmp_path, capsys):
         ({"resume": "x", "from_": "adamw", "lora_rank": 4}, "leave out --from, --lora-rank."),
     ],
 )
-def test_refusals(run, sums_file, options, message, tmp_path):
+def test_wrong_options_are_refused(run, sums_file, options, message, tmp_path):
     root = tmp_path / "runs"
     if "resume" in options:
         config = Config(runs=str(root), **options)
@@ -504,7 +504,8 @@ def test_refuses_other_runs_and_short_contexts(sums_file, tmp_path):
         main(tiny_config(folder, sums_file, tmp_path / "runs"))
 
 
-def test_command_line(tmp_path):
+@pytest.mark.slow  # test_gpt2.py has a quick one
+def test_the_command_refuses_in_one_line_and_lists_its_options(tmp_path):
     refused = run_command("finetune", f"--run={tmp_path}", f"--runs={tmp_path}")
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: {tmp_path} is not a run, a folder with a config.json")

@@ -173,7 +173,7 @@ def test_another_order_of_the_nodes_gives_the_same_logits(kind):
     assert np.ptp(before, axis=0).min() > 0.1  # and the nodes do differ
 
 
-def test_segment_softmax():
+def test_segment_softmax_and_its_gradient_are_right():
     scores = np.array([[1e4], [1e4 + 1], [-1e4], [3], [5]], np.float32)
     segments = np.array([0, 0, 2, 2, 3])  # and nothing in 1
     third = 1 / (1 + math.e)
@@ -251,7 +251,7 @@ def test_dropout_of_attention_keeps_its_mean():
         ),
     ],
 )
-def test_parameter_counts(options, count):
+def test_parameter_counts_are_the_published_ones(options, count):
     options = dict(options)
     data = GraphConfig(options.pop("dataset"))
     config = Config(**options, data=data)
@@ -261,7 +261,7 @@ def test_parameter_counts(options, count):
 
 @pytest.mark.parametrize("kind", ["gcn", "gat"])
 @pytest.mark.slow
-def test_initial_weights(kind):
+def test_initial_weights_have_the_right_distribution(kind):
     module = GNN(dataclasses.replace(CONFIGS[kind], width=64, num_classes=50))
     x, node = jnp.zeros((1, 500)), jnp.zeros(1, jnp.int32)
     init = jax.jit(lambda: module.init(jax.random.key(0), x, node, node, train=False))
@@ -319,7 +319,7 @@ def has_nu(value) -> bool:
     ],
     ids=["gcn", "gat"],
 )
-def test_partition(options, expected):
+def test_partition_of_gcn_and_gat(options, expected):
     state = jax.eval_shape(make_program(Config(**options, v="mean"), "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     assert {path: leaf.shape for path, leaf in paths(nu).items()} == expected
@@ -412,7 +412,7 @@ def test_comparison_leaves_everything_in_the_run_folder(options, tmp_path, capsy
         *(pytest.param(MODELS[0], None, save, marks=pytest.mark.slow) for save in (4, 5)),
     ],
 )
-def test_resume_is_bit_for_bit(tmp_path, options, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options, optimizer, fails_at):
     main(tiny_config(tmp_path / "whole", **options, optimizer=optimizer))
     killed = tiny_config(tmp_path / "killed", **options, optimizer=optimizer)
     run_killed_at_save(fails_at, lambda: main(killed))
@@ -436,7 +436,7 @@ def test_adam_mini_is_as_accurate_as_adamw(tmp_path, model):
 # The graphs
 
 
-def test_edges():
+def test_edges_go_both_ways_once_and_to_the_node_itself():
     # An edge in one direction, one in both, one twice, one to itself.
     senders, receivers = graphs.edges(np.array([[0, 1, 2, 3, 3, 2], [1, 2, 1, 0, 0, 2]]), 5)
     adjacency = np.zeros((5, 5), int)
@@ -586,7 +586,7 @@ def test_planetoid_files_are_as_python_2_wrote_them(tmp_path):
 
 
 @pytest.mark.parametrize(("dataset", "missing"), [("cora", 0), ("citeseer", 3)])
-def test_planetoid_files(tmp_path, dataset, missing):
+def test_planetoid_files_are_read(tmp_path, dataset, missing):
     data = Planetoid(tmp_path / "files", dataset, missing)
     data.config.check()
     graph = graphs.load(data.config)
@@ -728,7 +728,7 @@ def test_pickles_run_no_code(tmp_path, part):
     assert not made.exists()
 
 
-def test_pickles_make_no_array_of_addresses():
+def test_pickles_make_no_array_of_objects():
     """NumPy itself is not safe: its arrays take whatever the file holds for the addresses of
     objects."""
     addresses = struct.pack("P", id(None))
@@ -767,7 +767,7 @@ class FakeOgb:
         return {"train": np.array([3, 1]), "valid": np.array([0]), "test": np.array([2, 5])}
 
 
-def test_ogbn_arxiv(monkeypatch):
+def test_ogbn_arxiv_is_read_and_its_edges_go_both_ways(monkeypatch):
     ogb = FakeOgb()
     ogb.install(monkeypatch)
     graph = graphs.load(GraphConfig("ogbn-arxiv"))
@@ -830,14 +830,14 @@ def test_refuses_data_out_of_reach(monkeypatch, tmp_path):
         ),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
     assert not (tmp_path / "runs").exists()  # refused before anything was made
 
 
-def test_show_blocks(tmp_path, capsys, monkeypatch):
+def test_show_blocks_prints_the_table_and_starts_no_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     # The files are not looked at.
     data = GraphConfig("citeseer", data_dir=str(tmp_path))
@@ -848,7 +848,8 @@ def test_show_blocks(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_line():
+@pytest.mark.slow  # test_gpt2.py has a quick one
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("gnn", "--heads=2")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --heads is for attention, which gcn has not")

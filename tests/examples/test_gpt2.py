@@ -66,13 +66,13 @@ def tiny_config(corpus: Path, root: Path, **options) -> Config:
         ("gpt2-xl", True, 1_557_611_200),
     ],
 )
-def test_parameter_counts(name, scan, count):
+def test_parameter_counts_are_the_published_ones(name, scan, count):
     config = dataclasses.replace(CONFIGS[name], scan=scan)
     _, params = abstract(GPT2, config)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
-def test_initial_weights():
+def test_initial_weights_have_the_right_distribution():
     config = GPT2Config(vocab_size=512, context=64, layers=2, heads=4, width=128)
     for scan in (False, True):
         scanned = dataclasses.replace(config, scan=scan)
@@ -289,7 +289,7 @@ def test_byte_pairs_train_and_report_nats_per_byte(corpus, tmp_path):
     ],
 )
 @pytest.mark.slow
-def test_resume_is_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(corpus, tmp_path, optimizer, fails_at):
     main(tiny_config(corpus, tmp_path / "whole", optimizer=optimizer))
     killed = tiny_config(corpus, tmp_path / "killed", optimizer=optimizer)
     run_killed_at_save(fails_at, lambda: main(killed))
@@ -366,7 +366,7 @@ def test_split_is_by_document_and_does_not_depend_on_order():
     )
 
 
-def test_standard_library_text():
+def test_text_of_the_standard_library_is_read():
     found = text.documents(TextConfig())
     names = {document.name for document in found}
     assert {"argparse.py", "json/decoder.py"} <= names
@@ -440,7 +440,7 @@ def test_tokenizers_round_trip(tokenizer, tmp_path):
         ({"resume": "x", "steps": 7, "width": 8}, "leave out --steps, --width"),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
@@ -489,7 +489,7 @@ class FakeHub:
         return iter(self.rows)
 
 
-def test_streamed_text(monkeypatch):
+def test_streamed_text_is_read(monkeypatch):
     hub = FakeHub({"text": "é" * 50} for _ in range(10**9))
     monkeypatch.setitem(sys.modules, "datasets", hub)
     found = text.documents(TextConfig(hf_dataset="fineweb", hf_bytes=950))
@@ -515,7 +515,7 @@ def test_refuses_an_unwritable_folder(corpus, tmp_path):
         main(tiny_config(corpus, tmp_path / "file" / "runs"))
 
 
-def test_command_line():
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("gpt2", "--heads=5")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --width is ")

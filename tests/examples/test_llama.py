@@ -58,13 +58,13 @@ def tiny_config(corpus: Path, root: Path, **options) -> Config:
         ("llama3-8b", True, 8_030_261_248),
     ],
 )
-def test_parameter_counts(name, scan, count):
+def test_parameter_counts_are_the_published_ones(name, scan, count):
     _, params = abstract(Llama, dataclasses.replace(CONFIGS[name], scan=scan))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
 @pytest.mark.slow
-def test_initial_weights():
+def test_initial_weights_have_the_right_distribution():
     config = CONFIGS["nano"]
     for scan in (False, True):
         scanned = dataclasses.replace(config, scan=scan)
@@ -125,7 +125,7 @@ def test_late_positions_are_told_apart_in_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rms_norm(dtype):
+def test_rms_norm_computes_what_the_formula_says(dtype):
     config = dataclasses.replace(TINY, dtype=dtype)
     norm = rms_norm(config, nnx.Rngs(0))
     gain = np.random.default_rng(0).normal(size=16)
@@ -334,7 +334,7 @@ def test_comparison_leaves_everything_in_the_run_folder(corpus, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_resume_is_bit_for_bit(corpus, tmp_path):
+def test_a_resumed_run_is_the_same_bit_for_bit(corpus, tmp_path):
     main(tiny_config(corpus, tmp_path / "whole", optimizer="adam_mini", scan=True))
     killed = tiny_config(corpus, tmp_path / "killed", optimizer="adam_mini", scan=True)
     run_killed_at_save(3, lambda: main(killed))
@@ -362,7 +362,7 @@ def test_resume_is_bit_for_bit(corpus, tmp_path):
         ({"sample": "x", "mlp_width": 8}, "--sample goes by the options that the run was started"),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
@@ -370,7 +370,7 @@ def test_refusals(options, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_line():
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("llama", "--kv-heads=3")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --heads is 8, which 3 heads of key and value do not")

@@ -71,7 +71,7 @@ def assert_same_losses(found: Path, expected: Path, records=10, rtol=1e-5) -> No
         (None, {"data": 1, "fsdp": 1, "tensor": 1}),
     ],
 )
-def test_sizes_of_a_mesh(text, sizes):
+def test_the_sizes_of_a_mesh_are_read(text, sizes):
     assert MeshConfig(mesh=text).sizes == sizes
 
 
@@ -90,7 +90,7 @@ PROCESS = {"mesh": "fsdp=8", "coordinator": "127.0.0.1:1", "num_processes": 2, "
         ({"mesh": "fsdp=3"}, "--mesh fsdp=3 is of 3 devices, but there are 8: give sizes whose product is 8"),
     ],
 )  # fmt: skip
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     config = gpt2_train.Config(devices=MeshConfig(**options), runs=str(tmp_path / "runs"))
     with pytest.raises(ConfigError) as refusal:
         gpt2_train.main(config)
@@ -171,7 +171,7 @@ def test_activations_are_split_as_the_batch():
         pytest.param("llama", "fsdp=4,tensor=2", True, marks=pytest.mark.slow),
     ],
 )
-def test_losses_are_those_of_one_device(name, mesh, scan, corpus, tmp_path):
+def test_losses_on_a_mesh_equal_those_of_one_device(name, mesh, scan, corpus, tmp_path):
     example = {"gpt2": gpt2_train, "llama": llama_train}[name]
     options = {"batch_size": 8, "accumulate": 2, "eval_windows": 7, "heads": 4}
     options |= {"scan": scan, "remat": scan}
@@ -184,7 +184,7 @@ def test_losses_are_those_of_one_device(name, mesh, scan, corpus, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_the_state_is_over_the_mesh(name, scan):
+def test_the_optimizer_state_is_sharded_over_the_mesh(name, scan):
     example = {"gpt2": gpt2_train, "llama": llama_train}[name]
     config = example.Config(scan=scan, devices=ALL)
     state = example.make_program(config, "adam_mini").abstract_state()

@@ -66,7 +66,7 @@ def paths(tree) -> dict[str, object]:
     ("name", "count"),
     [("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)],
 )
-def test_parameter_counts(name, count):
+def test_parameter_counts_are_the_published_ones(name, count):
     params = abstract(ResNet(CONFIGS[name]), (224, 224, 3))["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
@@ -120,7 +120,7 @@ def test_bottleneck_strides_in_its_3x3_convolution():
 
 
 @pytest.mark.slow
-def test_initial_weights():
+def test_initial_weights_have_the_right_distribution():
     config = dataclasses.replace(CONFIGS["resnet18"], width=32, num_classes=10)
     init = jax.jit(lambda: ResNet(config).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False))
     params = init()["params"]
@@ -444,7 +444,7 @@ def test_comparison_leaves_everything_in_the_run_folder(tiny, tmp_path, capsys):
     ],
 )
 @pytest.mark.slow
-def test_resume_is_bit_for_bit(tiny, tmp_path, optimizer, fails_at):
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, optimizer, fails_at):
     main(tiny_config(tmp_path / "whole", optimizer=optimizer))
     killed = tiny_config(tmp_path / "killed", optimizer=optimizer)
     run_killed_at_save(fails_at, lambda: main(killed))
@@ -581,7 +581,7 @@ def cifar10(tmp_path: Path) -> Path:
     return folder
 
 
-def test_cifar10_files(cifar10):
+def test_cifar10_files_are_read(cifar10):
     config = ImageConfig(data_dir=str(cifar10))
     config.check()
     data = images.load(config)
@@ -660,7 +660,7 @@ class FakeRows:
         return {name: [column[i] for i in indices] for name, column in self.columns.items()}
 
 
-def test_images_from_the_hub(monkeypatch):
+def test_images_are_read_from_the_hub(monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
     hub = FakeHub(FakeRows(img=[Image.fromarray(image) for image in pixels], label=[4, 0, 9]))
     monkeypatch.setitem(sys.modules, "datasets", hub)
@@ -730,14 +730,14 @@ def test_refuses_a_hub_out_of_reach(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_refusals(options, message, tmp_path):
+def test_wrong_options_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         main(Config(**{"runs": str(tmp_path / "runs"), **options}))
     assert message in str(refusal.value)
     assert not (tmp_path / "runs").exists()  # refused before anything was made
 
 
-def test_show_blocks(tmp_path, capsys):
+def test_show_blocks_prints_the_table_and_starts_no_run(tmp_path, capsys):
     main(Config(runs=str(tmp_path / "runs"), show_blocks=True, conv="tensor", v="mean"))
     output = capsys.readouterr().out
     assert "layer4_*/conv*/kernel" in output
@@ -745,7 +745,8 @@ def test_show_blocks(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_line():
+@pytest.mark.slow  # test_gpt2.py has a quick one
+def test_the_command_refuses_in_one_line_and_lists_its_options():
     refused = run_command("resnet", "--data-dir=/no/such")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --data-dir /no/such is not a folder")

@@ -46,7 +46,7 @@ def test_default_may_be_a_label_function():
     }
 
 
-def test_works_on_shapes():
+def test_rules_are_matched_on_shapes():
     shapes = jax.eval_shape(lambda: PARAMS)
     label = by_path([("embed", per_token())], default=per_tensor())
     assert label(shapes) == label(PARAMS)
@@ -77,7 +77,7 @@ def test_a_part_of_the_tree_need_not_match_every_rule():
         ([], "neuron", TypeError, "default must be a BlockSpec or a label function, got 'neuron'"),
     ],
 )  # fmt: skip
-def test_errors(rules, default, error, text):
+def test_wrong_rules_are_refused(rules, default, error, text):
     with pytest.raises(error) as raised:
         by_path(rules, default=default)(PARAMS)
     assert text in str(raised.value)

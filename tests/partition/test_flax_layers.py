@@ -91,7 +91,7 @@ def linen_params(module, x):
 
 
 @pytest.mark.parametrize("name", LINEN)
-def test_linen(name):
+def test_a_linen_layer_has_the_right_blocks(name):
     module, x, expected = LINEN[name]
 
     class Model(nn.Module):
@@ -140,7 +140,7 @@ NNX = {
 
 
 @pytest.mark.parametrize("name", NNX)
-def test_nnx(name):
+def test_an_nnx_layer_has_the_right_blocks(name):
     make, expected = NNX[name]
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     state = nnx.state(model, nnx.Any(nnx.Param, nnx.LoRAParam))
@@ -166,7 +166,7 @@ def stacked_linen(x, axis):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_stacked_layers(axis):
+def test_stacked_layers_have_blocks_of_their_own(axis):
     params = stacked_linen(TOKENS, axis)
     found = dict(resolve_block_specs(flax_layers(stacked={"layers": axis}), params))
     grids = {path: spec.grid(shape_of(params, path)) for path, spec in found.items()}
@@ -206,7 +206,7 @@ def test_stacked_tensor_cuts_keep_the_layers_apart():
     assert attention["value"]["bias"].grid((4, 3, 2)) == (4, 1, 1)
 
 
-def test_options():
+def test_options_change_the_blocks_they_name():
     attention = {
         name: {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
         for name in ("query", "key", "value")
@@ -325,13 +325,13 @@ def test_unnamed_parameters_are_read_by_rank():
          "layers/kernel (4, 8, 8): there is no axis 3 to be stacked along"),
     ],
 )  # fmt: skip
-def test_errors(kwargs, params, text):
+def test_wrong_options_and_unknown_parameters_are_refused(kwargs, params, text):
     with pytest.raises(ValueError, match=r".") as raised:
         flax_layers(**kwargs)(params)
     assert text in str(raised.value)
 
 
-def test_one_reason_is_said_once():
+def test_parameters_refused_for_one_reason_are_listed_together():
     layer = {name: {"kernel": jnp.ones((8, 8))} for name in ("key", "query", "value")}
     params = {**{f"l{i}": layer for i in range(5)}, "prompt": jnp.ones((3, 8))}
     with pytest.raises(ValueError, match=r".") as raised:
@@ -348,7 +348,7 @@ def test_one_reason_is_said_once():
         flax_layers()(different)
 
 
-def test_heads_that_do_not_divide():
+def test_a_number_of_heads_that_does_not_divide_the_kernel_is_refused():
     params = {"query": {"kernel": jnp.ones((8, 10))}}
     with pytest.raises(
         ValueError, match="query/kernel: 4 blocks do not divide axis -1 of the shape"
@@ -375,7 +375,7 @@ def test_other_names_of_query_and_key_need_the_number_of_heads(name):
     "name", ["qkv", "c_attn", "to_qkv", "qkv_proj", "query_key_value", "wqkv", "to_kv", "q_a_proj"]
 )
 @pytest.mark.parametrize("options", [{}, {"num_heads": 4}])
-def test_what_query_and_key_share_with_others_is_refused(name, options):
+def test_a_kernel_that_fuses_query_and_key_with_others_is_refused(name, options):
     with pytest.raises(ValueError, match=rf"attn/{name}/kernel .*infer_block_specs read it off"):
         flax_layers(**options)({"attn": {name: {"kernel": jnp.ones((8, 24))}}})
 
@@ -431,7 +431,7 @@ def test_parts_keep_their_cuts_in_stacked_layers():
         label({"layers": {"foo": jnp.ones((3, 4, 16))}})
 
 
-def test_variables_that_are_no_parameters_are_refused():
+def test_variables_that_are_not_parameters_are_refused():
     class Model(nnx.Module):
         def __init__(self, rngs):
             self.linear = nnx.Linear(3, 4, rngs=rngs)

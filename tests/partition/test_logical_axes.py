@@ -59,7 +59,7 @@ def test_axes_are_cut_by_their_names(kind):
 
 
 @pytest.mark.parametrize("kind", PARAMS)
-def test_it_trains(kind):
+def test_an_optimizer_with_logical_axes_updates_boxed_parameters(kind):
     tx = adam_mini(1e-3, block_specs=by_path([VALUE], default=by_logical_axes(RULES)))
     params = PARAMS[kind]
     state = tx.init(params)
@@ -87,7 +87,7 @@ def test_a_part_of_a_tree_need_not_have_every_name():
     assert [jnp.shape(leaf) for leaf in jax.tree.leaves(state.inner_state[0].nu)] == [(3, 1, 16)]
 
 
-def test_a_name_of_no_parameter_is_an_error():
+def test_a_rule_that_matches_no_parameter_is_refused():
     with pytest.raises(ValueError, match=r"no parameter has the axes \('a', 'b'\); the parameters"):
         by_logical_axes([(("a", "b"), ("b",))], per_element())(PARAMS["Linen, logical"])
     with pytest.raises(ValueError, match=r"the parameters have none"):

@@ -42,13 +42,13 @@ def state_of(grads, tx=None):
         (ROW * COLUMN * (1 + 0.01 * NOISE), MATRIX),
     ],
 )
-def test_the_cheapest_that_explains_it(g, expected):
-    """Without candidates: those of the shape."""
+def test_the_cheapest_spec_that_explains_nu_is_chosen(g, expected):
+    """Among the candidates for the shape, when none are given."""
     specs = measure_block_specs(*state_of({"w": g}))
     assert specs["w"].grid((4, 6)) == expected.grid((4, 6))
 
 
-def test_candidates_by_name_and_tolerance():
+def test_candidates_are_chosen_by_tolerance():
     state, params = state_of({"w": ROW * COLUMN})
     candidates = {"heads": per_head(3), "neurons": {"w": per_neuron()}, "outer": lambda p: MATRIX}
     measure = lambda **more: measure_block_specs(state, params, candidates, **more)["w"]
@@ -64,7 +64,7 @@ def test_candidates_by_name_and_tolerance():
     assert measure_block_specs(state, params, {"neurons": per_neuron()})["w"] == per_element()
 
 
-def test_budget():
+def test_the_chosen_specs_stay_within_the_budget():
     grads = {"a": ROW * COLUMN, "b": NOISE, "c": ONES}
     state, params = state_of(grads)
     size = lambda specs: sum(spec.size((4, 6)) for spec in specs.values())
@@ -82,8 +82,8 @@ def test_budget():
 
 
 @pytest.mark.slow
-def test_measured_converted_goes_on():
-    """In the wrappers of a running job; the loss goes on falling."""
+def test_a_run_goes_on_with_measured_specs_after_conversion():
+    """Inside a chain and MultiSteps, as a running job has it; the loss goes on falling."""
     target = ROW * COLUMN / 10
     loss = lambda p: jnp.mean((p["w"] + p["b"] - target) ** 2)
     make = lambda tx: optax.chain(optax.clip_by_global_norm(1.0), optax.MultiSteps(tx, 1))
@@ -103,7 +103,7 @@ def test_measured_converted_goes_on():
     assert loss(p) < 0.8 * before
 
 
-def test_dtypes_axes_and_partitioned_states():
+def test_specs_are_measured_in_partitioned_bfloat16_states():
     grads = {"w": ROW * COLUMN, "conv": jnp.ones((3, 3, 2, 4)), "s": jnp.ones(()), "b": jnp.ones(5)}
     grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)
     tx = optax.multi_transform(
@@ -135,7 +135,7 @@ def test_dtypes_axes_and_partitioned_states():
         ),
     ],
 )
-def test_errors(state, message):
+def test_states_and_candidates_that_do_not_fit_are_refused(state, message):
     params = {"w": ONES}
     with pytest.raises(ValueError, match=message):
         measure_block_specs(state(params), params)

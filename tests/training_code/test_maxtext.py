@@ -46,7 +46,7 @@ def test_every_layer_has_rows_and_columns_of_its_own(code, specs):
     assert grids("wo", (64, 3, 32)) == ((64, 3, 1), (1, 3, 32))
 
 
-def test_it_learns_as_adamw_does(code, specs, on_one_device):
+def test_maxtext_learns_about_as_well_as_with_adamw(code, specs, on_one_device):
     adamw, _ = code.train(optimizers(specs)[0], 8, code.make_mesh(4, 2))
     mini, _ = on_one_device
     assert mini[0] == pytest.approx(adamw[0], rel=1e-5)

@@ -48,7 +48,7 @@ def on_one_device(code, mu_dtype):
     return losses
 
 
-def test_it_learns_as_adamw_does(code, on_one_device):
+def test_tunix_learns_about_as_well_as_with_adamw(code, on_one_device):
     adamw, _ = code.train(code.make(code.mesh), optimizers(code.specs)[0], 8, code.mesh)
     assert len(adamw) == 8
     assert on_one_device[0] == pytest.approx(adamw[0], rel=1e-5)

@@ -49,7 +49,7 @@ def test_cases_are_read(text, expected):
 
 
 @pytest.mark.slow
-def test_what_is_gathered_is_an_error():
+def test_a_step_that_gathers_a_matrix_is_refused():
     found = measure(Case("nano", 4, 2), "outputs")
     case, mini = Case("nano", 4, 2), found["outer"]
     assert row_of(case, "outer", found)["smallest_matrix_mb"] * 1e6 == mini.smallest_matrix

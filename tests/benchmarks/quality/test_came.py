@@ -44,7 +44,7 @@ def run(gradients, **options):
 
 @pytest.mark.parametrize("clip_threshold", [1.0, 1e-3, 1e3])
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
-def test_matrix_is_the_papers_algorithm(shape, clip_threshold):
+def test_steps_of_a_matrix_equal_the_papers_algorithm(shape, clip_threshold):
     gradients = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
     found = run(list(map(jnp.asarray, gradients)), clip_threshold=clip_threshold)
     np.testing.assert_allclose(found, by_hand(gradients, clip_threshold), rtol=2e-4)
@@ -94,7 +94,7 @@ def test_zero_gradients_do_not_move():
     assert not np.any([step[0] for step in steps])
 
 
-def test_trains():
+def test_came_lowers_the_loss():
     tx = optax.chain(scale_by_came(), optax.scale_by_learning_rate(1e-3))
     target = jax.random.normal(jax.random.key(0), (8, 6))
     params = {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}

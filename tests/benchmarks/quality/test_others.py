@@ -38,7 +38,7 @@ def _decay(rate):
 
 
 @pytest.mark.parametrize("name", sorted(set(others.SCALES) - {"came"}))
-def test_is_optaxs(name):
+def test_a_compared_optimizer_equals_optaxs_own(name):
     key = jax.random.key(0)
     params = {"dense": {"kernel": jax.random.normal(key, (6, 4)), "bias": jnp.ones(4)}}
     ours = make_optimizer(name, CONFIG, steps=10)

@@ -69,7 +69,7 @@ def test_rates_are_walked_and_all_seeds_trained_at_adamws_best(trained, tmp_path
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
-def test_own_rates(trained, tmp_path):
+def test_each_optimizer_may_have_its_own_rate(trained, tmp_path):
     paired.main(options(tmp_path, own_rates=True))
     rows = json.loads((tmp_path / "gpt2_500.json").read_text())["rows"]
     assert [(row["contender"], row["learning_rate"]) for row in rows] == [
@@ -103,7 +103,7 @@ def test_muons_rate_is_walked_before_that_of_the_rest(monkeypatch, tmp_path):
     assert "muon_learning_rate" not in content["settings"]["hyper"]
 
 
-def test_what_was_trained_is_remembered(trained, tmp_path):
+def test_finished_trainings_are_not_repeated(trained, tmp_path):
     paired.main(options(tmp_path))
     count = len(trained)
     paired.main(options(tmp_path))
@@ -184,7 +184,7 @@ def test_other_scalings_are_what_they_say():
         np.testing.assert_allclose(found, m / (1 - 0.9**t), rtol=1e-5)
 
 
-def test_quick_form(trained, tmp_path, monkeypatch):
+def test_the_quick_form_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     paired.main(dataclasses.replace(options(tmp_path), quick=True))

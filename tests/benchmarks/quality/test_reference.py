@@ -53,7 +53,7 @@ def to_torch(params):
         ("outer", "adam_mini", "outer"),
     ],
 )
-def test_training_is_the_examples(contender, optimizer, v, tmp_path):
+def test_training_in_pytorch_equals_the_examples(contender, optimizer, v, tmp_path):
     hyper = OptimizerConfig(learning_rate=RATE)
     config = PackagesBlocks(steps=STEPS, seed=SEED, eval_windows=32, v=v, hyper=hyper)
     task = load_task(config, tmp_path)
@@ -94,7 +94,7 @@ def test_first_weights_are_spread_as_the_examples():
     assert all(torch.equal(p, own[name]) for name, p in again.named_parameters())
 
 
-def test_table_and_verdicts(tmp_path, monkeypatch, capsys):
+def test_the_table_says_which_losses_agree_with_the_findings(tmp_path, monkeypatch, capsys):
     """Of losses that are as the findings say, and of one that is not."""
 
     def trained(missing, options):

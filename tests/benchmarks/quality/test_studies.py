@@ -58,7 +58,7 @@ def test_fresh_seeds_are_not_those_of_the_walk(trainings, tmp_path):
     assert {seed for *_, seed in trainings} == {0, 1, 2}
 
 
-def test_goes_on_after_an_interruption(trainings, tmp_path, monkeypatch):
+def test_a_study_goes_on_after_an_interruption(trainings, tmp_path, monkeypatch):
     whole = study("gpt2", tmp_path / "whole")
     studies.compare(whole)
     trained = studies.train_once
@@ -82,7 +82,7 @@ def test_goes_on_after_an_interruption(trainings, tmp_path, monkeypatch):
         )
 
 
-def test_pages(trainings, tmp_path):
+def test_result_pages_say_what_was_measured(trainings, tmp_path):
     for name in ("gpt2", "resnet"):
         studies.compare(study(name, tmp_path, seeds=2))
         report.write(tmp_path, name)
@@ -118,12 +118,12 @@ def test_pages(trainings, tmp_path):
         ("gat", 2.0 - 0.0051, False),
     ],
 )
-def test_bars_are_the_issues(name, value, kept):
+def test_a_result_is_judged_by_the_bar_of_its_workload(name, value, kept):
     workload = WORKLOADS[name]
     assert (workload.behind(value, 2.0) <= workload.bar) == kept
 
 
-def test_scaling_and_ablations(trainings, tmp_path, monkeypatch):
+def test_studies_of_scaling_and_ablations_run(trainings, tmp_path, monkeypatch):
     names = {**dict.fromkeys(studies.PARTITIONS, "adam_mini"), "adamw": "adamw"}
     trained = studies.train_once
     monkeypatch.setattr(
@@ -138,7 +138,7 @@ def test_scaling_and_ablations(trainings, tmp_path, monkeypatch):
         assert f"| {'Adam-mini' if title == 'adam_mini' else title} |" in page
 
 
-def test_shortened_is_not_mixed_with_whole(trainings, tmp_path):
+def test_quick_results_are_not_mixed_with_whole_ones(trainings, tmp_path):
     studies.compare(study("gpt2", tmp_path, quick=True))
     with pytest.raises(ConfigError, match="other settings"):
         study("gpt2", tmp_path)

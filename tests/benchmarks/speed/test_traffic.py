@@ -42,7 +42,7 @@ def test_kernels_move_what_is_in_device_memory():
     assert found.temporaries == size  # the second of the results is none of the program's
 
 
-def test_of_a_slice_its_part_is_read():
+def test_a_slice_counts_only_the_part_it_reads():
     start = """  %slice-start = ((f32[8,128]{1,0:T(8,128)}), f32[8,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%g), slice={[0:8], [0:32]}
   %copy-start ="""
     found = traffic(HLO.replace("  %copy-start =", start))
@@ -50,7 +50,7 @@ def test_of_a_slice_its_part_is_read():
     assert len(found.kernels) == 4
 
 
-def test_what_is_not_counted_is_refused():
+def test_programs_with_a_loop_are_refused():
     loop = HLO.replace("copy-done(%copy-start)", "while(%copy-start)")
     with pytest.raises(ValueError, match="has a while"):
         traffic(loop)

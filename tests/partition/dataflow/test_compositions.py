@@ -1,4 +1,4 @@
-"""Models put together by machine, and their cuts derived from their parts by the principle alone.
+"""Random models made of layers, whose blocks follow from those of each layer.
 
 Each part is a layer of known cut, which reads the stream and writes into it or beside it. What its
 outputs are coupled by, inside the part, is what every use of them couples: as soon as something
@@ -198,14 +198,14 @@ def check(model):
 
 @given(models())
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_compositions(model):
+def test_composed_models_have_the_blocks_of_their_layers(model):
     check(model)
 
 
 @pytest.mark.slow
 @given(models())
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_many_compositions(model):
+def test_many_composed_models_have_the_blocks_of_their_layers(model):
     check(model)
 
 
@@ -225,7 +225,7 @@ def towers(depth, is_read):
 
 
 @pytest.mark.parametrize(("depth", "is_read"), list(itertools.product([1, 2, 3], [False, True])))
-def test_a_stream_that_ends_in_an_inner_product(depth, is_read):
+def test_a_kernel_whose_outputs_end_in_an_inner_product_is_one_block(depth, is_read):
     params, forward = towers(depth, is_read)
     specs = infer_block_specs(forward, params, shape(B, T, W), shape(B, 3), v="mean")
     grids = {name: specs[name].grid(params[name].shape) for name in params}

@@ -1,4 +1,4 @@
-"""What `explain` says, and what is refused before anything is read."""
+"""The text of `explain`, and arguments that are refused before the model is read."""
 
 import pathlib
 import re
@@ -42,7 +42,7 @@ def tied(p, tokens):
     return (jax.nn.log_softmax(h @ p["e"].T) * target).sum()  # the head
 
 
-def test_what_is_contracted_and_what_is_passed_over():
+def test_explain_names_contracted_axes_and_skipped_derivatives():
     text = explain(forces, {"w": shape(32, 7), "u": shape(7, 1)}, X, parameter="w", v="mean")
     here = line_of("# the energy")
     assert text.splitlines()[0] == "w (32, 7): 1 x 7 blocks"
@@ -56,7 +56,7 @@ def test_what_is_contracted_and_what_is_passed_over():
     )
 
 
-def test_the_finest_cut_and_what_has_no_gradient():
+def test_explain_names_the_finest_cut_and_uses_without_a_gradient():
     text = explain(tied, {"e": shape(11, 32)}, shape(3, dtype="int32"), parameter="e", v="mean")
     for where, said in {
         "# rows": "used in gather at {}: rows are chosen along axis 0",
@@ -74,7 +74,7 @@ def test_the_finest_cut_and_what_has_no_gradient():
     assert [line for line in lines if "(the finest cut)" in line], lines
 
 
-def test_numbers_and_parameters_that_meet_no_data():
+def test_explain_names_scalars_and_parameters_that_meet_no_data():
     text = explain(lambda p, x: x * p["s"], {"s": shape()}, X, parameter="s", v="mean")
     assert text.startswith("s (): 1 block: a number has one\n  used in mul at ")
     compared = lambda p, x: (x @ p["w"]).sum() + (p["lost"] > 0).sum()  # compared
@@ -105,19 +105,19 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
-def test_what_is_no_array_is_named(name, function):
+def test_leaves_that_are_not_arrays_are_refused_with_their_path(name, function):
     params, message = WRONG[name]
     with pytest.raises(TypeError, match=rf"{function.__name__}: {message}"):
         function(lambda p, x: x, params, X)
 
 
-def test_explain_names_what_is_no_array():
+def test_explain_refuses_leaves_that_are_not_arrays():
     with pytest.raises(TypeError, match=r"explain: name: .*got 'a' of type str"):
         explain(lambda p, x: x, {"w": shape(4, 2), "name": "a"}, X, parameter="w", v="mean")
 
 
-def test_what_the_refusal_of_a_whole_model_advises():
-    """Both lines of it, as they stand there."""
+def test_the_code_that_the_refusal_of_a_whole_model_advises_runs():
+    """Both lines, the one for NNX and the one for Equinox."""
     with pytest.raises(TypeError) as error:
         infer_block_specs(lambda p, x: x, MLP, X)
     calls = [line.strip() for line in str(error.value).splitlines() if "fn = " in line]
@@ -137,7 +137,7 @@ def test_what_the_refusal_of_a_whole_model_advises():
         assert len(jax.tree.leaves(specs)) == len(jax.tree.leaves(params))
 
 
-def test_a_misspelt_path():
+def test_explain_refuses_a_misspelt_path_with_the_closest_ones():
     fn, params = (lambda p, x: x @ p["a"]["w"]), {"a": {"w": shape(32, 4)}}
     text = (
         r"explain: parameter='a.w' matches no parameter; the closest paths are a/w \(a path reads"
@@ -148,12 +148,12 @@ def test_a_misspelt_path():
 
 @pytest.mark.parametrize("function", [infer_block_specs, infer_muon_dimension_numbers])
 @pytest.mark.parametrize("params", [{"w": jnp.ones(3)}, MLP])
-def test_swapped_arguments(function, params):
+def test_swapped_arguments_are_refused(function, params):
     with pytest.raises(TypeError, match=rf"call {function.__name__}\(fn, params, \*args\)"):
         function(params, lambda p, x: x, X)
 
 
-def test_dimension_numbers_of_what_cannot_be_read():
+def test_unreadable_kernels_have_the_given_dimension_numbers():
     fn = lambda p, x: x @ jnp.sort(p["w"]) @ p["u"] @ p["head"]
     params = {"w": shape(32, 5), "u": shape(5, 3), "head": shape(3, 2)}
     with pytest.raises(ValueError, match="unreadable=None"):
@@ -166,7 +166,7 @@ def test_dimension_numbers_of_what_cannot_be_read():
         infer_muon_dimension_numbers(fn, params, X, unreadable="adam")
 
 
-def test_a_tree_of_specs_that_is_callable_is_a_tree():
+def test_a_callable_tree_of_specs_is_not_called():
     params, static = eqx.partition(MLP, eqx.is_inexact_array)
     loss = lambda p, x: jnp.tanh(jax.vmap(eqx.combine(p, static))(x)).sum()
     x = jnp.ones((3, 4))

@@ -1,4 +1,4 @@
-"""One function written in several ways has one cut, its rows included."""
+"""One function, written in several ways, has the same blocks, rows and columns in each."""
 
 import functools
 import operator
@@ -280,8 +280,8 @@ FORMS |= {
 }
 
 
-def test_layers_side_by_side_are_apart():
-    """Along the inputs in both, along the outputs as rows."""
+def test_layers_side_by_side_in_one_kernel_have_blocks_of_their_own():
+    """Layers side by side along the inputs, and along the outputs."""
     params = shapes(w=(3 * D, D), o=(D, 5))
     for form in FLAT_LAYERS.values():
         assert found(form, params, X, "mean")["w"] == (3, D)
@@ -298,7 +298,7 @@ def test_a_filter_of_frequencies_has_a_block_for_each_channel():
     assert cut["in"] == (1, F)
 
 
-def test_every_other_output_is_no_part():
+def test_interleaved_outputs_are_not_parts_of_a_kernel():
     def strided(p, x):
         y = x @ p["w"]
         return jnp.tanh(y[..., ::2] * y[..., 1::2] @ p["o"])
@@ -328,7 +328,7 @@ def found(fn, params, x, v):
 @pytest.mark.parametrize(
     ("function", "form"), [(name, form) for name, (forms, *_) in FORMS.items() for form in forms]
 )
-def test_one_function_has_one_cut(function, form, v):
+def test_a_function_has_the_same_blocks_in_every_form(function, form, v):
     forms, params, x = FORMS[function]
     first = next(iter(forms.values()))
     assert found(forms[form], params, x, v) == found(first, params, x, v)
@@ -347,8 +347,8 @@ def test_filters_are_never_joined(form):
     assert grid[1] == F
 
 
-def test_gains_of_layers_are_no_filter():
-    """What is scaled by each was made by another kernel."""
+def test_gains_of_several_layers_are_not_read_as_a_filter():
+    """Each gain scales the outputs of another kernel, so they are not one filter."""
 
     def forward(p, x):
         for i in range(3):
@@ -359,8 +359,8 @@ def test_gains_of_layers_are_no_filter():
     assert found(forward, params, ROWS, "mean") == {"g": (3, 1), "w": (3, 1, D)}
 
 
-def test_gains_of_a_query_and_a_key_are_no_filter():
-    """One value times two gains, which are not added."""
+def test_gains_of_a_query_and_a_key_are_not_read_as_a_filter():
+    """One value is scaled by two gains, but the results are not added as a filter's are."""
 
     def forward(p, x):
         z = jax.nn.silu(x @ p["z"])
@@ -396,13 +396,13 @@ def test_layers_that_read_one_input_are_no_convolution(act):
     assert found(of_one_input(act), {"w": shape(3, D, D)}, X, "mean") == {"w": (3, 1, D)}
 
 
-def test_rows_of_layers():
+def test_stacked_layers_have_rows_of_their_own():
     grids = found(LOOPS["by index"], STACK, X, "outer")
     assert grids["u"] == ((4, D, 1), (4, 1, F))
     assert grids["qkv"] == ((4, D, 3), (4, 1, 3 * D))
 
 
-def test_rows_of_members():
+def test_ensemble_members_have_rows_of_their_own():
     assert found(MEMBERS["vmap"], MLP, ROWS, "outer")["u"] == ((3, D, 1), (3, 1, F))
 
 
@@ -467,7 +467,7 @@ def of_state_space(make):
         lambda c, decay: jnp.sum(jnp.broadcast_to(c[..., None], decay.shape) * decay, axis=1),
     ],
 )
-def test_filters_of_a_state_space_are_apart(make):
+def test_channels_of_a_state_space_have_blocks_of_their_own(make):
     params = {"in": shape(D, F), "a": shape(F, 3), "c": shape(F, 3), "out": shape(F, 5)}
     grids = found(of_state_space(make), params, X, "mean")
     assert (grids["a"][0], grids["c"][0]) == (F, F)
@@ -535,13 +535,13 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_a_value_of_several_uses(name):
+def test_a_value_with_several_uses_is_cut_for_all_of_them(name):
     fn, expected = USES[name]
     grids = found(fn, QK, X, "mean")
     assert {name: grids[name] for name in expected} == expected
 
 
-def test_what_comes_after_a_loss_is_no_use():
+def test_auxiliary_outputs_beside_a_loss_do_not_change_the_blocks():
     def outputs(p, x):
         q, k, v = (heads(x @ p[name]) for name in "qkv")
         return jnp.square(attention(q, k, v)), q

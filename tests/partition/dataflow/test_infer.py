@@ -1,4 +1,4 @@
-"""What the blocks of models are, of one function however it is written, and what is an error."""
+"""The blocks inferred for models and for one function written in many ways, and refusals."""
 
 import importlib
 import operator
@@ -73,19 +73,19 @@ def by_matmul(q, k, v):
 
 @pytest.mark.parametrize("mix", [by_repeat, by_einsum, by_matmul, jax.nn.dot_product_attention])
 @pytest.mark.parametrize("rotary", [rotary_halves, rotary_rotated, rotary_pairs])
-def test_grouped_query_attention(rotary, mix):
+def test_grouped_query_attention_is_cut_by_head(rotary, mix):
     assert grids(lambda p, x: grouped(p, x, rotary, mix), GROUPED, X) == GROUPED_GRIDS
 
 
 @pytest.mark.parametrize("name", TABLE_OF_MODELS)
-def test_model(name):
+def test_a_model_has_the_blocks_derived_by_hand(name):
     fn, params, args, expected = TABLE_OF_MODELS[name]
     found = grids(fn, params, *args)
     assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", TABLE_OF_MODELS)
-def test_gradient_free_wrappers_change_nothing(name):
+def test_casts_jit_and_checkpoint_do_not_change_the_blocks(name):
     fn, params, args, expected = TABLE_OF_MODELS[name]
 
     def wrapped(p, *args):
@@ -97,7 +97,7 @@ def test_gradient_free_wrappers_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", FINER)
-def test_finer_than_it_has_to_be(name):
+def test_known_models_are_cut_no_coarser_than_by_hand(name):
     fn, params, args, expected, now = FINER[name]
     found = grids(fn, params, *args)
     assert {name: found[name] for name in expected} == {**expected, **now}
@@ -267,7 +267,7 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
 
 
-def test_custom_derivatives():
+def test_functions_with_custom_derivatives_are_read():
     fn = lambda p, x: straight_through(jax.nn.silu(x @ p["u"])) @ p["w"]
     params = {"u": shape(D, 7), "w": shape(7, 3)}
     assert grids(fn, params, X) == {"u": (1, 7), "w": (1, 3)}
@@ -297,7 +297,7 @@ def opaque(p, x):
 OPAQUE = {"lost": shape(D, 7), "found": shape(7, 5), "direct": shape(5)}
 
 
-def test_what_cannot_be_read_is_an_error_for_all_at_once():
+def test_all_unreadable_parameters_are_named_in_one_error():
     with pytest.raises(ValueError, match="cannot read") as error:
         infer_block_specs(opaque, OPAQUE, X, v="mean")
     message = str(error.value)
@@ -308,7 +308,7 @@ def test_what_cannot_be_read_is_an_error_for_all_at_once():
     assert "overrides=[(pattern, spec)]" in message
 
 
-def test_what_cannot_be_read_can_be_settled():
+def test_unreadable_parameters_may_be_given_specs():
     settled = {"overrides": [("lost", per_neuron())], "unreadable": per_element()}
     assert grids(opaque, OPAQUE, X, **settled) == {"lost": (1, 7), "found": (1, 5), "direct": (5,)}
     specs = infer_block_specs(opaque, OPAQUE, X, **settled, v="mean")
@@ -331,7 +331,7 @@ def test_what_cannot_be_read_can_be_settled():
         lambda p, x: x @ p["w"] + x @ np.ones((D, 5), "float32"),  # a model that was closed over
     ],
 )
-def test_a_parameter_that_meets_no_data_is_an_error(fn):
+def test_a_parameter_that_meets_no_data_is_refused(fn):
     params = {"w": shape(D, 5), "lost": shape(D, 5), "scalar": shape()}
     with pytest.raises(
         ValueError,
@@ -342,7 +342,7 @@ def test_a_parameter_that_meets_no_data_is_an_error(fn):
     assert settled == {"w": (1, 5), "lost": (1, 5), "scalar": ()}
 
 
-def test_override_of_nothing_is_an_error():
+def test_an_override_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match="override 'nothing'"):
         infer_block_specs(opaque, OPAQUE, X, overrides=[("nothing", per_tensor())], v="mean")
 
@@ -377,13 +377,13 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("name", UNREAD)
-def test_never_guessed(name):
+def test_blocks_that_cannot_be_read_are_refused_and_not_guessed(name):
     fn, params, primitive = UNREAD[name]
     with pytest.raises(ValueError, match=rf"w \(.*goes into {primitive} at"):
         infer_block_specs(fn, params, X, v="mean")
 
 
-def test_blocks_are_called_what_they_are():
+def test_blocks_are_named_by_their_kind():
     fn, params, args, _ = TABLE_OF_MODELS["tied language model"]
     specs = infer_block_specs(fn, params, *args, v="mean")
     assert {name: spec.unit for name, spec in specs.items()} == {
@@ -426,12 +426,12 @@ SHARDED_SPECS = {"q": P(None, "i"), "k": P(None, "i"), "v": P(None, "i"), "o": P
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_shard_map_over_heads_and_neurons(count, check_vma):
+def test_shard_map_over_heads_and_neurons_does_not_change_the_blocks(count, check_vma):
     fn = on_devices(sharded_attention, SHARDED_SPECS, count=count, check_vma=check_vma)
     assert grids(fn, SHARDED, X) == SHARDED_GRIDS
 
 
-def test_shard_map_of_data_is_followed():
+def test_shard_map_over_data_does_not_change_the_blocks():
     fn = on_devices(lambda p, x: lax.pmean(jnp.mean(x @ p["w"]), "i"), P(), P("i"))
     assert grids(fn, {"w": shape(D, 8)}, X) == {"w": (1, 8)}
 
@@ -450,7 +450,7 @@ def stacked_positions(p, x):
 
 
 @pytest.mark.parametrize("body", [gathered_positions, stacked_positions])
-def test_shard_map_over_positions(body):
+def test_shard_map_over_positions_does_not_change_the_blocks(body):
     fn = on_devices(body, P(), P(None, "i"))
     assert grids(fn, DENSE, X) == DENSE_GRIDS
 
@@ -461,7 +461,7 @@ def attention_of_own_heads(p, x):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_shard_map_of_one_head_for_each_device(count):
+def test_shard_map_with_one_head_on_each_device_does_not_change_the_blocks(count):
     heads_over = {"q": P(None, "i"), "k": P(None, "i"), "v": P(None, "i"), "o": P("i")}
     params = {**dict.fromkeys("qkv", shape(D, H, N)), "o": shape(H, N, D)}
     assert grids(on_devices(attention_of_own_heads, heads_over, count=count), params, X) == {
@@ -486,7 +486,7 @@ UNREAD_ON_DEVICES = {
 
 
 @pytest.mark.parametrize("name", UNREAD_ON_DEVICES)
-def test_what_shard_map_hides_is_an_error(name):
+def test_blocks_that_shard_map_hides_are_refused(name):
     body, cut, out, primitive = UNREAD_ON_DEVICES[name]
     sizes = (D, 2, 4) if "axis dropped" in name else (D, 8)
     fn = on_devices(lambda p, x: body(p["w"], x), {"w": cut}, out=out)
@@ -510,7 +510,7 @@ def by_cudnn(q, k, v):
 
 
 @pytest.mark.usefixtures("cudnn")
-def test_attention_of_cudnn():
+def test_attention_of_cudnn_is_cut_by_head():
     fn = lambda p, x: grouped(p, x, rotary_halves, by_cudnn)
     assert "dot_product_attention_fwd" in str(jax.make_jaxpr(fn)(GROUPED, X))
     assert grids(fn, GROUPED, X) == GROUPED_GRIDS
@@ -522,7 +522,7 @@ def test_attention_of_cudnn():
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("layout", ["BTNH", "BNTH"])
-def test_attention_of_cudnn_with_a_bias_of_positions(layout):
+def test_attention_of_cudnn_with_a_bias_is_cut_by_head(layout):
     kernel = importlib.import_module(CUDNN).dot_product_attention
 
     def fn(p, x):

@@ -82,7 +82,7 @@ def under(name, found, *lead):
 
 
 @pytest.mark.parametrize("normalize_qk", [False, True])
-def test_attention_of_flax(normalize_qk):
+def test_attention_of_flax_is_cut_by_head(normalize_qk):
     gains = {"query_ln/scale": (1,), "key_ln/scale": (1,)} if normalize_qk else {}
     layer = nn.MultiHeadDotProductAttention(
         num_heads=H, normalize_qk=normalize_qk, dropout_rate=0.1, deterministic=False
@@ -127,7 +127,7 @@ class Tied(nn.Module):
         return embed.attend(Layer(name="l")(embed(tokens))[0])
 
 
-def test_tied_embedding_of_linen():
+def test_a_tied_embedding_of_linen_is_cut_by_token():
     assert linen(Tied(), TOKENS) == {"e/embedding": (V, 1), **under("l", LAYER)}
 
 
@@ -139,7 +139,7 @@ class Images(nn.Module):
         return nn.Dense(3, name="d")(nn.GroupNorm(5, name="g")(x).mean((1, 2)))
 
 
-def test_convolutions_and_norms_of_linen():
+def test_convolutions_and_norms_of_linen_have_the_right_blocks():
     assert linen(Images(), IMAGE) == {
         "b/scale": (1,), "b/bias": (8,), "c/kernel": (1, 1, 1, 8), "c/bias": (8,),
         "t/kernel": (1, 1, 1, 5), "t/bias": (5,), "g/scale": (1,), "g/bias": (5,),
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
         return nn.Dense(7, name="head")(nn.LayerNorm(name="norm")(x)[:, 0])
 
 
-def test_vision_transformer_of_linen():
+def test_a_vision_transformer_of_linen_has_the_right_blocks():
     assert linen(VisionTransformer(), IMAGE) == {
         "patches/kernel": (1, 1, 1, D), "patches/bias": (D,), "first": (1, 1, D),
         "positions": (1, 5, D), **under("layer", LAYER), "norm/scale": (1,), "norm/bias": (D,),
@@ -211,7 +211,7 @@ class EncoderDecoder(nnx.Module):
         return self.tokens.attend(target)
 
 
-def test_encoder_and_decoder_of_nnx():
+def test_an_encoder_and_decoder_of_nnx_have_the_right_blocks():
     heads = {path: grid for path, grid in HEADS.items() if "kernel" in path}
     make = lambda: EncoderDecoder(nnx.Rngs(0))
     assert of_nnx(make, TOKENS, shape(B, 5, dtype="int32")) == {
@@ -241,7 +241,7 @@ class StateSpace(nn.Module):
         return nn.Dense(D, name="out")(y * nn.silu(gate))
 
 
-def test_state_space_of_linen():
+def test_a_state_space_of_linen_has_the_right_blocks():
     assert linen(StateSpace(), X) == {
         "in/kernel": (1, 32), "in/bias": (32,), "conv/kernel": (1, 1, 16), "conv/bias": (16,),
         "step/kernel": (1, 16), "step/bias": (16,), "into/kernel": (1, 3), "out_of/kernel": (1, 3),
@@ -249,13 +249,13 @@ def test_state_space_of_linen():
     }  # fmt: skip
 
 
-def test_gru_of_nnx():
+def test_a_gru_of_nnx_is_cut_by_neuron():
     assert of_nnx(lambda: nnx.RNN(nnx.GRUCell(D, 7, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), X) == {
         "cell/dense_h/kernel": (1, 21), "cell/dense_i/kernel": (1, 21), "cell/dense_i/bias": (21,),
     }  # fmt: skip
 
 
-def test_haiku():
+def test_haiku_layers_have_the_right_blocks():
     attention = lambda x: hk.MultiHeadAttention(H, N, w_init=hk.initializers.Constant(0.0))(x, x, x)
     name = "multi_head_attention"
     columns = {"query": H, "key": H, "value": D, "linear": D}
@@ -274,7 +274,7 @@ def test_haiku():
     }
 
 
-def test_equinox():
+def test_equinox_layers_have_the_right_blocks():
     key = jax.random.key(0)
     attention = lambda layer, x: jax.vmap(layer)(x, x, x)
     assert equinox(lambda: eqx.nn.MultiheadAttention(H, D, key=key), attention, X) == {
@@ -351,7 +351,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_one_model_have_the_same_blocks(layout):
-    """Every coordinate of the four matrices has a number, which a layout puts elsewhere."""
+    """Each coordinate of the four matrices has a number, by which it is found in every layout."""
     store, forward = LAYOUTS[layout]
     numbers = np.arange(4 * D * D).reshape(4, D, D)
     stored = store(dict(zip("qkvo", numbers, strict=True)))
@@ -471,7 +471,7 @@ def models(draw):
 
 @given(models(), st.randoms())
 @settings(max_examples=25, deadline=None)
-def test_neither_names_nor_wrappers_matter(model, random):
+def test_names_and_wrappers_do_not_change_the_blocks(model, random):
     params, expected, forward, x = model
     assert grids(forward, params, x) == expected
     assert grids(jax.jit(jax.checkpoint(forward)), params, x) == expected
@@ -497,7 +497,7 @@ def test_neither_names_nor_wrappers_matter(model, random):
 
 
 @pytest.mark.slow
-def test_muon_on_general_and_scanned_kernels():
+def test_dimension_numbers_of_general_and_scanned_kernels_train_with_muon():
     module = Scanned()
     x = jax.random.normal(jax.random.key(0), (8, 16, D))
     params = module.init(jax.random.key(1), x)["params"]
@@ -536,7 +536,7 @@ def test_muon_on_general_and_scanned_kernels():
     chex.assert_trees_all_close(updates, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_muon_leaves_what_is_no_matrix_to_adam():
+def test_dimension_numbers_leave_embeddings_heads_and_vectors_to_adam():
     def fn(p, tokens, image):
         x = p["tokens"][tokens] @ p["w"] * p["gain"] + p["bias"]
         patches = jax.lax.conv_general_dilated(
@@ -563,7 +563,7 @@ def test_muon_leaves_what_is_no_matrix_to_adam():
 
 
 def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
-    """However often they are used, in loops, behind gains, through the loss; and tied tables."""
+    """Also tied tables, and heads that are used in a loop, behind a gain, or twice."""
 
     def fn(p, tokens):
         x = p["tokens"][tokens]
@@ -603,14 +603,14 @@ def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
         ([("(", None)], ValueError, "is no regular expression"),
     ],
 )
-def test_bad_overrides_of_muon(overrides, error, message):
+def test_wrong_overrides_of_dimension_numbers_are_refused(overrides, error, message):
     with pytest.raises(error, match=message):
         infer_muon_dimension_numbers(
             lambda p, x: x @ p["head"], {"head": shape(D, 7)}, X, overrides=overrides
         )
 
 
-def test_muon_refuses_what_cannot_be_read():
+def test_dimension_numbers_of_unreadable_kernels_are_refused():
     fn = lambda p, x: x @ jnp.sort(p["w"])
     with pytest.raises(ValueError, match=r"infer_muon.* cannot read.*\n.*w \(32, 7\): goes into"):
         infer_muon_dimension_numbers(fn, {"w": shape(D, 7)}, X)

@@ -1,4 +1,4 @@
-"""What does nothing changes no block, whichever equation of whichever model it comes after."""
+"""Operations that change no value change no block, wherever in a model they are put."""
 
 import functools
 import operator
@@ -351,19 +351,19 @@ def test_every_noop_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TABLE_OF_MODELS)
-def test_models_are_evaluated_as_they_are(model):
+def test_models_that_are_evaluated_equation_by_equation_have_the_same_blocks(model):
     assert not trouble(model, "times one", lambda place: False, "nothing")
 
 
 @pytest.mark.parametrize(("model", "name"), AT_EQUATIONS)
-def test_noop_after_an_equation(model, name):
+def test_a_no_op_after_an_equation_does_not_change_the_blocks(model, name):
     (number,) = chosen(1, range(len(traced(model)[1])), model, name)
     wrong = on_equation(model, name, number)
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize(("model", "name"), AT_PARAMETERS)
-def test_noop_on_a_parameter(model, name):
+def test_a_no_op_on_a_parameter_does_not_change_the_blocks(model, name):
     arrays = [path for path, leaf in TABLE_OF_MODELS[model][1].items() if leaf.ndim]
     (path,) = chosen(1, arrays, model, name)
     wrong = on_parameter(model, name, path)
@@ -375,7 +375,7 @@ MANY = 20  # equations and no-ops of each model: some minutes, with the next tes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TABLE_OF_MODELS)
-def test_noop_after_many_equations(model):
+def test_a_no_op_after_any_equation_does_not_change_the_blocks(model):
     pairs = [(name, number) for name in NOOPS for number in range(len(traced(model)[1]))]
     wrong = [on_equation(model, *pair) for pair in chosen(MANY, pairs, model)]
     wrong = list(filter(None, wrong))
@@ -384,7 +384,7 @@ def test_noop_after_many_equations(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TABLE_OF_MODELS)
-def test_noop_after_all_equations_at_once(model):
+def test_no_ops_after_all_equations_do_not_change_the_blocks(model):
     names = chosen(EACH, ON_PARAMETERS, model, "everything")
     wrong = [trouble(model, name, lambda place: True, "everything") for name in names]
     wrong = list(filter(None, wrong))

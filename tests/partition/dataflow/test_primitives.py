@@ -1,4 +1,4 @@
-"""Whatever primitive a parameter, or what it makes, goes into: blocks, or an error that says where."""
+"""Every primitive of JAX, on a parameter or what is made of it: blocks, or an error that says where."""
 
 import functools
 import importlib
@@ -812,7 +812,7 @@ FIRST, *MORE = GIVEN
     "given", [FIRST, *(pytest.param(given, marks=pytest.mark.slow) for given in MORE)]
 )
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_blocks_or_a_clear_error(name, given):
+def test_each_primitive_gives_blocks_or_a_clear_error(name, given):
     make, w = GIVEN[given]
     fn = lambda p, x, tokens: loss_of(PROGRAMS[name](make(p, x, tokens)), x)
     check(name, fn, w, X, shape(ROWS, dtype="int32"))
@@ -822,7 +822,7 @@ def test_blocks_or_a_clear_error(name, given):
     "size",
     [(), *(pytest.param(size, marks=pytest.mark.slow) for size in [(0,), (1,), (0, 6), (4, 0)])],
 )
-def test_no_number_or_only_one(size):
+def test_each_primitive_takes_scalars_and_empty_arrays(size):
     """Scalars, and arrays without any element: in each program that takes them."""
     taken, wrong = 0, []
     for name, program in PROGRAMS.items():

@@ -147,12 +147,12 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_and_columns(name):
+def test_a_model_has_the_rows_and_columns_derived_by_hand(name):
     fn, params, args, expected = MODELS[name]
     assert shapes(fn, params, *args) == expected
 
 
-def test_overrides_and_unreadable_are_taken_as_they_are():
+def test_specs_given_as_overrides_or_for_unreadable_parameters_are_kept():
     params = {"w": S((D, F), "float32"), "u": S((D, F), "float32")}
     fn = lambda p, x: x @ p["w"] + jnp.sort(p["u"], axis=0).sum()
     matrix = outer(per_neuron(axis=0), per_neuron())
@@ -162,7 +162,7 @@ def test_overrides_and_unreadable_are_taken_as_they_are():
     assert (specs["u"].note, specs["w"].note) == ("unreadable", "override")
 
 
-def test_explain():
+def test_explain_names_rows_and_columns():
     params = {"q": S((D, D), "float32"), "k": S((D, D), "float32"), "v": S((D, D), "float32")}
     text = explain(separate, params, X, parameter="q", v="outer")
     assert text.splitlines()[:2] == [
@@ -174,7 +174,7 @@ def test_explain():
 
 
 def test_outer_is_the_default():
-    """Who forgets `v="outer"` would train language models 2 to 3% worse without a word."""
+    """With `v="mean"` as the default, language models would end 2 to 3% worse unnoticed."""
     params = {name: S((D, D), "float32") for name in "qkv"}
     default = infer_block_specs(separate, params, X)
     assert default == infer_block_specs(separate, params, X, v="outer")
@@ -183,14 +183,14 @@ def test_outer_is_the_default():
     assert text == explain(separate, params, X, parameter="q", v="outer")
 
 
-def test_another_word_is_an_error():
+def test_another_value_of_v_is_refused():
     with pytest.raises(ValueError, match="v must be 'mean' or 'outer', got 'row'"):
         infer_block_specs(lambda p, x: x @ p, S((D, F), "float32"), X, v="row")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="v must be 'mean' or 'outer', got 'row'"):
         explain(lambda p, x: x @ p, S((D, F), "float32"), X, v="row", parameter="")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_blocks_are_the_parts():
+def test_the_blocks_of_a_fused_kernel_are_its_parts():
     specs = infer_block_specs(fused_by_split, {"w": S((D, 3 * D), "float32")}, X, v="outer")
     assert isinstance(specs["w"], Outer)
     assert specs["w"].runs((D, 3 * D)) == (((1, D),), ((3, D),))
