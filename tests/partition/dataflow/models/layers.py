@@ -550,9 +550,6 @@ MODELS = {
         dilated(lambda x, w, d: conv(x, w, padding=[(d, 0)], rhs_dilation=(d,))), DILATED,
         [X, INDEX], DILATED_GRIDS,
     ),
-    "dilated, by shifts": (
-        dilated(lambda x, w, d: past(x, d) @ w[0] + x @ w[1]), DILATED, [X, INDEX], DILATED_GRIDS,
-    ),
     "dilated, stacked": (
         dilated(lambda x, w, d: jnp.einsum("kbtc,kco->bto", jnp.stack([past(x, d), x]), w)),
         DILATED, [X, INDEX], DILATED_GRIDS,
