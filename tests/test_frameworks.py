@@ -427,6 +427,7 @@ class EquinoxConvolution(eqx.Module):
         return self.mlp(self.norm(self.conv(image[None]).reshape(-1)[self.pixels]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "is_param", [eqx.is_inexact_array, pytest.param(eqx.is_array, marks=pytest.mark.slow)]
 )

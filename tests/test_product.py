@@ -153,6 +153,7 @@ def test_updates_equal_the_formulas_in_numpy(spec, shape, nesterov):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_v_equals_optax_factored_rms():
     """Adafactor keeps the averages of rows and columns too, so its updates must be ours."""
     rng = np.random.default_rng(1)

@@ -140,6 +140,7 @@ def test_the_last_code_is_beyond_the_bound(spec, shape, size):
     np.testing.assert_allclose(last.item(), TABLE[-1] * scale, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_last_code_is_beyond_the_bound_where_row_and_column_are_quiet():
     """All gradients were in the coordinate where they meet, so v is far more than their product."""
     v = np.ones((64, 64))
@@ -887,6 +888,7 @@ def test_trains_as_well_as_with_float32(network):
     assert (np.abs(ratio - 1) < 0.04).all()
 
 
+@pytest.mark.slow
 def test_a_run_of_adamw_goes_on_in_8_bits(network):
     """The loss does not jump at the switch, and ends within 1% of going on in float32."""
     params, first, second = network

@@ -232,6 +232,7 @@ def test_muon_trains(corpus, tmp_path):
     assert losses[2e-2][-1] < losses[1e-9][-1] < losses[1e-9][0]
 
 
+@pytest.mark.slow
 def test_the_optimizers_are_listed():
     shown = " ".join(run_command("gpt2", "--help").stdout.split())
     assert "{None,adamw,adam_mini,adam_mini_int8,muon_mini,muon_mini_int8}" in shown

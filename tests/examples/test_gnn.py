@@ -186,6 +186,7 @@ def test_segment_softmax_and_its_gradient_are_right():
     np.testing.assert_allclose(gradient[:, 0], [-slope, slope, 0, 0, 0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [pytest.param(MODELS[0], marks=pytest.mark.slow), MODELS[1]],

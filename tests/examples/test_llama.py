@@ -293,6 +293,7 @@ def test_options_of_the_architecture():
     assert Config(model="llama3-8b").architecture.rotary_base == 500_000
 
 
+@pytest.mark.slow
 def test_one_step_with_every_option():
     options = {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2}
     options |= {"parameters": ParameterConfig("bfloat16")}

@@ -364,6 +364,7 @@ def test_training_moves_the_averages_and_evaluation_uses_them(tiny):
 HALVES = (slice(None, 4), slice(4, None))
 
 
+@pytest.mark.slow
 def test_loss_with_label_smoothing(tiny):
     program = make_program(Config(label_smoothing=0.3), "adamw")
     state = jax.jit(program.init)()
@@ -381,6 +382,7 @@ def test_loss_with_label_smoothing(tiny):
     np.testing.assert_allclose(training_loss, expected.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_sees_normalised_pixels(tiny):
     data = images.load(ImageConfig()).train
     pixels = data.take(np.arange(len(data))).images / 255
