@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path, with_kept_names
+from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
 from optax_adam_mini.labels import path_str, some
-from optax_adam_mini.matrices import Pieces, rows_of, scale_of
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen

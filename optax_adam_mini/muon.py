@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
+from optax_adam_mini.dimension_numbers import Pieces, dimension_numbers, specs_of
 from optax_adam_mini.hyperparams import (
     check_count,
     check_hyperparams,
@@ -19,7 +20,6 @@ from optax_adam_mini.hyperparams import (
     check_scalar_or_schedule,
 )
 from optax_adam_mini.labels import BlockSpecs, path_str, some
-from optax_adam_mini.matrices import Pieces, dimension_numbers, specs_of
 from optax_adam_mini.messages import check_gradient, check_mask_leaves, check_order, leaves_as
 from optax_adam_mini.momentum import kept
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes

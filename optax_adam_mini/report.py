@@ -14,9 +14,9 @@ import optax
 
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.boxes import leaves_with_path
+from optax_adam_mini.dimension_numbers import dimension_numbers, rows_of, sizes_of
 from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_str, resolve_block_specs
-from optax_adam_mini.matrices import dimension_numbers, rows_of, sizes_of
 from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import period, widen
 

@@ -37,7 +37,7 @@ LAYERS = [
     ["blocks"],
     ["product"],
     ["labels"],
-    ["random_bits", "messages", "matrices"],
+    ["random_bits", "messages", "dimension_numbers"],
     ["rounding", "quantized"],
     ["momentum"],
     ["partition.by_path", "partition.flax_layers", "partition.logical_axes", "partition.measured",
