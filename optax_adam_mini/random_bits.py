@@ -1,6 +1,7 @@
-"""Random bits without a key: a hash of the step, of what is rounded, and of the coordinate.
+"""Rounding at random without a key.
 
-They are the same on any mesh, in any process and after any restart.
+The random bits are a hash of the step, of what is rounded and of the coordinate. They are the same
+on any mesh, in any process and after any restart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32, UInt32
+    from jaxtyping import Array, Float, Int32, UInt32
 
 
 def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
@@ -39,6 +40,28 @@ def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
     # Add the seed: multiplied by a place that is a power of two, it would lose bits.
     return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
+
+
+def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Float[Array, "*shape"]:
+    """A bfloat16 neighbour of `x`, as float32; its mean over many seeds is `x`.
+
+    Args:
+        x: an array in float32.
+        seed: seed of the rounding.
+
+    Examples:
+        >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
+        dtype('float32')
+    """
+    # Float32 numbers between two neighbours are evenly spaced in their bits: a random number added
+    # to the 16 bits that are cut off carries in proportion.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + random_bits(16, x.shape, seed).astype(jnp.uint32)) & np.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    # Beyond the largest bfloat16, round to nearest, by `reduce_precision`: XLA would remove a
+    # conversion to bfloat16 and back.
+    nearest = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
 
 
 def mixed(x: Any) -> Any:

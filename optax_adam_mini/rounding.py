@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_of
 from optax_adam_mini.messages import check_in_bfloat16
-from optax_adam_mini.random_bits import random_bits, rounding_seed, salt_of
+from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seed, salt_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PyTree, UInt32
+    from jaxtyping import Array, Int, PyTree
 
 
 class StochasticRoundingState(NamedTuple):
@@ -128,29 +127,6 @@ def stochastic_rounding(
         return jax.tree.unflatten(treedef, rounded), StochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Float[Array, "*shape"]:
-    """A bfloat16 neighbour of `x`, as float32; its mean over many seeds is `x`.
-
-    Args:
-        x: an array in float32.
-        seed: seed of the rounding.
-
-    Examples:
-        >>> from optax_adam_mini.random_bits import rounding_seed
-        >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
-        dtype('float32')
-    """
-    # Float32 numbers between two neighbours are evenly spaced in their bits: a random number added
-    # to the 16 bits that are cut off carries in proportion.
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits = (bits + random_bits(16, x.shape, seed).astype(jnp.uint32)) & np.uint32(0xFFFF0000)
-    rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    # Beyond the largest bfloat16, round to nearest, by `reduce_precision`: XLA would remove a
-    # conversion to bfloat16 and back.
-    nearest = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return jnp.where(jnp.abs(x) < float(jnp.finfo(jnp.bfloat16).max), rounded, nearest)
 
 
 def _is_bfloat16(x: Any) -> bool:

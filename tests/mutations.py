@@ -222,13 +222,13 @@ FAULTS = {
         "test_rounding.py::test_random_numbers_of_roundings_are_uncorrelated",
     ),
     "parameters rounded toward zero": Fault(
-        "rounding.py",
+        "random_bits.py",
         "bits + random_bits(16, x.shape, seed).astype(jnp.uint32)",
         "bits",
         "test_rounding.py::test_a_parameter_is_rounded_up_and_down_on_either_side_of_zero",
     ),
     "half of the random bits": Fault(
-        "rounding.py",
+        "random_bits.py",
         "random_bits(16,",
         "random_bits(15,",
         "test_rounding.py::test_a_parameter_is_rounded_up_and_down_on_either_side_of_zero",
@@ -258,7 +258,7 @@ FAULTS = {
         "test_rounding.py::test_weight_decay_of_a_thousandth_of_a_unit_adds_up[adamw]",
     ),
     "beyond the largest number to infinity": Fault(
-        "rounding.py",
+        "random_bits.py",
         "rounded, nearest)",
         "rounded, x)",
         "test_rounding.py::test_infinity_and_nan_pass_and_rounding_makes_no_others",

@@ -34,8 +34,7 @@ from optax_adam_mini import (
     to_adam_state,
 )
 from optax_adam_mini.quantized import write
-from optax_adam_mini.random_bits import rounding_seed, salt_of
-from optax_adam_mini.rounding import round_to_bfloat16
+from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seed, salt_of
 from tests import test_optax_contract as contract
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -215,7 +214,7 @@ def test_random_numbers_of_roundings_are_uncorrelated():
 @pytest.mark.slow
 def test_random_numbers_are_the_same_in_every_process():
     code = (
-        "import jax.numpy as jnp; from optax_adam_mini.rounding import *;"
+        "import jax.numpy as jnp; from optax_adam_mini.random_bits import *;"
         "print(float(round_to_bfloat16(jnp.full(999, 1.004), rounding_seed(3, salt_of(('a', 'b')))).sum()))"
     )
     found = {
