@@ -116,7 +116,8 @@ def _gathered(facts: Facts) -> Result:
 
 
 def _of_steps(facts: Facts, trail: Trail) -> Result:
-    labels, roles = find_groups(facts, trail), find_roles(facts, trail)
+    roles = find_roles(facts, trail)
+    labels = find_groups(facts, trail)
     for step, relation in trail:
         for link in relation.links:
             # If an axis has shrunk to size 1 and was then dropped, its uses are unknown.

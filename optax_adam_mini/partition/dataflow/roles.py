@@ -1,4 +1,7 @@
-"""Finds the roles of the parameters' axes, from the steps that use the parameters."""
+"""Finds the roles of the parameters' axes, from the steps that use the parameters.
+
+A parameter that is used on members of a stack is cut along their axis.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,17 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
         roles[step.inputs[operand]][axis].add(Role.BATCH)
     for link in relation.links:
         place, result = step.inputs[link.operand], step.outputs[link.result]
-        found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
+        of_axes = [roles[result][axis] for axis in link.result_axes]
+        found = set[Role]().union(*of_axes)
         if link.operand not in relation.keeps:  # data: members that each meet a kernel later
-            found = (
-                {Role.BATCH} if _are_members(facts, step, relation, link) else found & {Role.BATCH}
-            )
+            if _are_members(facts, step, relation, link):
+                found = {Role.BATCH}
+            elif Role.BATCH in found and not all(Role.BATCH in axis for axis in of_axes):
+                found.add(Role.OUTPUT)  # members and their outputs, side by side
         elif _is_one_layer(facts, place, link):
             found = {Role.REDUCTION if id(step) in facts.taps else Role.BATCH}
+        if len(link.axes) > 1 and Role.BATCH in found:  # one of them is of members
+            found.discard(Role.OUTPUT)
         if link.operand not in relation.uses or link.operand in relation.keeps:
             for axis in link.axes:
                 roles[place][axis] |= found
@@ -52,16 +59,17 @@ def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[se
             if link.operand == operand and set(link.result_axes) <= set(outputs)
             for axis in link.axes
         }
-        members = {
-            axis
-            for link in relation.links
-            if link.operand == operand
-            and any(Role.BATCH in roles[step.outputs[link.result]][a] for a in link.result_axes)
-            for axis in link.axes
-        }
+        members: dict[int, set[Role]] = {}
+        for link in relation.links:
+            result = step.outputs[link.result]
+            found = set[Role]().union(*(roles[result][axis] for axis in link.result_axes))
+            if link.operand == operand and Role.BATCH in found:
+                members |= dict.fromkeys(link.axes, found)
         for axis, found in enumerate(own):
-            if axis in free & members:
-                found.add(Role.BATCH)
+            if axis in members:
+                found |= members[axis]
+                if found == {Role.BATCH} and axis not in batch:
+                    relation.cuts.append((operand, axis))
             elif axis not in batch:
                 found.add(Role.OUTPUT if axis in free else Role.REDUCTION)
             if axis in free and relation.in_groups:

@@ -82,11 +82,12 @@ def _sorted(
 def _looked_up(result: Result, index: int) -> set[int]:
     """The axes of a parameter along which an index chooses rows."""
     steps = {id(use.step) for use in result.uses.get(index, ()) if use.is_lookup}
+    kept = lambda relation: {(k.operand, axis) for k in relation.links for axis in k.axes}
     return {
         own
         for step, relation in result.trail
         if id(step) in steps
-        for operand, axis in relation.cuts
+        for operand, axis in {*relation.cuts} - kept(relation)  # members are kept
         for factor in result.facts.values[step.inputs[operand]].axes[axis]
         for param, own in factor.own
         if param == index

@@ -12,12 +12,14 @@ from jax import lax
 from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers
 from tests.partition.dataflow.models.parts import (
     ROWS,
+    TOKENS,
     B,
     D,
     F,
     H,
     N,
     T,
+    V,
     X,
     attention,
     conv,
@@ -79,14 +81,24 @@ def mlp(p, x):
     return jnp.tanh(jnp.tanh(x @ p["u"]) @ p["v"]) @ p["w"]
 
 
-MEMBERS = {
-    "one by one": lambda p, x: jnp.stack(
-        [mlp(jax.tree.map(operator.itemgetter(i), p), x) for i in range(3)]
-    ),
-    "vmap": lambda p, x: jax.vmap(mlp, (0, None))(p, x),
-    "a batch for each": lambda p, x: jax.vmap(mlp)(p, jnp.stack([x, 2 * x, 3 * x])),
-    "map": lambda p, x: lax.map(lambda p: mlp(p, x), p),
-}
+def scaled_mlp(p, x):
+    x = rms_norm(p["e"][x]) * p["g"] @ p["u"]
+    return jnp.tanh(rms_norm(p["n"] * x) * p["h"] + p["b"]) @ p["w"]
+
+
+def members(one):
+    return {
+        "one by one": lambda p, x: jnp.stack(
+            [one(jax.tree.map(operator.itemgetter(i), p), x) for i in range(3)]
+        ),
+        "vmap": lambda p, x: jax.vmap(one, (0, None))(p, x),
+        "a batch for each": lambda p, x: jax.vmap(one)(p, jnp.stack([x, x, x])),
+        "map": lambda p, x: lax.map(lambda p: one(p, x), p),
+    }
+
+
+MEMBERS = members(mlp)
+SCALED = stacked(shapes(e=(V, D), g=(D,), u=(D, F), n=(), h=(F,), b=(F,), w=(F, 5)))
 
 
 def by_switch(p, x):
@@ -202,6 +214,21 @@ def filtered(by):
     return lambda p, x: jax.nn.gelu(by(x @ p["in"], p["w"])) @ p["out"]
 
 
+# A kernel for each head of the outputs of a dense layer.
+HEADS = shapes(u=(D, D), w=(H, N, N), o=(D, 5))
+EACH_HEAD = {
+    "einsum": lambda y, w: joined(jnp.einsum("bthn,hnm->bthm", heads(y), w)),
+    "vmap": lambda y, w: joined(jax.vmap(operator.matmul, (2, 0), 2)(heads(y), w)),
+    "slices": lambda y, w: jnp.concatenate(
+        [y[..., i * N : (i + 1) * N] @ w[i] for i in range(H)], -1
+    ),
+}
+
+
+def of_each_head(layers):
+    return lambda p, x: jnp.tanh(layers(x @ p["u"], p["w"])) @ p["o"]
+
+
 def turned_by_head(rotate):
     def forward(p, x):
         q, k, v = (jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qkv")
@@ -216,6 +243,8 @@ ATTENTION = shapes(qkv=(D, 3 * D), o=(D, D))
 FORMS = {
     "layers": (LOOPS, STACK, X),
     "members": (MEMBERS, MLP, ROWS),
+    "members with gains": (members(scaled_mlp), SCALED, TOKENS),
+    "kernels of each head": ({k: of_each_head(f) for k, f in EACH_HEAD.items()}, HEADS, X),
     "experts": (EXPERTS, MLP, ROWS),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),

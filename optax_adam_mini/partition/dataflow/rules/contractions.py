@@ -237,6 +237,11 @@ def _of_a_parameter(
             _multiply(facts, found, operand, sides, places)
         elif kernels or facts.is_activation(value, side.contracted):
             found.spent.add(operand)
+            found.cuts += [  # a factor for each member of a stack
+                (operand, axis)
+                for axis, met in zip(side.batch, other.batch, strict=True)
+                if value.is_own(axis) and other.value.is_own(met)
+            ]
             if not facts.acts(value) and side.has_outputs(facts):
                 # It may be one example, or a factor of the kernel that was scaled.
                 found.cuts += [(operand, axis) for axis in range(len(value.shape))
