@@ -205,7 +205,12 @@ def _flag(facts: Facts, step: Step, relation: Relation, value: Value) -> None:
         if relation.is_product and value.shape[axis] > 1:
             facts.products[id(step)] = step
             tag = frozenset([(id(step), axis)])
-            changed = tuple(f._replace(products=tag) for f in changed)
+            # A product that a parameter is multiplied with is summed as well.
+            ins = facts.inputs(step)
+            is_scaled = any(not f.products for i in relation.keeps for f in ins[i].axes[axis])
+            changed = tuple(
+                f._replace(products=f.products | tag if is_scaled else tag) for f in changed
+            )
         if axis in relation.indices:
             become = relation.indices[axis]
             changed = tuple(f._replace(indices=f.indices | become) for f in changed)

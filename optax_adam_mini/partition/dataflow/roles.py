@@ -22,7 +22,9 @@ def find_roles(facts: Facts, trail: Trail) -> list[list[set[Role]]]:
 
 def _give_back(facts: Facts, step: Step, relation: Relation, roles: list[list[set[Role]]]) -> None:
     for operand, axis in relation.cuts:
-        roles[step.inputs[operand]][axis].add(Role.BATCH)
+        place = step.inputs[operand]
+        if not (operand in relation.spent and facts.acts(facts.values[place])):
+            roles[place][axis].add(Role.BATCH)
     for link in relation.links:
         place, result = step.inputs[link.operand], step.outputs[link.result]
         of_axes = [roles[result][axis] for axis in link.result_axes]

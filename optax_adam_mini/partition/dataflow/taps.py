@@ -20,7 +20,8 @@ from optax_adam_mini.partition.dataflow.program import (
 )
 
 _SLICES = {"slice", "split", "dynamic_slice", "scan_slice", "gather"}
-_ADDING = {"add", "add_any", "sub", "neg", "convert_element_type", "copy"}
+_SUMS = {"add", "add_any", "sub", "scatter-add", "scatter_add"}
+_ADDING = {*_SUMS, "neg", "convert_element_type", "copy"}
 _MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transpose", MERGE}
 
 
@@ -46,7 +47,8 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
             taken = _taken(program, made, weight) if weight not in data and other in data else None
             if taken is not None:
                 root = _root(program, made, other)
-                found = families.setdefault((taken.inputs[0], root, step.name), [])
+                origin = _origin(made, taken.inputs[0])
+                found = families.setdefault((origin, root, step.name), [])
                 found.append(Product(step, taken, other, root))
     products: set[int] = set()
     slices: set[int] = set()
@@ -64,6 +66,7 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
                 for where in met
                 for left, right in _sums(program, reached[i])
             )
+            is_summed |= product.step.name == "mul" and _is_collected_sum(program, made, reached[i])
             # In a loop, products that depend on one another do not make a filter.
             if is_summed and not (in_loop and _makes(program, product.step, product.data)):
                 slices.add(id(product.slice))
@@ -85,6 +88,13 @@ def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
     return step if is_one else None
 
 
+def _origin(made: dict[int, Step], place: int) -> int:
+    """The parameter, or what was computed from it, that a value was taken from."""
+    while (step := made.get(place)) is not None and step.name in _SLICES | _MOVES:
+        place = step.inputs[0]
+    return place
+
+
 def _root(program: Program, made: dict[int, Step], place: int) -> int:
     """The value that was shifted, padded or sliced to make this one."""
     step = made.get(place)
@@ -102,7 +112,7 @@ def _summed_in(program: Program, step: Step) -> set[int]:
     while a value has one reader.
     """
     is_matrix = step.name != "mul"
-    through = _ADDING | LAYOUT if is_matrix else LINEAR | LAYOUT
+    through = _ADDING | LAYOUT if is_matrix else LINEAR | _SUMS | LAYOUT
     readers = lambda place: [s for s in program.consumers.get(place, ()) if not s.is_backward]
     seen: set[int] = set()
     todo = [*step.outputs]
@@ -124,6 +134,15 @@ def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:
     """The operands of the sums that these values go into."""
     steps = {
         id(step): step for place in places for step in program.consumers.get(place, ())
-        if step.name in ("add", "add_any", "sub")
+        if step.name in _SUMS
     }  # fmt: skip
-    return [(step.inputs[0], step.inputs[1]) for step in steps.values()]
+    return [(step.inputs[0], step.inputs[-1]) for step in steps.values()]
+
+
+def _is_collected_sum(program: Program, made: dict[int, Step], places: set[int]) -> bool:
+    """Whether the values that a loop collects are summed."""
+    return any(
+        step.name == "reduce_sum" and 0 in step.params["axes"] and made[place].name == "scan_stack"
+        for place in places
+        for step in program.consumers.get(place, ())
+    )

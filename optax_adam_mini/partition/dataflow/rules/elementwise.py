@@ -120,15 +120,15 @@ def _keeps_one_hot(facts: Facts, step: Step, ins: Sequence[Value]) -> bool:
 def _is_new_product(ins: Sequence[Value], found: Relation) -> bool:
     """Whether a sum over the product would contract the two operands.
 
-    It would not if one operand only scales a product, or has nothing to contract.
+    It would not if one operand only scales a product, or has nothing to contract. A parameter with
+    axes of its own is a kernel there.
     """
     is_one = any(value.is_weight for value in ins) or all(value.has_features for value in ins)
     if any(value.kind == Kind.CONSTANT for value in ins) or not is_one:
         return False
     old = [any(factor.products for factors in value.axes for factor in factors) for value in ins]
-    return not any(
-        old[i] and (not ins[1 - i].has_features or 1 - i in found.uses) for i in range(2)
-    )
+    scales = [not v.has_features and not any(map(v.is_own, range(len(v.shape)))) for v in ins]
+    return not any(old[i] and (scales[1 - i] or 1 - i in found.uses) for i in range(2))
 
 
 def _merge(facts: Facts, step: Step, found: Relation) -> Relation:

@@ -7,7 +7,9 @@ experts is not: it is a layer whose weights are computed, and keeps the features
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
+from optax_adam_mini.partition.dataflow.axes import Part
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Value
 
 
@@ -82,7 +84,11 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         return (
             not data.is_kernel
             and (not has_outputs or kernel.value.made > 0)
-            and bool(data.uses(data.batch) & data.uses(data.contracted))
+            and any(
+                fast.keys() & slow.keys() and _are_slower(slow, fast)
+                for slow in map(data.value.features, data.batch)
+                for fast in map(data.value.features, data.contracted)
+            )
         )
     if _meet(a, b):
         # Both sides share outputs: the norm of a vector, positions matched with themselves, the
@@ -117,10 +123,15 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
     # of the same parameter. (If they were the faster axes, blocks would be strided.)
     ((side, axes),) = kept
     return all(
-        slow.keys() == fast.keys() and all(slow[use].distance > fast[use].distance for use in fast)
+        slow.keys() == fast.keys() and _are_slower(slow, fast)
         for slow in map(side.value.features, axes)
         for fast in map(side.value.features, side.featured(side.contracted))
     )
+
+
+def _are_slower(slow: Mapping[int, Part], fast: Mapping[int, Part]) -> bool:
+    """Whether an axis is slower than another in every use that made both."""
+    return all(slow[use].distance > fast[use].distance for use in slow.keys() & fast.keys())
 
 
 def _meet(a: Side, b: Side) -> bool:

@@ -44,7 +44,11 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
         # If the product itself is also used, it is a gate and not an inner product, although its
         # mean is taken as well, as in a layer norm.
         goes_into = facts.program.goes_into(multiplied.outputs[0])
-        if goes_into - {"reduce_sum"}:
+        is_spread = any(  # by a kernel that it was multiplied with
+            value.is_own(axis) and product not in {number for number, _ in tags[axis]}
+            for axis in kept
+        )
+        if goes_into - {"reduce_sum"} or is_spread:
             continue
         contracted = {axis for a in gone for number, axis in tags[a] if number == product}
         to = {
