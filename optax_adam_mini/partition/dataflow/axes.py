@@ -34,7 +34,7 @@ class Indices(enum.IntFlag):
     MEMBERS = enum.auto()
     """Each index has met its own kernel: members of an ensemble, experts."""
     PARTS = enum.auto()
-    """The indices are parts of one parameter's outputs, placed side by side."""
+    """The indices are outputs, or parts of one parameter's outputs, placed side by side."""
 
 
 class Factor(NamedTuple):

@@ -135,6 +135,21 @@ def _is_zero(program: Program, name: str, operands: Sequence[int]) -> bool:
     )
 
 
+def _taken(
+    program: Program, name: str, params: dict[str, Any], operands: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The axis and the index, if a `gather` takes one index that the program fixes."""
+    known = program.known.get(operands[1]) if name == "gather" else None
+    if known is None or known.size != 1:
+        return []
+    shape, sizes = program.shapes[operands[0]], params["slice_sizes"]
+    axis = params["dimension_numbers"].collapsed_slice_dims
+    rest = [a for a, size in enumerate(sizes) if size == shape[a] and a not in axis]
+    if known.ndim != 1 or len(axis) != 1 or len(rest) != len(shape) - 1:
+        return []
+    return [(axis[0], int(np.clip(known[0], 0, shape[axis[0]] - 1)))]
+
+
 def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Callers) -> list[int]:
     from jax.extend.core import ClosedJaxpr
 
@@ -219,14 +234,18 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         return inline(kernel, operands)
     outs = results()
     if name == "unstack":  # iterating over an array indexes it
-        axis, shape = params["axis"], program.shapes[operands[0]]
-        for index, out in enumerate(outs):
-            start = [index if a == axis else 0 for a in range(len(shape))]
-            limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
-            one = program.array([b - a for a, b in zip(start, limit, strict=True)])
-            where = {"start_indices": start, "limit_indices": limit, "strides": None}
-            step("slice", operands, [one], where)
-            step("squeeze", [one], [out], {"dimensions": (axis,)})
+        taken = [(params["axis"], index) for index in range(len(outs))]
+    else:
+        taken = _taken(program, name, params, operands)
+    for out, (axis, index) in zip(outs, taken, strict=False):
+        shape = program.shapes[operands[0]]
+        start = [index if a == axis else 0 for a in range(len(shape))]
+        limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
+        one = program.array([b - a for a, b in zip(start, limit, strict=True)])
+        where = {"start_indices": start, "limit_indices": limit, "strides": None}
+        step("slice", operands[:1], [one], where)
+        step("squeeze", [one], [out], {"dimensions": (axis,)})
+    if taken:
         return outs
     if name == "tile":  # copies side by side are a new axis, merged into the old one
         shape, reps = program.shapes[operands[0]], params["reps"]

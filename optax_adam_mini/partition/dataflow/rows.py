@@ -12,6 +12,7 @@ import numpy as np
 from optax_adam_mini.blocks import BlockSpec, per_element
 from optax_adam_mini.partition.dataflow.domain import Facts, Role
 from optax_adam_mini.partition.dataflow.interpret import Result
+from optax_adam_mini.partition.dataflow.program import PLACING
 from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
 from optax_adam_mini.product import Spec, outer
 
@@ -109,19 +110,18 @@ def _borders(
     found: list[set[int]] = [set() for _ in sizes]
     for place, axis, pieces in _taken_apart(result):
         factor = facts.values[place].whole(axis)
-        before = [  # it meets data
-            out
-            for out, size in enumerate(sizes)
-            if (index, outputs[out]) in factor.own and factor.size == size
-        ]
+        before = [out for out, own in enumerate(outputs) if (index, own) in factor.own]
         own = numbers & factor.features.keys()
         if not (before or own):
             continue
-        ends = {end for piece in _joined(facts, pieces) for end in piece}
+        ends = {end for piece in _joined(facts, place, factor.size, pieces) for end in piece}
         if ends <= {0, factor.size}:
             continue
-        for out in before:
-            found[out].update(ends)
+        inner = _inner(result, place, axis) if before else 0
+        size = factor.size * inner
+        for out in before:  # it meets data
+            starts = range(0, sizes[out], size) if size and sizes[out] % size == 0 else ()
+            found[out].update(start + end * inner for start in starts for end in ends)
         for number in own:
             part = factor.features[number]
             for out in range(len(sizes)):
@@ -135,6 +135,24 @@ def _borders(
     return found
 
 
+def _inner(result: Result, place: int, axis: int) -> int:
+    """How many indices of a parameter's axis lie in one index of an axis that was split from it.
+
+    It is 0 if the axis is not one that was only moved and split.
+    """
+    inner = 1
+    for step, relation in reversed(result.trail):
+        if place in step.outputs:
+            links = [link for link in relation.links if axis in link.result_axes]
+            if len(links) != 1 or len(links[0].axes) != 1 or links[0].positions is not None:
+                return 0
+            (link,) = links
+            later = link.result_axes[link.result_axes.index(axis) + 1 :]
+            inner *= math.prod(result.facts.values[place].shape[a] for a in later)
+            place, (axis,) = step.inputs[link.operand], link.axes
+    return inner
+
+
 Piece = tuple[int, int]
 """The start and stop of a piece of an axis."""
 
@@ -143,7 +161,7 @@ def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
     """The values from which indices are taken: value, axis, and each result's piece."""
     found: dict[tuple[int, int], dict[int, Piece]] = {}
     for step, relation in result.trail:
-        for link in relation.links:
+        for link in relation.links if step.name not in PLACING else ():
             taken = link.positions if link.positions is not None else np.array([])
             taken = taken[taken >= 0]
             piece = (int(taken.min()), int(taken.max()) + 1) if len(taken) else (0, 0)
@@ -154,9 +172,13 @@ def _taken_apart(result: Result) -> Iterable[tuple[int, int, dict[int, Piece]]]:
     return [(place, axis, pieces) for (place, axis), pieces in found.items()]
 
 
-def _joined(facts: Facts, pieces: dict[int, Piece]) -> list[Piece]:
-    """The pieces of an axis; pieces that are joined again before they meet anything are one."""
-    parts: list[tuple[set[int], Piece]] = []
+def _joined(facts: Facts, whole: int, size: int, pieces: dict[int, Piece]) -> list[Piece]:
+    """The pieces of an axis; pieces that are joined again before they meet anything are one.
+
+    A piece may also be written into the whole value again.
+    """
+    into = {id(step) for step in facts.program.consumers[whole] if step.name in PLACING}
+    parts: list[tuple[set[int], Piece]] = [(into, (0, size))]
     for place, (start, stop) in pieces.items():
         where = facts.put_together(place)
         apart: list[tuple[set[int], Piece]] = []

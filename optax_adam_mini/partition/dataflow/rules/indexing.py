@@ -135,7 +135,36 @@ def _scatter(facts: Facts, step: Step) -> Relation:
         found = layout(facts, step, links, keeps={2} if updates.is_weight else set())
         found.kind = updates.kind
         return found
+    known, along = facts.known(step, 1), numbers.scatter_dims_to_operand_dims
+    if step.name == "scatter" and known is not None and len(along) == 1 and not paired:
+        written = known.reshape(-1)
+        places = [a for a in range(len(updates.shape)) if a not in numbers.update_window_dims]
+        if along[0] in inside:
+            places.append(numbers.update_window_dims[inside.index(along[0])])
+            written = written[:1] + np.arange(updates.shape[places[-1]])
+        if len(places) == 1 and len(window) == len(value.shape) - 1:
+            return _overwritten(facts, step, window, (places[0], along[0]), written)
     return _placed(facts, step, 2, window)
+
+
+def _overwritten(
+    facts: Facts, step: Step, window: dict[int, int], along: tuple[int, int], written: np.ndarray
+) -> Relation:
+    """The indices `written` of one axis are replaced by the updates; the others stay.
+
+    `along` is this axis in the updates and in the first operand.
+    """
+    value, _, updates = facts.inputs(step)
+    size = value.shape[along[1]]
+    if Kind.WEIGHT in (value.kind, updates.kind) or not set(written) <= set(range(size)):
+        return _placed(facts, step, 2, window)
+    replaced, kept = np.full(size, -1), np.arange(size)
+    replaced[written], kept[written] = np.arange(len(written)), -1
+    links = [Link(2, (a,), (to,)) for a, to in window.items()]
+    links += [Link(0, (to,), (to,)) for to in window.values()]
+    links.append(Link(2, along[:1], along[1:], positions=replaced))
+    links.append(Link(0, along[1:], along[1:], positions=kept))
+    return layout(facts, step, links)
 
 
 @rule("dynamic_update_slice")

@@ -166,10 +166,11 @@ def _put_together(facts: Facts, step: Step, along: int) -> Relation:
         for place, value in zip(step.inputs, ins, strict=True)
     ):
         found.ends = Indices.ONE_HOT
-    seen: set[int] = set()
+    rank, seen = len(facts.outputs(step)[0].shape), set[int]()
+    are_stacked = all(len(value.shape) < rank or value.shape[along] == 1 for value in ins)
     for value in filled:
         own = {use for axis in range(len(value.shape)) for use in value.features(axis)}
-        if seen & own:
+        if seen & own or (seen and own and are_stacked):
             found.indices[along] = Indices.PARTS
         seen |= own
     return found
