@@ -11,6 +11,7 @@ from jax import lax
 
 from optax_adam_mini import infer_block_specs, infer_muon_dimension_numbers
 from tests.partition.dataflow.models.parts import (
+    DENSE,
     ROWS,
     TOKENS,
     B,
@@ -28,7 +29,10 @@ from tests.partition.dataflow.models.parts import (
     rms_norm,
     rotary_halves,
     rotary_pairs,
+    rotary_part_written,
     rotary_rotated,
+    rotary_written,
+    rotary_written_pairs,
     shape,
     shapes,
     stacked,
@@ -133,6 +137,49 @@ PRODUCTS = {
 }
 
 
+def with_sum(dot):
+    return lambda p, x: dot(jax.nn.silu(x @ p["u"]) * (x @ p["v"]), p["w"])
+
+
+SUMS = {
+    "matmul": operator.matmul,
+    "sum of a product": lambda h, w: (h[..., None] * w).sum(-2),
+    "sum of a product, scaled": lambda h, w: (h[..., None] * w * 3).sum(-2),
+}
+WEIGHTED = {
+    "einsum": lambda q, u, k: jnp.einsum("bthn,hn,bthn->bth", q, u, k),
+    "sum of a product": lambda q, u, k: (q * k * u).sum(-1),
+    "the parameter first": lambda q, u, k: (u * q * k).sum(-1),
+    "a dot": lambda q, u, k: jnp.einsum("bthn,bthn->bth", q * u, k),
+}
+
+
+def with_weighted(score):
+    """A score of each position with itself, weighted by a parameter."""
+    return lambda p, x: score(heads(x @ p["q"]), p["u"], heads(x @ p["k"]))
+
+
+# A state space model that runs over positions; the states of each channel are summed.
+STATES = 3
+READ = {
+    "einsum": lambda h, c: jnp.einsum("bdn,dn->bd", h, c),
+    "sum of a product": lambda h, c: (h * c).sum(-1),
+    "one by one": jax.vmap(jax.vmap(jnp.dot), (0, None)),
+}
+
+
+def over_positions(read):
+    def forward(p, x):
+        def step(h, x):
+            h = jnp.exp(-jnp.exp(p["a"])) * h + x[..., None]
+            return h, read(h, p["c"])
+
+        y = lax.scan(step, jnp.zeros((B, F, STATES)), (x @ p["in"]).swapaxes(0, 1))[1]
+        return jax.nn.gelu(y) @ p["out"]
+
+    return forward
+
+
 def with_scores(scores):
     def forward(p, x):
         q, k, v = map(heads, jnp.split(x @ p["qkv"], 3, -1))
@@ -141,11 +188,28 @@ def with_scores(scores):
     return forward
 
 
+# Query, key and value, put side by side and taken apart again.
+TRIPLES = {
+    "apart": lambda *qkv: qkv,
+    "stacked": lambda *qkv: jnp.stack(qkv),
+    "concatenated": lambda *qkv: jnp.moveaxis(
+        jnp.concatenate(qkv, -1).reshape(B, T, H, 3, N), 3, 0
+    ),
+}
+
+
+def attending(triple):
+    return lambda p, x: joined(attention(*triple(*(heads(x @ p[name]) for name in "qkv")))) @ p["o"]
+
+
 ROTATIONS = {
     "none": lambda y: y,
     "halves": rotary_halves,
     "rotated": rotary_rotated,
     "pairs": rotary_pairs,
+    "written": rotary_written,
+    "a part is written": rotary_part_written,
+    "written pairs": rotary_written_pairs,
     "complex": lambda y: jnp.stack(
         [
             (z := lax.complex(y[..., ::2], y[..., 1::2]) * jnp.exp(1j * jnp.arange(T))[:, None, None])
@@ -184,6 +248,19 @@ def summed_in_a_scan(x, w):
     return lax.scan(step, (x, jnp.zeros_like(x)), w)[0][1]
 
 
+def added_in_place(x, w):
+    y = jnp.zeros_like(x)
+    for i in range(TAPS):
+        y = y.at[:, i:].add(x[:, : T - i] * w[i])
+    return y
+
+
+def summed_after_a_map(x, w):
+    padded = jnp.pad(x, ((0, 0), (TAPS - 1, 0), (0, 0)))
+    tap = lambda i, w: lax.dynamic_slice_in_dim(padded, TAPS - 1 - i, T, 1) * w
+    return lax.map(lambda tapped: tap(*tapped), (jnp.arange(TAPS), w)).sum(0)
+
+
 FILTERS = {
     "convolution": lambda x, w: conv(
         x, w[::-1, None], padding=[(TAPS - 1, 0)], feature_group_count=F
@@ -194,6 +271,11 @@ FILTERS = {
     "shifts": lambda x, w: sum(shifted(x, i) * w[i] for i in range(TAPS)),
     "rolls": lambda x, w: sum(jnp.roll(x, i, 1) * w[i] for i in range(TAPS)),
     "a loop": summed_in_a_loop,
+    "added in place": added_in_place,
+    "a map": summed_after_a_map,
+    "reshaped for each tap": lambda x, w: sum(
+        shifted(x, i) * w.reshape(2, 2, F).reshape(TAPS, F)[i] for i in range(TAPS)
+    ),
 }
 FINER_FILTERS = {"a scan": summed_in_a_scan}
 # Convolutions from all channels to all.
@@ -247,6 +329,15 @@ FORMS = {
     "kernels of each head": ({k: of_each_head(f) for k, f in EACH_HEAD.items()}, HEADS, X),
     "experts": (EXPERTS, MLP, ROWS),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
+    "sums": ({k: with_sum(f) for k, f in SUMS.items()}, shapes(u=(D, F), v=(D, F), w=(F, 5)), X),
+    "weighted scores": (
+        {k: with_weighted(f) for k, f in WEIGHTED.items()}, shapes(q=(D, D), u=(H, N), k=(D, D)), X,
+    ),
+    "states": (
+        {k: over_positions(f) for k, f in READ.items()},
+        shapes(**{"in": (D, F), "a": (F, STATES), "c": (F, STATES), "out": (F, 5)}), X,
+    ),
+    "triples": ({k: attending(f) for k, f in TRIPLES.items()}, DENSE, X),
     "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),
     "rotations of heads": ({k: turned_by_head(f) for k, f in ROTATIONS.items()}, QKV, X),
     "filters": ({k: filtered(f) for k, f in FILTERS.items()}, KERNELS, X),
@@ -266,6 +357,12 @@ GATES = {
     "outputs": gated(lambda p, x: jnp.split(x @ p["w"], 2, -1)),
     "kernels": gated(lambda p, x: [x @ w for w in jnp.split(p["w"], 2, 1)]),
     "slices of the kernel": gated(lambda p, x: (x @ p["w"][:, :F], x @ p["w"][:, F:])),
+    "indices of the kernel": gated(
+        lambda p, x: [x @ p["w"].reshape(D, 2, F)[:, i] for i in range(2)]
+    ),
+    "taken from the kernel": gated(
+        lambda p, x: [x @ jnp.take(p["w"].reshape(D, 2, F), i, 1) for i in range(2)]
+    ),
 }
 
 
@@ -336,6 +433,21 @@ def test_interleaved_outputs_are_not_parts_of_a_kernel():
     assert cut == ((D, 1), (1, 2 * F))
 
 
+def test_a_reshaped_kernel_has_a_row_for_each_index_that_is_taken():
+    def forward(p, x, take):
+        q, k, v = (jnp.einsum("btd,dhn->bthn", x, w) for w in take(p["w"].reshape(D, 3, H, N)))
+        return joined(attention(q, k, v)) @ p["o"]
+
+    params = shapes(w=(D, 3 * D), o=(D, 5))
+    for take in (
+        lambda w: [w[:, i] for i in range(3)],
+        lambda w: [jnp.take(w, i, 1) for i in range(3)],
+        lambda w: jnp.moveaxis(w, 1, 0),
+    ):
+        fn = functools.partial(forward, take=take)
+        assert found(fn, params, X, "outer")["w"] == ((D, 3), (1, 3 * D))
+
+
 def test_gains_of_heads_have_no_rows():
     def with_norms(p, x):
         q, k, v = (jnp.einsum("...d,dhk->...hk", x, p[name]) for name in "qkv")
@@ -374,6 +486,21 @@ def test_muon_has_the_experts_however_they_are_chosen(form):
 def test_filters_are_never_joined(form):
     grid = found(filtered(FINER_FILTERS[form]), KERNELS, X, "mean")["w"]
     assert grid[1] == F
+
+
+def test_a_sum_of_gated_outputs_is_a_layer_and_joins_no_neurons():
+    forms, params, x = FORMS["sums"]
+    expected = {"u": (1, F), "v": (1, F), "w": (1, 5)}
+    assert found(forms["sum of a product"], params, x, "mean") == expected
+
+
+def test_outputs_of_members_that_are_summed_with_weights_are_not_joined():
+    def forward(p, x):
+        y = jnp.tanh(jnp.einsum("btd,edf->ebtf", x, p["w"]))
+        return jnp.einsum("ebtf,ef->btf", y, p["g"]) @ p["o"]
+
+    params = shapes(w=(3, D, F), g=(3, F), o=(F, 5))
+    assert found(forward, params, X, "mean")["w"] == (3, 1, F)
 
 
 def test_gains_of_several_layers_are_not_read_as_a_filter():

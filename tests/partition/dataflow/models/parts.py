@@ -105,6 +105,22 @@ def rotary_pairs(x):
     return jnp.stack([a * c - b * s, b * c + a * s], -1).reshape(x.shape)
 
 
+def rotary_written(x):
+    """The rotated halves are written over the old ones."""
+    (a, b), (c, s) = jnp.split(x, 2, -1), angles()
+    n = a.shape[-1]
+    return x.at[..., :n].set(a * c - b * s).at[..., n:].set(b * c + a * s)
+
+
+def rotary_written_pairs(x):
+    a, b, (c, s) = x[..., ::2], x[..., 1::2], angles()
+    return jnp.zeros_like(x).at[..., ::2].set(a * c - b * s).at[..., 1::2].set(b * c + a * s)
+
+
+def rotary_part_written(x):
+    return x.at[..., : N // 2].set(rotary_halves(x[..., : N // 2]))
+
+
 def rms_norm(x):
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
