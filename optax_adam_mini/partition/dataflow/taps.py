@@ -67,8 +67,8 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
                 for left, right in _sums(program, reached[i])
             )
             is_summed |= product.step.name == "mul" and _is_collected_sum(program, made, reached[i])
-            # In a loop, products that depend on one another do not make a filter.
-            if is_summed and not (in_loop and _makes(program, product.step, product.data)):
+            # In a loop, products that depend on one another, or on layers, do not make a filter.
+            if is_summed and not (in_loop and _is_recurrent(program, product, data)):
                 slices.add(id(product.slice))
                 if product.step.name == "mul":
                     products.add(id(product.step))
@@ -126,8 +126,17 @@ def _summed_in(program: Program, step: Step) -> set[int]:
     return seen
 
 
-def _makes(program: Program, step: Step, place: int) -> bool:
-    return place in depending(program, step.outputs)
+def _is_recurrent(program: Program, product: Product, data: set[int]) -> bool:
+    """Whether a product's data depend on it, or on another parameter that its scan takes apart."""
+    steps = program.steps
+    first = last = next(i for i, step in enumerate(steps) if step is product.slice)
+    while first and steps[first - 1].name == steps[last].name == "scan_slice":
+        first -= 1
+    while steps[last].name == "scan_slice":
+        last += 1
+    taken = [step.outputs[0] for step in steps[first:last] if step is not product.slice]
+    layers = [place for place in taken if place not in data]
+    return product.data in depending(program, [*product.step.outputs, *layers])
 
 
 def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:

@@ -515,6 +515,21 @@ def test_gains_of_several_layers_are_not_read_as_a_filter():
     assert found(forward, params, ROWS, "mean") == {"g": (3, 1), "w": (3, 1, D)}
 
 
+@pytest.mark.parametrize("form", ["a loop", "a scan", "a map"])
+def test_gains_of_branches_that_are_added_are_not_read_as_a_filter(form):
+    branch = lambda x, w, g: jnp.tanh(x @ w) * g
+    forms = {
+        "a loop": lambda p, x: sum(branch(x, p["w"][i], p["g"][i]) for i in range(3)),
+        "a scan": lambda p, x: lax.scan(
+            lambda y, p: (y + branch(x, *p), None), jnp.zeros((B, F)), (p["w"], p["g"])
+        )[0],
+        "a map": lambda p, x: lax.map(lambda p: branch(x, *p), (p["w"], p["g"])).sum(0),
+    }
+    params = {"w": shape(3, D, F), "g": shape(3, F), "o": shape(F, 5)}
+    forward = lambda p, x: forms[form](p, x) @ p["o"]
+    assert found(forward, params, ROWS, "mean") == {"w": (3, 1, F), "g": (3, 1), "o": (1, 5)}
+
+
 def test_gains_of_a_query_and_a_key_are_not_read_as_a_filter():
     """One value is scaled by two gains, but the results are not added as a filter's are."""
 
