@@ -12,7 +12,7 @@ import optax
 from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
-from optax_adam_mini.labels import path_str, some
+from optax_adam_mini.labels import path_of, path_str, some
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
@@ -114,7 +114,7 @@ def _written(
         return jax.tree.unflatten(jax.tree.structure(old), cast)
     pairs: list[Any] = []
     for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
-        seed = rounding_seed(count, salt_of(path_str(keys)))
+        seed = rounding_seed(count, salt_of(path_of(keys)))
         pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))

@@ -187,7 +187,7 @@ FAULTS = {
     ),
     "two parameters share a seed": Fault(
         "transform.py",
-        "count, salt_of(path),",
+        "count, salt,",
         "count, salt_of(()),",
         "test_quantized.py::test_two_parameters_never_share_random_numbers[one tree]",
     ),
