@@ -709,6 +709,16 @@ def test_the_momentum_is_cast_to_a_new_mu_dtype():
         assert {m.dtype for m in jax.tree.leaves(part.mu)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize(("mu_dtype", "cast_to"), [(None, "int8"), ("int8", "float32")])
+def test_a_momentum_that_was_cast_is_refused(mu_dtype, cast_to):
+    params = {"w": jnp.ones((3, 4))}
+    tx = muon_mini(0.02, mu_dtype=mu_dtype, block_specs=per_element())
+    is_momentum = lambda x: x.shape == (3, 4)
+    cast = lambda x: x.astype(cast_to) if is_momentum(x) else x
+    with pytest.raises(ValueError, match="w: the state's mu"):
+        tx.update(params, jax.tree.map(cast, tx.init(params)), params)
+
+
 def test_a_state_that_does_not_fit_is_refused_by_name():
     params = make_params()
     grads, tx = gradients(params, 0), mini()
