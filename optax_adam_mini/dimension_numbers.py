@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import of_leaves, path_of, remembered_block_specs
+from optax_adam_mini.labels import (
+    is_label_function,
+    of_function,
+    of_leaves,
+    path_of,
+    remembered_block_specs,
+)
 from optax_adam_mini.product import Outer, Spec
 
 if TYPE_CHECKING:
@@ -115,12 +121,14 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
         return [MuonDimensionNumbers() if is_matrix(p) else None for _, p in leaves]
     is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
     name = "muon_weight_dimension_numbers"
-    by_path = {
-        path_of(keys): numbers
-        for keys, numbers in leaves_with_path(
-            given(params) if callable(given) else given, is_leaf=is_one
-        )
-    }
+    if is_label_function(given):
+        given = of_function(name, given, params)
+        if given is None:
+            raise TypeError(
+                f"{name}: the function returned None, expected a pytree of "
+                "optax.contrib.MuonDimensionNumbers and None: return it"
+            )
+    by_path = {path_of(keys): numbers for keys, numbers in leaves_with_path(given, is_leaf=is_one)}
     for path, numbers in by_path.items():
         if not is_one(numbers):
             raise TypeError(

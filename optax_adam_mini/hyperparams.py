@@ -170,11 +170,15 @@ def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> 
     if isinstance(value, (jax.Array, np.ndarray)):
         if value.shape != ():
             raise ValueError(f"{name} must be {kind}, got an array of shape {value.shape}")
+        if not _is_real(value.dtype):
+            raise TypeError(f"{name} must be {kind}, got an array of {value.dtype}")
         if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not is_known):
             if name == "eps" and value.dtype == jnp.float16:
                 raise ValueError(f"eps is in float16, in which 1e-8 is 0{_WIDER}")
             return value
-    elif isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
+    elif isinstance(value, bool) or not (
+        isinstance(value, (int, float)) or (isinstance(value, np.generic) and _is_real(value.dtype))
+    ):
         if callable(value):
             raise TypeError(
                 f"{name} must be {kind}, got the function {value!r}: for a schedule, wrap the "
@@ -191,6 +195,10 @@ def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> 
     if name == "eps" and number == 0 and isinstance(value, jax.Array) and value.dtype.itemsize < 4:
         raise ValueError(f"eps is 0 in {value.dtype}, in which 1e-8 is 0{_WIDER}")
     return value if isinstance(value, jax.Array) else number
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 _WIDER = "; pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams"

@@ -61,7 +61,7 @@ def is_label_function(block_specs: Any) -> bool:
 _TO_BE_CALLED = {
     "BlockSpec", "per_tensor", "per_element", "per_neuron", "per_head", "per_token", "fused",
     "outer", "by_path", "by_logical_axes", "flax_layers", "infer_block_specs",
-    "measure_block_specs",
+    "infer_muon_dimension_numbers", "measure_block_specs",
 }  # fmt: skip
 
 
@@ -74,9 +74,9 @@ def check_called(block_specs: Any) -> None:
     name = getattr(block_specs, "__qualname__", "")
     module = str(getattr(block_specs, "__module__", ""))
     if module.startswith(f"{__package__}.") and name in _TO_BE_CALLED:
-        arguments = "fn, params, *args" if "_block_specs" in name else "..."
+        arguments = "fn, params, *args" if "infer_" in name or "measure_" in name else "..."
         wanted = f"what it returns: call it, {name}({arguments})"
-        raise TypeError(f"block_specs: got the function {name} itself, expected {wanted}")
+        raise TypeError(f"got the function {name} itself, expected {wanted}")
 
 
 def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]:
@@ -181,14 +181,20 @@ def remembered_block_specs(
 
     What it returned is forgotten with the function.
     """
+    return _remembered(block_specs, resolve_block_specs, treedef, leaves)
+
+
+def _remembered(block_specs: Any, of: Callable[..., T], treedef: Any, leaves: list[Any]) -> T:
+    """`of(block_specs, params)`; for a function it is called once for a tree."""
+    make = lambda: of(block_specs, jax.tree.unflatten(treedef, leaves))
     try:
         found = _REMEMBERED.setdefault(block_specs, {}) if callable(block_specs) else {}
-        key = (treedef, tuple(leaves))  # not its hash: that of a treedef does not see names
+        key = (of, treedef, tuple(leaves))  # not its hash: that of a treedef does not see names
         hash(key)
     except TypeError:  # there is no hash, or no weak reference
-        return resolve_block_specs(block_specs, jax.tree.unflatten(treedef, leaves))
+        return make()
     if key not in found:
-        found[key] = resolve_block_specs(block_specs, jax.tree.unflatten(treedef, leaves))
+        found[key] = make()
     return found[key]
 
 
@@ -232,9 +238,35 @@ def called(block_specs: Any, params: Any) -> Any:
     return None if is_empty(params) else _called(block_specs, params)
 
 
+def of_all(block_specs: Any, params: Any) -> Any:
+    """Block specs that may be given parts of `params`: a user's function sees all parameters.
+
+    The label functions of this package take parts, and need to know the names in these alone.
+    """
+    if not is_label_function(block_specs) or isinstance(block_specs, Label):
+        return block_specs
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
+    return _remembered(block_specs, called, treedef, shapes)
+
+
+def of_function(what: str, function: Callable[[Any], T], params: Any) -> T:
+    """What a function of the user returns for parameters, which may be a part of a tree."""
+    try:
+        return function(params)
+    except Exception as error:
+        if has_masked(params):
+            error.add_note(
+                f"{what}: the function was called with a part of the parameters, in which those "
+                "of other optimizers are optax.MaskedNode (of optax.masked, multi_transform or "
+                f"partition): let it take such, or give what it returns, {what}=function(params)"
+            )
+        raise
+
+
 def _called(label_fn: LabelFn, params: Any) -> Any:
     """What a label function returns; refuses what cannot be specs."""
-    returned = label_fn(params)
+    returned = of_function("block_specs", label_fn, params)
     if is_empty(returned) and not is_empty(params):
         raise TypeError(
             f"block_specs: the label function returned {returned!r}, expected a BlockSpec such as "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import path_of, path_str, some
+from optax_adam_mini.labels import is_label_function, path_of, path_str, some
 from optax_adam_mini.product import Spec
 
 _CONVERT = "convert it, from_adam_state(state, params, block_specs)"
@@ -45,6 +45,20 @@ def check_is_state(state: Any) -> None:
         raise ValueError(f"update: got the state of optax.adam or optax.adamw: {_CONVERT}")
     if not all(hasattr(state, name) for name in ("count", "mu", "nu")):
         raise ValueError(f"update: expected the state that init made, got a {type(state).__name__}")
+    check_counts(state)
+
+
+def check_counts(state: Any) -> None:
+    """Refuses a count that was cast to a float: in bfloat16 it stays at 256.
+
+    Raises:
+        ValueError: if it was.
+    """
+    if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
+        raise ValueError(
+            f"update: the state's count was cast to {jnp.result_type(state.count)}, in which it "
+            "does not count on: cast no part of an optimizer state, or restore it as it was saved"
+        )
 
 
 def check_is_chain(state: Any, length: int) -> None:
@@ -55,7 +69,7 @@ def check_is_chain(state: Any, length: int) -> None:
     """
     if type(state) in (tuple, list) and len(state) == length:
         return
-    of_others = f" of {len(state)}" * (type(state) in (tuple, list))
+    of_others = f" of {len(state)}" if type(state) in (tuple, list) else ""
     raise ValueError(
         f"update: expected the state that init made, a tuple of {length}, got a "
         f"{type(state).__name__}{of_others}: call tx.update(grads, state, params), in this order, "
@@ -104,6 +118,40 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
         )
 
 
+def check_gradients(updates: Any, params: Any) -> list[tuple[str, Any]]:
+    """Refuses gradients that do not fit the parameters.
+
+    Returns:
+        The path and the gradient of every parameter; None where there is no gradient.
+
+    Raises:
+        TypeError, ValueError: as `check_gradient`; also if the structures differ.
+    """
+    paths = [path_str(keys) or "params" for keys, _ in leaves_with_path(params)]
+    grads = list(zip(paths, leaves_as(params, "gradients", updates), strict=True))
+    for (path, g), p in zip(grads, jax.tree.leaves(params), strict=True):
+        if g is not None:
+            check_gradient(path, jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), g)
+    return grads
+
+
+def check_given_mask(mask: Any) -> None:
+    """Refuses what is no mask, as `check_mask_leaves`, and one False for all parameters.
+
+    A function of the parameters gives this when `optax.inject_hyperparams` calls it with the step.
+
+    Raises:
+        TypeError: if it is no mask, or False.
+    """
+    if mask is False or isinstance(mask, jax.Array):
+        raise TypeError(
+            f"mask: expected a pytree of booleans or a function, got {mask!r}: if it was a "
+            "function, optax.inject_hyperparams took it for a schedule: name the argument in "
+            "static_args; if nothing decays, set the weight decay to 0"
+        )
+    check_mask_leaves(mask)
+
+
 def check_mask_leaves(mask: Any) -> None:
     """Refuses a mask that is neither a pytree of booleans nor a function that returns one.
 
@@ -127,7 +175,7 @@ def check_mask(mask: Any, params: Any) -> None:
     Raises:
         ValueError: if the structure differs.
     """
-    if callable(mask):
+    if is_label_function(mask):
         mask = mask(params)
         check_mask_leaves(mask)
         if mask is None:

@@ -12,8 +12,8 @@ import optax
 from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
-from optax_adam_mini.labels import path_str, some
-from optax_adam_mini.quantized import RowCodes, read_row, write_row
+from optax_adam_mini.labels import path_of, path_str, some
+from optax_adam_mini.quantized import RowCodes, check_kept, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 
@@ -47,9 +47,8 @@ def kept(
         return state._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        like = updates if params is None else params
         _check_momentum(state.mu, updates, mu_dtype)
-        pieces, treedef = pieces_of(like), jax.tree.structure(updates)
+        pieces, treedef = pieces_of(updates), jax.tree.structure(updates)
         wide = lambda x: x.astype(widen(x.dtype))
         split = lambda tree: [
             piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
@@ -94,7 +93,10 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
     shapes = lambda tree: {
         path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
     }
-    found, expected = shapes(mu.codes if is_int8 else mu), shapes(updates)
+    stored = mu.codes if is_int8 else mu
+    for keys, x in leaves_with_path(stored):
+        check_kept(path_str(keys), x, is_codes=is_int8)
+    found, expected = shapes(stored), shapes(updates)
     if found != expected:
         differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
         raise ValueError(
@@ -114,7 +116,7 @@ def _written(
         return jax.tree.unflatten(jax.tree.structure(old), cast)
     pairs: list[Any] = []
     for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
-        seed = rounding_seed(count, salt_of(path_str(keys)))
+        seed = rounding_seed(count, salt_of(path_of(keys)))
         pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.dimension_numbers import Pieces, dimension_numbers, specs_of
 from optax_adam_mini.hyperparams import (
     check_count,
@@ -19,8 +18,8 @@ from optax_adam_mini.hyperparams import (
     check_mu_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import BlockSpecs, path_str, some
-from optax_adam_mini.messages import check_gradient, check_mask_leaves, check_order, leaves_as
+from optax_adam_mini.labels import BlockSpecs, check_called, of_all, some
+from optax_adam_mini.messages import check_given_mask, check_gradients, check_order
 from optax_adam_mini.momentum import kept
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
 
@@ -141,7 +140,7 @@ def muon_mini(
     if adam_learning_rate is not None:
         adam_rate = check_scalar_or_schedule("adam_learning_rate", adam_learning_rate)
     adam_weight_decay = check_scalar_or_schedule("adam_weight_decay", adam_weight_decay)
-    check_mask_leaves(weight_decay_mask)
+    check_given_mask(weight_decay_mask)
     check_hyperparams(beta=beta, eps=eps)
     if consistent_rms is not None:
         check_hyperparams(consistent_rms=consistent_rms)
@@ -167,14 +166,7 @@ def muon_mini(
             "give as many steps"
         )
 
-    given = muon_weight_dimension_numbers
-
-    def pieces_of(params: Any) -> list[Pieces]:
-        """The pieces of every matrix in a tree of matrices."""
-        numbers = dimension_numbers(given, params)
-        specs = specs_of(block_specs, params) if parts else [None] * len(numbers)
-        shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
-        return [Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
+    check_called(muon_weight_dimension_numbers)
 
     def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
@@ -183,7 +175,7 @@ def muon_mini(
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
 
-    matrices = in_dtypes(
+    matrices = lambda pieces_of: in_dtypes(
         optax.chain(
             kept(orthogonalize, pieces_of, dtype, consistent_rms),
             optax.identity(),  # `optax.contrib.muon` has an entry in its state here
@@ -194,15 +186,28 @@ def muon_mini(
         learning_rate=learning_rate, weight_decay=weight_decay, beta=beta, eps=eps,
         **({} if consistent_rms is None else {"consistent_rms": consistent_rms}),
     )  # fmt: skip
-    rest = adam_mini(
+    rest = lambda block_specs: adam_mini(
         adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,
         weight_decay_mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
+    rest_as_given = rest(block_specs)
 
     def both(params: Any) -> optax.GradientTransformationExtraArgs:
-        names = [ADAM if numbers is None else MUON for numbers in dimension_numbers(given, params)]
+        found = dimension_numbers(muon_weight_dimension_numbers, params)
+        numbers = [each for each in found if each is not None]
+        given = of_all(block_specs, params)
+
+        def pieces_of(part: Any) -> list[Pieces]:
+            """The pieces of every matrix, in a tree of the matrices alone."""
+            specs = specs_of(given, part) if parts else [None] * len(numbers)
+            shapes = [jnp.shape(p) for p in jax.tree.leaves(part)]
+            return [Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
+
+        names = [ADAM if each is None else MUON for each in found]
         labels = jax.tree.unflatten(jax.tree.structure(params), names)
-        return optax.partition({MUON: matrices, ADAM: rest}, labels)
+        adam = rest_as_given if given is block_specs else rest(given)
+        # As a function: Optax would call labels in an Equinox module.
+        return optax.partition({MUON: matrices(pieces_of), ADAM: adam}, lambda _: labels)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _check_gradients(updates, params)
@@ -226,16 +231,11 @@ def _check_gradients(updates: Any, params: Any) -> None:
     check_order(updates)
     if params is None:
         return
-    leaves = leaves_with_path(params)
-    grads = list(zip(leaves, leaves_as(params, "gradients", updates), strict=True))
-    if missing := [path_str(keys) or "params" for (keys, _), g in grads if g is None]:
+    missing = [path for path, g in check_gradients(updates, params) if g is None]
+    if missing:
         raise ValueError(
             f"no gradient, but None, for the parameters at {some(missing)}: muon_mini needs one "
             "for each; give zeros, or None in the parameters as well, to init and to update"
-        )
-    for (keys, param), g in grads:
-        check_gradient(
-            path_str(keys), jax.ShapeDtypeStruct(jnp.shape(param), jnp.result_type(param)), g
         )
 
 

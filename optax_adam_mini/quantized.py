@@ -209,7 +209,7 @@ def read_row(codes: Int8[Array, "*shape"], largest: Float[Array, "*row"]) -> Flo
         Array([ 1.6129e+04,  4.0960e+03,  0.0000e+00, -1.0000e+00], dtype=float32)
     """
     number = codes.astype(jnp.float32)
-    return number * jnp.abs(number) * (largest.astype(jnp.float32) / _LAST**2)
+    return number * jnp.abs(number) * (jnp.asarray(largest, jnp.float32) / _LAST**2)
 
 
 def write_row(

@@ -17,7 +17,12 @@ import optax
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_of
-from optax_adam_mini.messages import check_in_bfloat16
+from optax_adam_mini.messages import (
+    check_counts,
+    check_gradients,
+    check_in_bfloat16,
+    check_order,
+)
 from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seed, salt_of
 
 if TYPE_CHECKING:
@@ -105,6 +110,9 @@ def stochastic_rounding(
                 "state of the transformation inside goes into its field inner_state"
             )
         check_in_bfloat16(params)
+        check_order(updates)
+        check_gradients(updates, params)
+        check_counts(state)
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def round_leaf(path: Any, u: Any, p: Any) -> Any:
@@ -134,4 +142,6 @@ def _is_bfloat16(x: Any) -> bool:
 
 
 def _widened(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_bfloat16(x) else x, tree)
+    is_narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    widen = lambda x: x.astype(jnp.float32) if hasattr(x, "dtype") and is_narrow(x) else x
+    return jax.tree.map(widen, tree)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import (
     check_hyperparams,
     check_is_bool,
@@ -27,17 +28,18 @@ from optax_adam_mini.labels import (
     check_called,
     has_outer,
     is_label_function,
+    path_of,
     remembered_block_specs,
     resolve_block_specs,
     spec_leaves,
 )
 from optax_adam_mini.messages import (
+    check_given_mask,
     check_gradient,
     check_grids,
     check_is_chain,
     check_is_state,
     check_mask,
-    check_mask_leaves,
     check_order,
     leaves_as,
 )
@@ -216,7 +218,7 @@ def adam_mini(
     """
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
-    check_mask_leaves(mask)
+    check_given_mask(mask)
     return in_dtypes(
         optax.chain(
             _wide_adam_mini(
@@ -364,8 +366,11 @@ def _wide_adam_mini(
 
         count = jnp.asarray(optax.safe_increment(state.count))
         step = _step(count, b1, b2, eps, eps_root, nesterov, bounded, mu_dtype == jnp.int8)
+        salts = [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu_tree)]
         new: list[tuple[Any, Any, Any]] = []
-        for (path, spec), shape, g, m, v in zip(labels, shapes, grads, mu, nu, strict=True):
+        for (path, spec), salt, shape, g, m, v in zip(
+            labels, salts, shapes, grads, mu, nu, strict=True
+        ):
             check_gradient(path, shape, g)
             if g is None:
                 new.append((None, m, v))
@@ -377,7 +382,7 @@ def _wide_adam_mini(
                 new.append(
                     _update_parameter(
                         spec, np.dtype(mu_dtype or kept), nesterov, bounded, g, m, v, step,
-                        count, salt_of(path),
+                        count, salt,
                     )
                 )  # fmt: skip
         in_tree = lambda i: jax.tree.unflatten(treedef, [leaf[i] for leaf in new])
@@ -412,7 +417,8 @@ def _update_parameter(
     """Algorithm 1 for one parameter: its update, and the new `m` and `v`."""
     g = jnp.asarray(g)
     squares = spec.block_mean(g, _abs_sq)
-    nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(v.dtype), v, squares)
+    # A second moment that was cast to 16 bits would no longer change: it is widened again.
+    nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(widen(v.dtype)), v, squares)
     g = g.astype(widen(g.dtype))
     mu = t.b1 * read(spec, m, v) + t.b1_rest * g
     # Use the rounded m of the state: with the exact one, XLA would keep a copy of m.

@@ -33,6 +33,9 @@ from optax_adam_mini import adam_mini
             TypeError,
             "learning_rate must be a number or a schedule, got None of type NoneType",
         ),
+        ({"eps": jnp.array(1j)}, TypeError, "eps must be a number, got an array of complex64"),
+        ({"learning_rate": np.True_}, TypeError, "must be a number or a schedule, got np.True_"),
+        ({"mask": False}, TypeError, "got False: if it was a function, optax.inject_hyperparams"),
         ({"block_specs": 3}, TypeError, "block_specs: expected a BlockSpec"),
         (
             {"block_specs": {"kernel": "neuron"}},
@@ -116,6 +119,14 @@ def test_injected_hyperparameters_that_round_to_one_are_refused():
     assert np.isfinite(np.asarray(updates["w"], np.float32)).all()
     with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), got 1.5 in float32$"):
         adam_mini(1e-3, b1=jnp.float32(1.5)).init({"w": jnp.ones(3)})
+
+
+def test_a_mask_function_that_inject_hyperparams_calls_with_the_step_is_refused():
+    mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    p = {"w": jnp.ones((4, 6))}
+    with pytest.raises(TypeError, match=r"mask: .* name the argument in static_args"):
+        optax.inject_hyperparams(adam_mini)(1e-3, mask=mask).init(p)
+    optax.inject_hyperparams(adam_mini, static_args="mask")(1e-3, mask=mask).init(p)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])

@@ -14,6 +14,7 @@ from optax_adam_mini import (
     flax_layers,
     fused,
     infer_block_specs,
+    infer_muon_dimension_numbers,
     muon_mini,
     outer,
     per_element,
@@ -100,6 +101,16 @@ def test_functions_that_were_not_called_are_refused(function):
         adam_mini(1e-3, block_specs=function)
     with pytest.raises(TypeError, match=f"got the function {name} itself"):
         block_table({"w": jnp.ones((3, 4))}, function)
+    with pytest.raises(TypeError, match="the function infer_muon_dimension_numbers itself"):
+        muon_mini(1e-3, muon_weight_dimension_numbers=infer_muon_dimension_numbers)
+
+
+def test_a_label_function_that_fails_on_a_part_of_the_tree_says_why():
+    by_rank = lambda p: {name: per_neuron() if p[name].ndim > 1 else per_element() for name in p}
+    tx = optax.masked(adam_mini(1e-3, block_specs=by_rank), {"w": True, "b": False})
+    with pytest.raises(AttributeError) as raised:
+        tx.init({"w": jnp.ones((3, 4)), "b": jnp.ones(4)})
+    assert "called with a part of the parameters" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """`muon_mini`: against `optax.contrib.muon`, and whatever is wrapped around it."""
 
 import functools
+from typing import Any
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
@@ -553,6 +556,7 @@ WRONG_NUMBERS = {
     "an axis twice": ({**NUMBERS, "kernel": D(1, -1)}, ValueError, r"kernel \(8, 12\): .*each once"),
     "no inputs": ({**NUMBERS, "kernel": D((), 1)}, ValueError, r"kernel \(8, 12\): .*not fit"),
     "a vector": ({**NUMBERS, "bias": D()}, ValueError, r"bias \(12,\): .*give None"),
+    "nothing returned": (lambda p: None, TypeError, "the function returned None"),
 }  # fmt: skip
 
 
@@ -636,12 +640,83 @@ def test_label_functions_get_the_parameters_and_not_the_gradients(parts):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_label_functions_get_all_parameters(parts):
+    """A function that traces the loss needs all; each half of the optimizer has only its own."""
+    params, x = {"w": jnp.ones((8, 16)), "head": jnp.ones((16, 3)), "b": jnp.ones(3)}, jnp.ones(8)
+    loss = lambda p, x: jnp.sum((jnp.tanh(x @ p["w"]) @ p["head"] + p["b"]) ** 2)
+    calls = []
+    specs = lambda p: calls.append(p) or infer_block_specs(loss, p, x, v="outer")
+    numbers = lambda p: infer_muon_dimension_numbers(loss, p, x)
+    found, expected = (
+        train(
+            muon_mini(0.02, parts=parts, block_specs=s, muon_weight_dimension_numbers=n),
+            params,
+            2,
+            jit=False,
+        )
+        for s, n in ((specs, numbers), (specs(params), numbers(params)))
+    )
+    chex.assert_trees_all_equal(found, expected)
+    assert len(calls) == 2  # once for the tree, and once above
+
+
+def test_dimension_numbers_in_an_equinox_or_nnx_model_are_not_called():
+    """Such a tree is callable, as the model is."""
+
+    class Net(eqx.Module):
+        w: Any
+        b: Any
+
+        def __call__(self, x):
+            return x @ self.w + self.b
+
+    net, x = Net(jnp.ones((4, 5)), jnp.ones(5)), jnp.ones((2, 4))
+    grads = eqx.filter_grad(lambda net: jnp.mean(net(x) ** 2))(net)
+    tx = muon_mini(
+        0.02,
+        weight_decay=0.1,
+        weight_decay_mask=Net(True, False),
+        muon_weight_dimension_numbers=Net(MuonDimensionNumbers(), None),
+        block_specs=Net(per_element(), per_element()),
+    )
+    updates, _ = tx.update(grads, tx.init(net), net)
+    assert np.any(updates.w)
+    model = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    loss = lambda model, x: jnp.mean(jnp.tanh(model(x)) ** 2)
+    tx = muon_mini(
+        0.02,
+        muon_weight_dimension_numbers=infer_muon_dimension_numbers(loss, model, x),
+        block_specs=per_element(),
+    )
+    nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, nnx.grad(loss)(model, x))
+
+
+def test_a_restored_state_of_numpy_arrays_gives_the_same_bits():
+    """Flax's msgpack gives such."""
+    tx, params = mini(mu_dtype="int8"), make_params()
+    params, state = train(tx, params, 3)
+    grads = gradients(params, 3)
+    found = tx.update(grads, jax.tree.map(np.asarray, state), params)
+    chex.assert_trees_all_equal(found, tx.update(grads, state, params))
+
+
 def test_the_momentum_is_cast_to_a_new_mu_dtype():
     params = make_params()
     state = mini(mu_dtype=jnp.bfloat16).init(params)
     _, state = mini().update(gradients(params, 0), state, params)
     for part in parts(state):
         assert {m.dtype for m in jax.tree.leaves(part.mu)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("mu_dtype", "cast_to"), [(None, "int8"), ("int8", "float32")])
+def test_a_momentum_that_was_cast_is_refused(mu_dtype, cast_to):
+    params = {"w": jnp.ones((3, 4))}
+    tx = muon_mini(0.02, mu_dtype=mu_dtype, block_specs=per_element())
+    is_momentum = lambda x: x.shape == (3, 4)
+    cast = lambda x: x.astype(cast_to) if is_momentum(x) else x
+    with pytest.raises(ValueError, match="w: the state's mu"):
+        tx.update(params, jax.tree.map(cast, tx.init(params)), params)
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name():

@@ -265,6 +265,15 @@ def test_rounding_errors_are_uncorrelated():
         assert np.abs(correlation).max() < 5.5 / np.sqrt(samples)
 
 
+def test_a_name_with_a_slash_has_random_numbers_of_its_own():
+    g = jax.random.normal(jax.random.key(0), (64, 64))
+    grads = {"a": {"b": g}, "a/b": g}
+    tx = scale_by_adam_mini(0.0, mu_dtype=jnp.int8, block_specs=per_tensor())
+    _, state = tx.update(grads, tx.init(grads))
+    a, b = jax.tree.leaves(state.mu)
+    assert np.any(a != b)
+
+
 APART = {
     "one tree": lambda tx: tx,
     "multi_transform": lambda tx: optax.multi_transform({0: tx, 1: tx}, {"a": 0, "b": 1}),

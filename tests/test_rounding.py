@@ -464,6 +464,28 @@ def test_leaves_that_are_not_bfloat16_and_missing_gradients_are_passed_on():
     assert d["b"] is None
 
 
+def test_gradients_in_float16_do_not_overflow():
+    tx = stochastic_rounding(optax.sgd(1e3))
+    p = {"w": jnp.zeros(3, BF16)}
+    d, _ = tx.update({"w": jnp.full(3, 300, jnp.float16)}, tx.init(p), p)
+    check_is_neighbour(optax.apply_updates(p, d)["w"], np.full(3, -3e5, np.float32))
+
+
+def test_gradients_that_do_not_fit_are_refused_whatever_is_inside():
+    """Optax's own would be broadcast."""
+    tx = stochastic_rounding(optax.sgd(0.1))
+    p = {"w": jnp.ones((4, 3), BF16), "b": jnp.ones(3, BF16)}
+    state = tx.init(p)
+    with pytest.raises(ValueError, match=r"w: got a gradient of shape \(1, 3\)"):
+        tx.update({**p, "w": jnp.ones((1, 3))}, state, p)
+    with pytest.raises(ValueError, match=r"the pair \(loss, gradients\)"):
+        tx.update((1.0, p), state, p)
+    with pytest.raises(ValueError, match="got nothing for b"):
+        tx.update({"w": p["w"]}, state, p)
+    with pytest.raises(ValueError, match="the state's count was cast to float32"):
+        tx.update(p, state._replace(count=jnp.float32(0)), p)
+
+
 def test_parameters_of_other_dtypes_are_refused():
     tx = stochastic_rounding(optax.sgd(0.1))
     with pytest.raises(

@@ -352,6 +352,23 @@ def test_a_state_of_other_parameters_is_refused():
         tx.update(PARAMS, tx.init(other), PARAMS)
 
 
+def test_a_state_that_was_cast_to_bfloat16_does_not_stand_still():
+    """In bfloat16, a count stops at 256, and a mean that decays by a thousandth does not change."""
+    tx = adam_mini(1e-3)
+    of_kind = lambda kind: jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, kind) else x, tx.init(PARAMS)
+    )
+    with pytest.raises(ValueError, match="the state's count was cast to bfloat16"):
+        tx.update(PARAMS, of_kind(jnp.integer), PARAMS)
+    _, state = tx.update(PARAMS, of_kind(jnp.floating), PARAMS)
+    assert {x.dtype for x in jax.tree.leaves(state[0].nu)} == {jnp.dtype("float32")}
+
+
+def test_no_state_is_refused():
+    with pytest.raises(ValueError, match=r"expected the state that init made, .* got a NoneType"):
+        adam_mini(1e-3).update(PARAMS, None, PARAMS)
+
+
 def test_a_state_of_other_block_specs_is_refused():
     state = adam_mini(1e-3, block_specs=per_tensor()).init(PARAMS)
     tx = adam_mini(1e-3, block_specs={"kernel": per_neuron(), "bias": per_tensor()})
