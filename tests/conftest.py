@@ -1,3 +1,4 @@
+import gc
 import os
 
 import hypothesis
@@ -17,6 +18,10 @@ hypothesis.settings.register_profile(  # for tests that are to fail, and no more
 )
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ordinary")
 hypothesis.settings.load_profile(PROFILE)
+
+# Traced programs are many small objects: looking for garbage as often as usual takes a fifth of the
+# time.
+gc.set_threshold(50_000, 20, 50)
 
 # Before any device is asked for: tests of sharding need several.
 jax.config.update("jax_num_cpu_devices", 8)
