@@ -541,6 +541,18 @@ def _pass""",
         "keepdims=True)).astype",
         "test_muon.py::test_codes_round_to_a_neighbour_and_are_right_on_average",
     ),
+    "biases of experts are rows of a table": Fault(
+        DATAFLOW + "forward.py",
+        "if members else facts",
+        "if not members else facts",
+        "partition/dataflow/test_forms.py::test_a_function_has_the_same_blocks_in_every_form",
+    ),
+    "rows with the index of a kernel are biases": Fault(
+        DATAFLOW + "members.py",
+        "indices.keys() - kernels - inputs",
+        "indices.keys() - kernels",
+        "partition/dataflow/test_forms.py::test_a_table_with_the_index_of_an_expert_is_a_table",
+    ),
 }
 
 

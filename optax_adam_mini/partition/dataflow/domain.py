@@ -260,6 +260,8 @@ class Facts:
     """The ids of the products in filters that are written as sums of shifted products."""
     taps: set[int] = dataclasses.field(default_factory=set)
     """The ids of the steps that take one index of such a filter."""
+    members: set[int] = dataclasses.field(default_factory=set)
+    """The ids of the steps that take from a stack what is no kernel, by an index."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:

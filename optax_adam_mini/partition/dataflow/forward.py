@@ -25,6 +25,7 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
+from optax_adam_mini.partition.dataflow.members import find_members
 from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step, depending
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 from optax_adam_mini.partition.dataflow.taps import find_taps
@@ -37,7 +38,14 @@ _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 
 def follow(program: Program, n_params: int) -> Facts:
     """Finds what every value makes of the first `n_params` inputs, the parameters."""
-    facts = Facts(program, n_params, [Value(shape) for shape in program.shapes])
+    facts = _followed(program, n_params, set())
+    members = find_members(facts)
+    return _followed(program, n_params, members) if members else facts
+
+
+def _followed(program: Program, n_params: int, members: set[int]) -> Facts:
+    values = [Value(shape) for shape in program.shapes]
+    facts = Facts(program, n_params, values, members=members)
     facts.data = depending(program, program.inputs[n_params:])
     facts.filters, facts.taps = find_taps(program, facts.data)
     for index, place in enumerate(program.inputs):

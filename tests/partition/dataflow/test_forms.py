@@ -125,6 +125,43 @@ EXPERTS = {
     "by index": lambda p, x: mlp(jax.tree.map(operator.itemgetter(jnp.argmax(x[0, :3])), p), x),
 }
 
+
+# Experts with biases and gains, one of which an index chooses.
+BIASED = stacked(shapes(u=(D, F), b=(F,), g=(F,), v=(F, 5)))
+
+
+def biased(p, x):
+    return jnp.tanh(x @ p["u"] + p["b"]) * p["g"] @ p["v"]
+
+
+def all_of(take):
+    """All experts, each taken by its index."""
+    return lambda p, x: jax.vmap(lambda i: biased(take(p, i), x))(jnp.arange(3))
+
+
+def one_of(take):
+    """The expert that the first example chooses; `take` computes the index, for each leaf anew."""
+    return lambda p, x: biased(
+        jax.tree.map(functools.partial(take, lambda: jnp.argmax(x[0, :3])), p), x
+    )
+
+
+CHOSEN = {
+    "all in a loop": lambda p, x: [biased({k: p[k][i] for k in p}, x) for i in range(3)],
+    "all by vmap": lambda p, x: jax.vmap(biased, (0, None))(p, x),
+    "all by index": all_of(lambda p, i: jax.tree.map(lambda w: w[i], p)),
+    "all in another order": lambda p, x: lax.map(
+        lambda p: biased(p, x), jax.tree.map(lambda w: w[np.array([2, 0, 1])], p)
+    ),
+    "one by index": one_of(lambda i, w: w[i()]),
+    "one by take": one_of(lambda i, w: jnp.take(w, i(), axis=0)),
+    "one by dynamic_index": one_of(lambda i, w: lax.dynamic_index_in_dim(w, i(), keepdims=False)),
+    "one by a one-hot vector": one_of(lambda i, w: jnp.tensordot(jax.nn.one_hot(i(), 3), w, 1)),
+    "one for each example": lambda p, x: jax.vmap(
+        lambda x: biased(jax.tree.map(lambda w: w[jnp.argmax(x[:3])], p), x)
+    )(x),
+}
+
 # Products and their sums.
 PRODUCTS = {
     "einsum": lambda q, k: jnp.einsum("bthn,bshn->bhts", q, k),
@@ -328,6 +365,7 @@ FORMS = {
     "members with gains": (members(scaled_mlp), SCALED, TOKENS),
     "kernels of each head": ({k: of_each_head(f) for k, f in EACH_HEAD.items()}, HEADS, X),
     "experts": (EXPERTS, MLP, ROWS),
+    "chosen experts": (CHOSEN, BIASED, ROWS),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "sums": ({k: with_sum(f) for k, f in SUMS.items()}, shapes(u=(D, F), v=(D, F), w=(F, 5)), X),
     "weighted scores": (
@@ -480,6 +518,21 @@ def test_muon_has_the_experts_however_they_are_chosen(form):
     numbers = infer_muon_dimension_numbers(EXPERTS[form], MLP, ROWS)
     assert numbers["u"] == numbers["v"] == ((1,), (2,))
     assert numbers["w"] is None
+
+
+def test_a_table_with_the_index_of_an_expert_is_a_table():
+    """A row that goes into a kernel is data, and no bias."""
+
+    def forward(p, x, i):
+        gate = jnp.tanh(p["t"][i] @ p["w"])
+        return jnp.einsum("bd,bdf->bf", x, p["u"][i]) * gate @ p["v"]
+
+    params = shapes(t=(3, D), w=(D, F), u=(3, D, F), v=(F, 5))
+    specs = infer_block_specs(
+        forward, params, ROWS, jax.ShapeDtypeStruct((B,), jnp.int32), v="mean"
+    )
+    grids = {name: specs[name].grid(params[name].shape) for name in params}
+    assert grids == {"t": (3, 1), "w": (1, F), "u": (3, 1, F), "v": (1, 5)}
 
 
 @pytest.mark.parametrize("form", FINER_FILTERS)

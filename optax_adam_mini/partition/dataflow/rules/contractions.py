@@ -76,6 +76,10 @@ def contraction(
     weights = [side for side in sides if side.value.is_weight]
     if not weights:
         _of_data(facts, found, sides, places)
+    elif id(step) in facts.members:  # the result is a parameter still
+        ((operand, side),) = ((i, side) for i, side in enumerate(sides) if side.value.is_weight)
+        found.kind, found.keeps = side.value.kind, {operand}
+        found.cuts = [(operand, axis) for axis in side.contracted if side.value.is_own(axis)]
     elif (
         not _is_layer_of_constants(facts, step)
         and all(

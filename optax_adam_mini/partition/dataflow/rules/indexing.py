@@ -80,23 +80,19 @@ def chosen(
     found = layout(facts, step, links)
     found.keeps &= {0}
     found.kind = max(v.kind for v in facts.inputs(step))
+    if not value.is_weight:
+        return found
+    rest = [(0, a) for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
     is_scalar = len(step_shape(facts, step)) == len(shared | whole) or step.name != "gather"
-    if (
-        value.is_weight
-        and is_scalar
-        and all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
-    ):  # a loop counter: one layer of a stack
-        if id(step) not in facts.taps:
-            rest = [a for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
-            found.cuts = [(0, axis) for axis in rest]
+    is_fixed = all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
+    if id(step) in facts.members or (is_scalar and is_fixed):  # or a loop counter
+        found.cuts = rest if id(step) not in facts.taps else []
         found.kind = value.kind
         return found
-    if value.is_weight:
-        rest = [a for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
-        found.cuts = [(0, axis) for axis in rest]
-        if value.kind == Kind.WEIGHT or not facts.acts(value):
-            found.uses[0] = tuple(whole.values())
-            found.kind, found.is_lookup = Kind.DATA, True
+    found.cuts = rest
+    if value.kind == Kind.WEIGHT or not facts.acts(value):
+        found.uses[0] = tuple(whole.values())
+        found.kind, found.is_lookup = Kind.DATA, True
     return found
 
 

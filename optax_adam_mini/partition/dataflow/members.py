@@ -1,0 +1,85 @@
+"""Finds the indices that choose members of a stack: an expert, an adapter, a layer.
+
+An index that chooses a kernel chooses a member. What the same index chooses from another parameter
+is a bias or a gain of that member, and not a row of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from optax_adam_mini.partition.dataflow.domain import Facts, Relation
+from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
+
+# What indexing, a cast or a one-hot vector makes of an index.
+_OF_AN_INDEX = {
+    *RESHAPES, "add", "and", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type",
+    "copy", "eq", "lt", "max", "min", "rem", "select_n", "stop_gradient", "sub",
+}  # fmt: skip
+
+
+def find_members(facts: Facts) -> set[int]:
+    """The ids of the steps that take the biases and gains of members from a stack."""
+    lookups = {id(step): (step, relation) for step, relation in facts.trail if relation.is_lookup}
+    kernels, inputs = set[int](), set[int]()
+    for step, relation in facts.trail:
+        for operand, partner in relation.partner.items() if id(step) not in lookups else ():
+            kernels |= _rows(facts, step.inputs[operand])
+            inputs |= _rows(facts, step.inputs[partner])
+    if not kernels:
+        return set()
+    index_of = _Indices(facts.program)
+    indices = {each: index_of(*found) for each, found in lookups.items()}
+    chosen = {indices[each] for each in kernels}
+    return {each for each in indices.keys() - kernels - inputs if indices[each] in chosen}
+
+
+def _rows(facts: Facts, place: int) -> set[int]:
+    """The ids of the lookups that chose a value's rows."""
+    value = facts.values[place]
+    numbers = {number for axis in range(len(value.shape)) for number in value.features(axis)}
+    uses = [facts.uses[number] for number in numbers]
+    return {id(use.step) for use in uses if use.is_lookup and use.params & value.params}
+
+
+class _Indices:
+    """What the indices of a program were computed from."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.made: dict[int, Step] = {}
+        self.same: dict[int, int] = {}
+        """For each value, the first one that was computed in the same way."""
+        first: dict[Hashable, int] = {}
+        for place, known in program.known.items():
+            self.same[place] = first.setdefault((known.shape, known.tobytes()), place)
+        for step in program.steps:
+            how = step.name, str(step.params), *(self.same.get(i, i) for i in step.inputs)
+            for number, place in enumerate(step.outputs):
+                if place not in self.made and step.name != MERGE:
+                    self.same.setdefault(place, first.setdefault((how, number), place))
+                self.made[place] = step
+
+    def __call__(self, step: Step, relation: Relation) -> Hashable:
+        """What the index was computed from, or its values if the program fixes it."""
+        operand, axis = relation.cuts[0]
+        if step.name == "dot_general":
+            place = step.inputs[1 - operand]
+        else:
+            place = step.inputs[1 + axis if step.name == "dynamic_slice" else 1]
+        known = self.program.known
+        if place in known:
+            columns = slice(None)
+            if step.name == "gather":
+                columns = step.params["dimension_numbers"].start_index_map.index(axis)
+            return known[place][..., columns].tobytes()
+        seen, todo, found = {place}, [place], set[int]()
+        while todo:
+            place = todo.pop()
+            before = self.made.get(place)
+            if before is None or before.name not in _OF_AN_INDEX:
+                found.add(self.same.get(place, place))
+                continue
+            todo += {*before.inputs} - seen - known.keys()
+            seen.update(before.inputs)
+        return frozenset(found)
