@@ -30,7 +30,7 @@ def check_hyperparams(*, are_known: bool = False, **hyperparams: Any) -> dict[st
         TypeError: if one is no number.
         ValueError: if one is out of range, or an array that is no scalar.
     """
-    decays = ("b1", "b2", "beta")
+    decays = ("b1", "b2", "beta", "adam_b1", "adam_b2")
     return {
         name: _checked(name, value, 1.0 if name in decays else math.inf, "a number", are_known)
         for name, value in hyperparams.items()

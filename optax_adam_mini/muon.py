@@ -141,7 +141,9 @@ def muon_mini(
         adam_rate = check_scalar_or_schedule("adam_learning_rate", adam_learning_rate)
     adam_weight_decay = check_scalar_or_schedule("adam_weight_decay", adam_weight_decay)
     check_given_mask(weight_decay_mask)
-    check_hyperparams(beta=beta, eps=eps)
+    check_hyperparams(
+        beta=beta, eps=eps, adam_b1=adam_b1, adam_b2=adam_b2, adam_eps_root=adam_eps_root
+    )
     if consistent_rms is not None:
         check_hyperparams(consistent_rms=consistent_rms)
     ns_steps = check_count("ns_steps", ns_steps)

@@ -528,6 +528,7 @@ def test_a_state_of_another_mu_dtype_is_refused():
 WRONG = {
     "a rate that is none": ({"learning_rate": -1.0}, ValueError, "learning_rate must be"),
     "beta": ({"beta": 1.0}, ValueError, r"beta must be in \[0, 1\), got 1.0"),
+    "Adam's decay": ({"adam_b2": 1.5}, ValueError, r"^adam_b2 must be in \[0, 1\), got 1.5"),
     "steps": ({"ns_steps": 0}, ValueError, "ns_steps must be at least 1, got 0"),
     "traced steps": ({"ns_steps": jnp.int32(5)}, TypeError, r'static_args=\("ns_steps"'),
     "coefficients": ({"ns_coeffs": (1.0, 2.0)}, ValueError, "ns_coeffs must be three numbers"),
