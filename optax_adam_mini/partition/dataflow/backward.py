@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Trail, Value
+from optax_adam_mini.partition.dataflow.domain import (
+    Combines,
+    Facts,
+    Kind,
+    Link,
+    Relation,
+    Trail,
+    Value,
+)
 from optax_adam_mini.partition.dataflow.groups import (
     ALONE,
     UNSEEN,
@@ -108,7 +116,7 @@ class _Backward:
                 told[operand] = told.get(operand, set()) | labels.keys()
         for operand in relation.keeps:
             place = step.inputs[operand]
-            self.gains[place] |= operand in relation.gains or any(
+            self.gains[place] |= relation.combines.get(operand) == Combines.GAIN or any(
                 self.gains[out] for out in step.outputs
             )
             self.open[place] |= self._acts_alone(step, relation, operand) or any(
@@ -136,8 +144,9 @@ class _Backward:
 
     def _acts_alone(self, step: Step, relation: Relation, operand: int) -> bool:
         """Whether each coordinate of a parameter acts alone if the result is data."""
+        what = relation.combines.get(operand)
         is_gain = any(self.gains[place] for place in step.outputs)
-        return operand in relation.shifts or (operand in relation.scaled and not is_gain)
+        return what == Combines.SHIFT or (what == Combines.SCALED and not is_gain)
 
     def _spend(self, step: Step, relation: Relation, operand: int) -> None:
         """Marks a combined value as data: a parameter that is not a factor in it is a bias."""

@@ -153,6 +153,18 @@ class Link:
     """It is unknown which index goes where: features stay features, and couple nothing."""
 
 
+class Combines(enum.Enum):
+    """What a parameter does to data that it is combined with."""
+
+    SHIFT = enum.auto()
+    """It is added: a bias if the result is spent."""
+    SCALED = enum.auto()
+    """Data scale it by one number. If the result is spent, it is a layer with one input, unless it
+    acts as a gain in between."""
+    GAIN = enum.auto()
+    """It scales the data along its own axes."""
+
+
 @dataclasses.dataclass
 class Relation:
     """What a rule says about a step."""
@@ -165,13 +177,8 @@ class Relation:
     uses: dict[int, Axes] = dataclasses.field(default_factory=dict)
     """For each operand that is a parameter and meets data here: the result's axes that come from
     the parameter's free axes, in the parameter's order."""
-    shifts: set[int] = dataclasses.field(default_factory=set)
-    """Parameter operands that are not factors here: they are biases if the result is spent."""
-    scaled: set[int] = dataclasses.field(default_factory=set)
-    """Parameter operands that data scale by one number. If the result is spent, they are layers
-    with one input, unless they act as gains in between."""
-    gains: set[int] = dataclasses.field(default_factory=set)
-    """Parameter or combined operands that scale data along their own axes."""
+    combines: dict[int, Combines] = dataclasses.field(default_factory=dict)
+    """What operands that are still parameters in the result do to the data that they meet."""
     spent: set[int] = dataclasses.field(default_factory=set)
     """Combined operands that act as data here, and are parameters no longer."""
     is_lookup: bool = False

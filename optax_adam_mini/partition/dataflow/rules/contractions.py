@@ -293,8 +293,7 @@ def _multiply(
     combine(facts, met, aligned, is_product=True)
     if operand in met.keeps:
         found.keeps.add(operand)
-        found.gains |= met.gains & {operand}
-        found.scaled |= met.scaled & {operand}
+        found.combines |= {i: what for i, what in met.combines.items() if i == operand}
     elif operand in met.uses:
         found.uses[operand] = ()
         found.partner[operand] = 1 - operand

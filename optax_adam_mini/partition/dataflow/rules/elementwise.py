@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optax_adam_mini.partition.dataflow.axes import Indices
-from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Relation, Value
+from optax_adam_mini.partition.dataflow.domain import Combines, Facts, Kind, Relation, Value
 from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, STOPPING, Step
 from optax_adam_mini.partition.dataflow.rules.registry import RULES, same
 
@@ -217,14 +217,10 @@ def combine(facts: Facts, found: Relation, ins: Sequence[Value], is_product: boo
             found.cuts += [(operand, axis) for axis in own]
         else:
             found.keeps.add(operand)
-            if not is_product and not facts.acts(value):
-                found.shifts.add(operand)
             if is_product and any(other.moves(axis) for other in aligned for axis in own):
-                found.gains.add(operand)
-            elif is_product and not facts.acts(
-                value
-            ):  # all scaled by one number of data: a later gain, or a layer with one input
-                found.scaled.add(operand)
+                found.combines[operand] = Combines.GAIN
+            elif not facts.acts(value):
+                found.combines[operand] = Combines.SCALED if is_product else Combines.SHIFT
     weights = [value for value in ins if value.is_weight]
     found.is_summary = bool(weights) and all(value.is_summary for value in weights)
 
