@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -36,12 +37,13 @@ class Options:
     """Number of seeds, from 0 on; the table has their mean."""
 
 
-def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
-    """The test accuracy of one row with each seed, and the numbers in `v`."""
+def accuracies(title: str, seeds: Sequence[int], **options: Any) -> tuple[list[float], int]:
+    """The test accuracy of one row with each seed, and the numbers in `v`; `options` in place of
+    the example's own."""
     optimizer, conv = ROWS[title]
     found = []
     for seed in seeds:
-        config = Config(seed=seed, conv=conv, v="mean")
+        config = Config(seed=seed, conv=conv, v="mean", **options)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             task = load_task(config, folder)

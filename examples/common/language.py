@@ -193,6 +193,7 @@ class Training(NamedTuple):
     opt_state: optax.OptState
 
 
+@functools.cache  # tracing takes long, and every program of a run asks for it
 def abstract_model(config: LanguageConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without its parameters, and their shapes."""
     model = nnx.eval_shape(lambda: config.make_model(config.architecture, nnx.Rngs(0)))
@@ -214,6 +215,7 @@ def abstract_tokens(config: LanguageConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, config.architecture.context), jnp.int32)
 
 
+@functools.cache
 def block_specs(config: LanguageConfig) -> Any:
     """Adam-mini's blocks, found by tracing the model."""
     _, params = abstract_model(config)

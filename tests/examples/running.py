@@ -32,9 +32,28 @@ def command(example: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"examples.{example}", *arguments]
 
 
-def run_command(example: str, *arguments: str) -> subprocess.CompletedProcess:
+def quick_environment(compiled: Path) -> dict[str, str]:
+    """For programs that are compiled more than they run: without most optimizations, and each
+    program once for all processes that share the folder `compiled`."""
+    return {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def run_command(
+    example: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    return run_program(command(example, *arguments), environment)
+
+
+def run_program(
+    program: list[str], environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(example, *arguments), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        program, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment
     )
 
 
@@ -59,11 +78,12 @@ def run_killed_at_save(number: int, main: Callable[[], None]) -> None:
 
 
 def run_through_kills(
-    example: str,
+    program: list[str],
     options: list[str],
     root: Path,
     seed: int,
     log: Path,
+    environment: dict[str, str],
     most: int = 4,
     within: float = 1.0,
 ) -> int:
@@ -71,11 +91,6 @@ def run_through_kills(
     anywhere before that, and let it get through; how many times it was killed. Every time it must
     go on from the last complete checkpoint."""
     source = random.Random(seed)
-    # What is killed is the training: a program is compiled once for all rounds.
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(log.with_suffix(".compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
     resume: list[str] = []
     newest: dict[str, int] = {}
     until_it_trains = 0.0
@@ -85,11 +100,11 @@ def run_through_kills(
         start = time.monotonic()
         with log.open("w") as file:
             process = subprocess.Popen(
-                command(example, *arguments),
+                [*program, *arguments],
                 cwd=REPOSITORY,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **compiled},
+                env=environment,
             )
             trains = not kills % 2 or kills == most
             if trains:

@@ -717,7 +717,7 @@ def test_both_learn_to_draw_digits():
         return classifier.kneighbors(panel.reshape(len(panel), 64))[0].ravel()
 
     usual = np.median(distances(test.images / 255))
-    config = Config(steps=300, samples=128, sample_steps=50)
+    config = Config(steps=300, samples=128, sample_steps=25, eval_images=100)
     task, draw = load_task(config, Path()), make_sampler(config, config)
     batches = [task.batch(step) for step in range(1, config.steps + 1)]
     found = {}

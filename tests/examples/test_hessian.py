@@ -9,7 +9,7 @@ from examples.hessian.model import Transformer
 from examples.hessian.picture import Panel, draw
 from optax_adam_mini import infer_block_specs, per_head
 from optax_adam_mini.hessian import block_numbers
-from tests.examples.running import only_run, run_command
+from tests.examples.running import only_run, quick_environment, run_command
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,10 @@ def test_wrong_options_are_one_clear_error(options, message):
 
 @pytest.mark.slow
 def test_the_command_draws_both_pictures(tmp_path):
-    result = run_command("hessian", "--steps", "20", "--windows", "2", "--runs", str(tmp_path))
+    runs, environment = tmp_path / "runs", quick_environment(tmp_path / "compiled")
+    options = ["--steps=20", "--windows=2", f"--runs={runs}"]
+    result = run_command("hessian", *options, environment=environment)
     assert result.returncode == 0, result.stderr
-    folder = only_run(tmp_path)
+    folder = only_run(runs)
     assert {"mlp.png", "transformer.png", "results.json"} <= {p.name for p in folder.iterdir()}
     assert "attention/query" in result.stdout
