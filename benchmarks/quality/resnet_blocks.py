@@ -10,7 +10,6 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -37,13 +36,12 @@ class Options:
     """Number of seeds, from 0 on; the table has their mean."""
 
 
-def accuracies(title: str, seeds: Sequence[int], **options: Any) -> tuple[list[float], int]:
-    """The test accuracy of one row with each seed, and the numbers in `v`; `options` in place of
-    the example's own."""
+def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
+    """The test accuracy of one row with each seed, and the numbers in `v`."""
     optimizer, conv = ROWS[title]
     found = []
     for seed in seeds:
-        config = Config(seed=seed, conv=conv, v="mean", **options)
+        config = Config(seed=seed, conv=conv, v="mean")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             task = load_task(config, folder)

@@ -507,9 +507,8 @@ def test_resume_after_sigkill_at_random_moments(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_execution")
 def test_adam_mini_is_as_accurate_as_adamw():
-    """A quarter of the default run, which takes both past 97%."""
-    ((adamw,), _), ((adam_mini,), _) = (
-        accuracies(title, range(1), steps=250) for title in ("AdamW", "Adam-mini, channel")
+    adamw, adam_mini = (
+        np.mean(accuracies(title, range(1))[0]) for title in ("AdamW", "Adam-mini, channel")
     )
     assert adam_mini >= adamw - 0.005
     assert adam_mini >= 0.97
