@@ -1,5 +1,7 @@
 """What the tests of the examples share: run folders, command lines, kills."""
 
+import contextlib
+import io
 import os
 import random
 import re
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,6 +23,21 @@ REPOSITORY = Path(__file__).parents[2]
 def only_run(root: Path) -> Path:
     (config,) = root.glob("*/config.json")
     return config.parent
+
+
+class Whole(NamedTuple):
+    """A run that nothing interrupted, and what it printed."""
+
+    folder: Path
+    output: str
+
+
+def run_whole(root: Path, train: Callable[[], None]) -> Whole:
+    """`train` leaves one run in the folder `root`."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train()
+    return Whole(only_run(root), output.getvalue())
 
 
 def losses(folder: Path) -> list[dict]:

@@ -1,6 +1,5 @@
 """examples/diffusion: the U-Net, the noise and the way back, the images, resuming, and refusals."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -9,7 +8,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +48,7 @@ from tests.examples.running import (
     only_run,
     run_command,
     run_killed_at_save,
+    run_whole,
 )
 
 pytestmark = pytest.mark.slow  # the language models' tests have what is common
@@ -79,21 +78,13 @@ def tiny_config(root: Path, **options) -> Config:
     return Config(**{**TINY_RUN, "runs": str(root), **options})
 
 
-class Whole(NamedTuple):
-    """A run of both optimizers that nothing interrupted."""
-
-    folder: Path
-    output: str
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """A run of both optimizers that nothing interrupted."""
     root = tmp_path_factory.mktemp("whole")
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "nano", TINY)
-        main(tiny_config(root))
-    return Whole(only_run(root), output.getvalue())
+        return run_whole(root, lambda: main(tiny_config(root)))
 
 
 # The architecture

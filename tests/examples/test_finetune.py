@@ -1,14 +1,11 @@
 """examples/finetune: pairs, adapters, the loss of the answers, resuming, and refusals."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import random
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,7 +33,7 @@ from examples.gpt2 import train as gpt2
 from examples.llama import train as llama
 from examples.resnet import train as resnet
 from tests.examples.language import TINY_RUN, random_weights, second_moment, shapes, write_corpus
-from tests.examples.running import losses, only_run, run_command, run_killed_at_save
+from tests.examples.running import losses, only_run, run_command, run_killed_at_save, run_whole
 
 pytestmark = pytest.mark.slow  # the language models' tests have what is common
 
@@ -109,20 +106,11 @@ def tiny_config(run: Path, sums_file: Path, root: Path, /, **options) -> Config:
     return Config(**{**TINY_TUNING, **options})
 
 
-class Whole(NamedTuple):
-    """All parameters tuned, with both optimizers, and nothing interrupted it."""
-
-    folder: Path
-    output: str
-
-
 @pytest.fixture(scope="module")
 def whole(run, sums_file, tmp_path_factory):
+    """All parameters tuned, with both optimizers, and nothing interrupted it."""
     root = tmp_path_factory.mktemp("whole")
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        main(tiny_config(run, sums_file, root))
-    return Whole(only_run(root), output.getvalue())
+    return run_whole(root, lambda: main(tiny_config(run, sums_file, root)))
 
 
 @pytest.mark.parametrize("devices", [None, {"mesh": "fsdp=64"}])

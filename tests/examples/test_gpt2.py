@@ -1,8 +1,6 @@
 """examples/gpt2: the architecture, the training loop, resuming, and refusals."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -10,7 +8,6 @@ import random
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +41,7 @@ from tests.examples.running import (
     run_command,
     run_killed_at_save,
     run_through_kills,
+    run_whole,
 )
 
 TINY = GPT2Config(vocab_size=256, context=16, layers=3, heads=2, width=8)
@@ -59,20 +57,11 @@ def tiny_config(corpus: Path, root: Path, **options) -> Config:
     return Config(**options)
 
 
-class Whole(NamedTuple):
-    """A run of all optimizers that nothing interrupted."""
-
-    folder: Path
-    output: str
-
-
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
+    """A run of all optimizers that nothing interrupted."""
     root = tmp_path_factory.mktemp("whole")
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        main(tiny_config(corpus, root))
-    return Whole(only_run(root), output.getvalue())
+    return run_whole(root, lambda: main(tiny_config(corpus, root)))
 
 
 # The architecture

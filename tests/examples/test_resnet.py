@@ -1,14 +1,11 @@
 """examples/resnet: the architecture, batch statistics, the images, resuming, and refusals."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +28,7 @@ from tests.examples.running import (
     run_killed_at_save,
     run_program,
     run_through_kills,
+    run_whole,
 )
 
 # One block a stage of a few channels.
@@ -66,21 +64,13 @@ def tiny_config(root: Path, **options) -> Config:
     return Config(**{**TINY_RUN, "runs": str(root), **options})
 
 
-class Whole(NamedTuple):
-    """A run of both optimizers that nothing interrupted."""
-
-    folder: Path
-    output: str
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """A run of both optimizers that nothing interrupted."""
     root = tmp_path_factory.mktemp("whole")
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "nano", TINY)
-        main(tiny_config(root))
-    return Whole(only_run(root), output.getvalue())
+        return run_whole(root, lambda: main(tiny_config(root)))
 
 
 # The architecture

@@ -116,7 +116,7 @@ def _gathered(facts: Facts) -> Result:
 
 
 def _of_steps(facts: Facts, trail: Trail) -> Result:
-    roles = find_roles(facts, trail)
+    roles = find_roles(facts, trail)  # first: it adds cuts, which the groups must have
     labels = find_groups(facts, trail)
     for step, relation in trail:
         for link in relation.links:

@@ -62,18 +62,21 @@ class _Indices:
 
     def __call__(self, step: Step, relation: Relation) -> Hashable:
         """What the index was computed from, or its values if the program fixes it."""
-        operand, axis = relation.cuts[0]
-        if step.name == "dot_general":
-            place = step.inputs[1 - operand]
-        else:
-            place = step.inputs[1 + axis if step.name == "dynamic_slice" else 1]
-        known = self.program.known
-        if place in known:
-            columns = slice(None)
-            if step.name == "gather":
-                columns = step.params["dimension_numbers"].start_index_map.index(axis)
-            return known[place][..., columns].tobytes()
-        seen, todo, found = {place}, [place], set[int]()
+        axes = [axis for _, axis in relation.cuts]
+        known, columns = self.program.known, ...
+        if step.name == "dynamic_slice":
+            todo = [step.inputs[1 + axis] for axis in axes]
+        elif step.name == "gather":
+            todo = [step.inputs[1]]
+            along = step.params["dimension_numbers"].start_index_map
+            columns = ..., [column for column, axis in enumerate(along) if axis in axes]
+        else:  # a one-hot vector, and what it chooses from
+            todo = [
+                place for operand, place in enumerate(step.inputs) if operand not in relation.uses
+            ]
+        if known.keys() >= set(todo):
+            return tuple(known[place][columns].tobytes() for place in todo)
+        seen, found = set(todo), set[int]()
         while todo:
             place = todo.pop()
             before = self.made.get(place)

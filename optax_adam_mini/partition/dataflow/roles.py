@@ -1,7 +1,4 @@
-"""Finds the roles of the parameters' axes, from the steps that use the parameters.
-
-A parameter that is used on members of a stack is cut along their axis.
-"""
+"""Finds the roles of the parameters' axes, from the steps that use the parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +8,10 @@ from optax_adam_mini.partition.dataflow.program import Step
 
 
 def find_roles(facts: Facts, trail: Trail) -> list[list[set[Role]]]:
-    """The roles of the axes of every value; an axis of data can only have the role `BATCH`."""
+    """The roles of the axes of every value; an axis of data has `BATCH`, or `OUTPUT` beside it.
+
+    Relations in which a parameter is used on members of a stack get cuts along the members' axis.
+    """
     roles: list[list[set[Role]]] = [[set() for _ in value.shape] for value in facts.values]
     count = -1
     while count != (count := sum(len(axis) for axes in roles for axis in axes)):

@@ -533,6 +533,19 @@ def test_a_table_with_the_index_of_an_expert_is_a_table():
     assert grids == {"t": (3, 1), "w": (1, F), "u": (3, 1, F), "v": (1, 5)}
 
 
+def test_tables_of_members_may_be_read_at_indices_that_the_program_fixes():
+    """The index of a table under vmap has no column for the members."""
+
+    def forward(p, x):
+        order = np.array([2, 0, 1])
+        rows = jax.vmap(lambda e, i: e[i])(p["e"], order)
+        return jnp.tanh(jnp.einsum("bd,edf->bef", x, p["u"][order]) + rows) @ p["v"]
+
+    cut = found(forward, shapes(e=(3, V, F), u=(3, D, F), v=(F, 5)), ROWS, "mean")
+    assert cut["u"] == (3, 1, F)
+    assert cut["e"][:2] == (3, V)
+
+
 @pytest.mark.parametrize("form", FINER_FILTERS)
 def test_filters_are_never_joined(form):
     grid = found(filtered(FINER_FILTERS[form]), KERNELS, X, "mean")["w"]

@@ -85,7 +85,8 @@ def chosen(
     rest = [(0, a) for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
     is_scalar = len(step_shape(facts, step)) == len(shared | whole) or step.name != "gather"
     is_fixed = all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
-    if id(step) in facts.members or (is_scalar and is_fixed):  # or a loop counter
+    is_counted = is_scalar and is_fixed  # by a loop: one layer of a stack
+    if id(step) in facts.members or is_counted:
         found.cuts = rest if id(step) not in facts.taps else []
         found.kind = value.kind
         return found
