@@ -264,6 +264,8 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         # A reshape of a reshape is one reshape of the first operand.
         operands = [program.reshaped.get(operands[0], operands[0])]
         program.reshaped[outs[0]] = operands[0]
+    if name == "concatenate" and all(program.shapes[place][-1:] == (1,) for place in operands):
+        program.columns[outs[0]] = operands
     if _is_zero(program, name, operands):
         program.zeros.update(outs)
     step(name, operands, outs, params)

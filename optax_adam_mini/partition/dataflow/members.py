@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation
+from optax_adam_mini.partition.dataflow.folding import is_index
 from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
 
 # What indexing, a cast or a one-hot vector makes of an index.
@@ -52,7 +53,8 @@ class _Indices:
         """For each value, the first one that was computed in the same way."""
         first: dict[Hashable, int] = {}
         for place, known in program.known.items():
-            self.same[place] = first.setdefault((known.shape, known.tobytes()), place)
+            if is_index(known):  # others are copies of one that is
+                self.same[place] = first.setdefault((known.shape, known.tobytes()), place)
         for step in program.steps:
             how = step.name, str(step.params), *(self.same.get(i, i) for i in step.inputs)
             for number, place in enumerate(step.outputs):

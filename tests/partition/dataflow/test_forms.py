@@ -162,6 +162,30 @@ CHOSEN = {
     )(x),
 }
 
+# Several tables, each with an index of its own. There are more indices than the inference folds.
+MANY = jax.ShapeDtypeStruct((1500, 3), jnp.int32)
+
+
+def looked_up(rows):
+    return lambda p, i: jnp.tanh(rows(p["e"], i).sum(1)) @ p["w"]
+
+
+TABLES = {
+    "a loop": looked_up(lambda e, i: jnp.stack([e[k][i[:, k]] for k in range(3)], 1)),
+    "vmap": looked_up(lambda e, i: jax.vmap(lambda e, i: e[i], (0, 1), 1)(e, i)),
+    "one-hot vectors": looked_up(
+        lambda e, i: jnp.einsum("nev,evd->ned", jax.nn.one_hot(i, e.shape[1]), e)
+    ),
+    "two indices": looked_up(lambda e, i: e[jnp.arange(3), i]),
+    "two indices, turned": looked_up(
+        lambda e, i: jnp.moveaxis(e[jnp.arange(3)[:, None], i.T], 0, 1)
+    ),
+    "two indices, the tables last": looked_up(lambda e, i: jnp.moveaxis(e, 0, 1)[i, jnp.arange(3)]),
+    "take_along_axis": looked_up(
+        lambda e, i: jnp.take_along_axis(e[None], i[:, :, None, None], 2)[:, :, 0]
+    ),
+}
+
 # Products and their sums.
 PRODUCTS = {
     "einsum": lambda q, k: jnp.einsum("bthn,bshn->bhts", q, k),
@@ -366,6 +390,7 @@ FORMS = {
     "kernels of each head": ({k: of_each_head(f) for k, f in EACH_HEAD.items()}, HEADS, X),
     "experts": (EXPERTS, MLP, ROWS),
     "chosen experts": (CHOSEN, BIASED, ROWS),
+    "tables": (TABLES, shapes(e=(3, 11, D), w=(D, 5)), MANY),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "sums": ({k: with_sum(f) for k, f in SUMS.items()}, shapes(u=(D, F), v=(D, F), w=(F, 5)), X),
     "weighted scores": (
@@ -453,6 +478,14 @@ def test_layers_side_by_side_in_one_kernel_have_blocks_of_their_own():
     side_by_side = layers_along_inputs(lambda w, i: jnp.split(w, 3, 1)[i])
     params = shapes(w=(D, 3 * D), o=(D, 5))
     assert found(side_by_side, params, X, "outer")["w"] == ((D, 3), (1, 3 * D))
+
+
+def test_each_of_several_tables_has_columns_of_its_own():
+    _, params, i = FORMS["tables"]
+    assert found(TABLES["two indices"], params, i, "outer")["e"] == ((3, 11, 1), (3, 1, D))
+    # An index that no loop counts chooses from all tables: they are one.
+    shuffled = looked_up(lambda e, i: e[i[:, :1], i])
+    assert found(shuffled, params, i, "outer")["e"] == ((3, 11, 1), (1, 1, D))
 
 
 def test_a_filter_of_frequencies_has_a_block_for_each_channel():

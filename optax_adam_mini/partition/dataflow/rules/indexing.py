@@ -49,7 +49,23 @@ def _gather(facts: Facts, step: Step) -> Relation:
         axis: batch[index if index < numbers_axis(indices) else index - 1]
         for axis, index in zip(paired, numbers.start_indices_batching_dims, strict=True)
     }
-    return chosen(facts, step, whole, shared)
+    return chosen(facts, step, whole, shared | _counted(facts, step, batch))
+
+
+def _counted(facts: Facts, step: Step, batch: list[int]) -> dict[int, int]:
+    """The axes whose index counts an axis of the result, as in `tables[arange(n), tokens]`."""
+    value, found = facts.inputs(step)[0], dict[int, int]()
+    columns = facts.program.columns.get(step.inputs[1], [])
+    axes = step.params["dimension_numbers"].start_index_map
+    for axis, column in zip(axes, columns, strict=False):
+        known = facts.program.known.get(column)
+        for place, to in enumerate(batch) if known is not None else ():
+            count = np.arange(value.shape[axis])
+            if known.shape[place] == len(count) and to not in found.values():
+                counts = count.reshape(-1, *[1] * (known.ndim - place - 1))
+                if np.array_equal(known, np.broadcast_to(counts, known.shape)):
+                    found[axis] = to
+    return found if len(found) < len(axes) else {}
 
 
 def step_shape(facts: Facts, step: Step) -> tuple[int, ...]:
