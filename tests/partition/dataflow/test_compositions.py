@@ -6,6 +6,7 @@ else reads them too, they are neurons.
 """
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Callable
@@ -121,7 +122,8 @@ PARTS = {
 }
 WIRES = ["sequence", "residual", "beside"]
 ENDS = ["outputs", "loss", "similarity"]
-STACKS = ["none", "scan", "index", "split"]
+STACKS = ["none", "scan", "pairs", "halves", "counter", "index", "split"]
+LAYERS = 4  # of a stack
 
 
 @st.composite
@@ -134,10 +136,10 @@ def models(draw):
         stack = draw(st.sampled_from(STACKS))
         is_read = draw(st.booleans()) and stack == "none"
         own = part.grids | (part.read if is_read else {})
-        size, lead = (3, (3,)) if stack != "none" else (0, ())
+        lead = (LAYERS,) if stack != "none" else ()
         key = f"{number} {name} "
         for path, leaf in part.params.items():
-            params[key + path] = shape(size, *leaf.shape) if size else leaf
+            params[key + path] = shape(*lead, *leaf.shape)
             grids[key + path] = (*lead, *own[path])
         steps.append((key, part, wire, stack, is_read))
         extra.append(is_read)
@@ -175,10 +177,22 @@ def wired(part, wire, stack, params, x):
     }[wire]
     if stack == "none":
         return once(params, x)
+    scanned = lambda x, p: lax.scan(lambda x, p: (once(p, x), None), x, p)[0]
     if stack == "scan":
-        return lax.scan(lambda x, p: (once(p, x), None), x, params)[0]
-    for i in range(3):
-        take = (lambda w: w[i]) if stack == "index" else (lambda w: jnp.split(w, 3)[i][0])  # noqa: B023
+        return scanned(x, params)
+    if stack == "pairs":
+        pairs = jax.tree.map(lambda w: w.reshape(-1, 2, *w.shape[1:]), params)
+        return lax.scan(jax.checkpoint(lambda x, p: (scanned(x, p), None)), x, pairs)[0]
+    if stack == "halves":
+        for half in (slice(2), slice(2, None)):
+            x = scanned(x, jax.tree.map(lambda w: w[half], params))  # noqa: B023
+        return x
+    if stack == "counter":
+        at = lambda i, w: lax.dynamic_index_in_dim(w, i, keepdims=False)
+        layer = lambda i, x: once(jax.tree.map(functools.partial(at, i), params), x)
+        return lax.fori_loop(0, LAYERS, layer, x)
+    for i in range(LAYERS):
+        take = (lambda w: w[i]) if stack == "index" else (lambda w: jnp.split(w, LAYERS)[i][0])  # noqa: B023
         x = once(jax.tree.map(take, params), x)
     return x
 

@@ -42,35 +42,6 @@ def without(grids, *names):
     return {name: grid for name, grid in grids.items() if name not in names}
 
 
-def layers(step):
-    """One layer after the other, each of which `step` takes out of the stack."""
-
-    def forward(p, x):
-        for i in range(4):
-            x = layer(jax.tree.map(lambda w: step(w, i), p), x)  # noqa: B023
-        return x
-
-    return forward
-
-
-def in_pairs(p, x):
-    pairs = jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), p)
-    inside = lambda x, p: (layer(p, x), None)
-    return lax.scan(jax.checkpoint(lambda x, p: lax.scan(inside, x, p)), x, pairs)[0]
-
-
-def in_halves(p, x):
-    for half in (slice(0, 2), slice(2, None)):
-        part = jax.tree.map(lambda w: w[half], p)  # noqa: B023
-        x = lax.scan(lambda x, p: (layer(p, x), None), x, part, reverse=True)[0]
-    return x
-
-
-def by_counter(p, x):
-    at = lambda i: jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, i, keepdims=False), p)
-    return lax.fori_loop(0, 4, lambda i, x: layer(at(i), x), x)
-
-
 def chosen_for_each(p, x):
     index = (x[:, 0] > 0).astype("int32")
     return jax.vmap(lambda i, x: layer(jax.tree.map(lambda w: w[i], p), x))(index, x)
@@ -473,13 +444,6 @@ NEURONS = {"w": shape(D, 7)}
 
 MODELS = {
     "named": (lambda p, x: jnp.tanh(checkpoint_name(x @ p["w"], "y")), NEURONS, [X], {"w": (1, 7)}),
-    "layers by index": (layers(lambda w, i: w[i]), STACK, [ROWS], STACK_GRIDS),
-    "layers by splits": (
-        layers(lambda w, i: jnp.squeeze(jnp.split(w, 4)[i], 0)), STACK, [ROWS], STACK_GRIDS,
-    ),
-    "layers in pairs": (in_pairs, STACK, [ROWS], STACK_GRIDS),
-    "layers in halves": (in_halves, STACK, [ROWS], STACK_GRIDS),
-    "layers by a counter": (by_counter, STACK, [ROWS], without(STACK_GRIDS, "b")),
     "a layer for each example": (
         chosen_for_each, stacked(LAYER, 2), [ROWS], without(each(LAYER_GRIDS, 2), "b"),
     ),
