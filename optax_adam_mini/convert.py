@@ -16,9 +16,16 @@ import optax
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
-from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_of, resolve_block_specs
+from optax_adam_mini.labels import (
+    BlockSpecs,
+    called,
+    has_outer,
+    of_all,
+    path_of,
+    resolve_block_specs,
+)
 from optax_adam_mini.messages import check_has_state
-from optax_adam_mini.product import OuterMoments, Spec, in_trees, of_parameters
+from optax_adam_mini.product import Outer, OuterMoments, Spec, in_trees, of_parameters
 from optax_adam_mini.quantized import Codes, check_kept, in_state, of_state, read, write
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
@@ -92,7 +99,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     Returns:
         The same structure, with an `optax.ScaleByAdamState` in place of each
-        `ScaleByAdamMiniState`. Its `nu` has the parameters' shapes and dtypes.
+        `ScaleByAdamMiniState`. Its `nu` has the parameters' shapes, in float32
+        or wider, and so has its `mu` if it was in 8 bits.
 
     Raises:
         TypeError, ValueError: if `state` contains no `ScaleByAdamMiniState`,
@@ -108,9 +116,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
-        dtype = jnp.result_type(param)
-        mu = read(spec, m, v).astype(dtype) if m.dtype == jnp.int8 else m
-        return mu, spec.spread(v, jnp.shape(param)).astype(dtype)
+        nu = spec.spread(v, jnp.shape(param))
+        return read(spec, m, v) if m.dtype == jnp.int8 else m, nu.astype(widen(nu.dtype))
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert
@@ -132,11 +139,11 @@ def _convert(
     convert_leaf: Callable[..., tuple[Any, Any]],
     new_dtype: Any = None,
 ) -> Any:
-    block_specs = called(block_specs, params)
-    specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
+    given = of_all(block_specs, params)
+    specs = [spec for _, spec in resolve_block_specs(called(given, params), params)]
     leaves = leaves_with_path(params)
     by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
-    is_outer = has_outer(block_specs, params)
+    may_be_outer = has_outer(given, params)
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
@@ -150,10 +157,14 @@ def _convert(
                     f"{'/'.join(path)}: the state has a nu for it, but params have no such"
                 )
         found = [by_path[path] for path in paths]
-        if isinstance(node.nu, OuterMoments) != is_outer and old is ScaleByAdamMiniState:
+        is_outer, has_rows = (
+            any(isinstance(spec, Outer) for spec, _ in found), isinstance(node.nu, OuterMoments)
+        )  # fmt: skip
+        # The state of a group without rows has two trees if the specs of all groups were given.
+        if old is ScaleByAdamMiniState and not is_outer <= has_rows <= may_be_outer:
             raise ValueError(
                 "the state is not of these block specs: it has "
-                + ("rows and columns (v='outer'), and they have not" if not is_outer else
+                + ("rows and columns (v='outer'), and they have not" if has_rows else
                    "one number for each block, and they have rows and columns (v='outer')")
                 + ": pass the specs that it was made with"
             )  # fmt: skip
@@ -169,7 +180,9 @@ def _convert(
                     f"{'/'.join(path)}: the state is not of these params: {error}"
                 ) from None
         new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
-        is_new_outer = is_outer and new is ScaleByAdamMiniState
+        of_others = lambda keys, p: p if path_of(keys) in paths else optax.MaskedNode()
+        part = jax.tree.map_with_path(of_others, params)
+        is_new_outer = new is ScaleByAdamMiniState and has_outer(given, part)
         nu = in_trees([v for _, v in pairs], mu, is_new_outer)
         return new(node.count, in_state(new_mu, new_dtype), nu)
 

@@ -27,7 +27,7 @@ def check_order(updates: Any) -> None:
     Raises:
         ValueError: if `updates` contains a state.
     """
-    is_state = lambda x: hasattr(x, "mu") and hasattr(x, "nu")
+    is_state = lambda x: {"count", "mu", "nu"} <= {*getattr(x, "_fields", ())}
     if any(map(is_state, jax.tree.leaves(updates, is_leaf=is_state))):
         raise ValueError(
             "update: got a state in the place of the gradients: call tx.update(grads, state, "
@@ -103,18 +103,27 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
         TypeError: if a real parameter has a gradient of complex numbers, integers or booleans.
         ValueError: if the gradient has another shape.
     """
-    if gradient is not None and jnp.shape(gradient) != shape.shape:
-        raise ValueError(
-            f"{path or 'params'}: got a gradient of shape {jnp.shape(gradient)}, but the state was "
-            f"made for a parameter of shape {shape.shape}: call update with gradients of the "
-            "parameters given to init"
-        )
+    check_shape(path, "gradient", shape.shape, gradient)
     if gradient is None or not jnp.issubdtype(shape.dtype, jnp.floating):
         return
     if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
         raise TypeError(
             f"{path or 'params'}: got a gradient of {jnp.result_type(gradient)} for a parameter of "
             f"{shape.dtype}: cast it, or take the gradient of a real loss"
+        )
+
+
+def check_shape(path: str, what: str, shape: tuple[int, ...], array: Any) -> None:
+    """Refuses a gradient, or a parameter, of another shape than the state was made for.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if array is not None and jnp.shape(array) != shape:
+        raise ValueError(
+            f"{path or 'params'}: got a {what} of shape {jnp.shape(array)}, but the state was "
+            f"made for a parameter of shape {shape}: call update with the parameters given to "
+            "init, and with their gradients"
         )
 
 
@@ -136,18 +145,19 @@ def check_gradients(updates: Any, params: Any) -> list[tuple[str, Any]]:
 
 
 def check_given_mask(mask: Any) -> None:
-    """Refuses what is no mask, as `check_mask_leaves`, and one False for all parameters.
+    """Refuses what is no mask, as `check_mask_leaves`, and one boolean for all parameters.
 
     A function of the parameters gives this when `optax.inject_hyperparams` calls it with the step.
 
     Raises:
-        TypeError: if it is no mask, or False.
+        TypeError: if it is no mask, or one boolean.
     """
-    if mask is False or isinstance(mask, jax.Array):
+    if isinstance(mask, bool | jax.Array):
         raise TypeError(
             f"mask: expected a pytree of booleans or a function, got {mask!r}: if it was a "
             "function, optax.inject_hyperparams took it for a schedule: name the argument in "
-            "static_args; if nothing decays, set the weight decay to 0"
+            "static_args; if everything decays, leave the mask out; if nothing does, set the "
+            "weight decay to 0"
         )
     check_mask_leaves(mask)
 

@@ -69,15 +69,15 @@ def block_table(
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
     given = called(block_specs, params)
     matrices, rest = _matrices(muon_weight_dimension_numbers, params)
-    specs = dict(resolve_block_specs(given, rest))
+    specs = iter([spec for _, spec in resolve_block_specs(given, rest)])
     is_outer = has_outer(given, rest)
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
     ]
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters that differ only in numbers in paths
     for (path, matrix), leaf in zip(matrices, leaves, strict=True):
-        cut = matrix or specs[path]
-        note = "" if matrix else specs[path].note
+        cut = matrix or next(specs)
+        note = "" if matrix else cut.note
         alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, cut, note)
         rows.setdefault(alike, []).append(path)
 

@@ -41,6 +41,7 @@ from optax_adam_mini.messages import (
     check_is_state,
     check_mask,
     check_order,
+    check_shape,
     leaves_as,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
@@ -368,10 +369,11 @@ def _wide_adam_mini(
         step = _step(count, b1, b2, eps, eps_root, nesterov, bounded, mu_dtype == jnp.int8)
         salts = [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu_tree)]
         new: list[tuple[Any, Any, Any]] = []
-        for (path, spec), salt, shape, g, m, v in zip(
-            labels, salts, shapes, grads, mu, nu, strict=True
+        for (path, spec), salt, shape, g, p, m, v in zip(
+            labels, salts, shapes, grads, like, mu, nu, strict=True
         ):
             check_gradient(path, shape, g)
+            check_shape(path, "parameter", shape.shape, p)
             if g is None:
                 new.append((None, m, v))
             elif not (_is_inexact(g) and _is_inexact(shape)):  # integers are left alone

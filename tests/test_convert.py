@@ -9,9 +9,11 @@ from flax import nnx
 from optax_adam_mini import (
     ScaleByAdamMiniState,
     adam_mini,
+    by_path,
     flax_layers,
     from_adam_state,
     per_tensor,
+    stochastic_rounding,
     to_adam_state,
 )
 from tests.by_hand import BLOCK_SPECS, OUTER_SPECS, gradients, params
@@ -139,7 +141,8 @@ def test_conversion_is_exact_where_nu_is_a_row_times_a_column():
     chex.assert_trees_all_close(to_adam_state(converted, p, OUTER_SPECS), state, rtol=1e-5)
 
 
-def test_conversion_keeps_the_dtypes_of_bfloat16_parameters():
+def test_conversion_of_bfloat16_parameters_keeps_momenta_and_widens_second_moments():
+    """In bfloat16 AdamW's second moment would no longer change."""
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     state = optax.adamw(0.1).init(p)
     converted = from_adam_state(state, p, per_tensor())
@@ -147,7 +150,46 @@ def test_conversion_keeps_the_dtypes_of_bfloat16_parameters():
     chex.assert_trees_all_equal_shapes_and_dtypes(
         converted, adam_mini(0.1, block_specs=per_tensor()).init(p)
     )
-    chex.assert_trees_all_equal_shapes_and_dtypes(to_adam_state(converted, p, per_tensor()), state)
+    back = to_adam_state(converted, p, per_tensor())
+    wide = state[0]._replace(nu=jax.tree.map(lambda x: x.astype(jnp.float32), state[0].nu))
+    chex.assert_trees_all_equal_shapes_and_dtypes(back[0], wide)
+    converted = adam_mini(0.1, mu_dtype="int8", block_specs=per_tensor()).init(p)
+    assert to_adam_state(converted, p, per_tensor())[0].mu["kernel"].dtype == jnp.float32
+
+
+GROUPS = {"m": "kernel", "v": "bias"}
+RULES = by_path([("kernel", OUTER_SPECS["kernel"]), ("bias", OUTER_SPECS["bias"])])
+
+
+@pytest.mark.parametrize("specs", [RULES, OUTER_SPECS], ids=["rules", "specs"])
+def test_groups_with_and_without_rows_are_converted_into_states_that_init_makes(specs):
+    """Otherwise a checkpoint of the converted run cannot be restored."""
+    p = params()
+    labels = {name: label for label, name in GROUPS.items()}
+    groups = lambda make: optax.multi_transform(dict.fromkeys(GROUPS, make), labels)
+    tx = groups(adam_mini(0.1, block_specs=specs))
+    converted = from_adam_state(groups(optax.adamw(0.1)).init(p), p, specs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, tx.init(p))
+    back = to_adam_state(tx.init(p), p, specs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, groups(optax.adamw(0.1)).init(p))
+
+
+def test_a_state_under_random_rounding_is_converted_to_what_adamw_has_there():
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    mini = stochastic_rounding(adam_mini(0.1, mu_dtype="int8", block_specs=OUTER_SPECS))
+    found = to_adam_state(mini.init(p), p, OUTER_SPECS)
+    expected = stochastic_rounding(optax.adamw(0.1)).init(p)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+
+
+def test_second_moments_of_float16_parameters_survive_another_cut():
+    p = {"kernel": jnp.ones((3, 4), jnp.float16)}
+    grads = {"kernel": jnp.full((3, 4), 1e-4, jnp.float16)}
+    tx = adam_mini(0.1, block_specs=per_tensor())
+    _, state = tx.update(grads, tx.init(p), p)
+    again = from_adam_state(to_adam_state(state, p, per_tensor()), p, per_tensor())
+    chex.assert_trees_all_close(again[0].nu, state[0].nu, rtol=1e-6)
+    assert state[0].nu["kernel"].item() > 0
 
 
 def test_conversion_works_on_shapes():

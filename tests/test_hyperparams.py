@@ -35,6 +35,7 @@ from optax_adam_mini import adam_mini
         ),
         ({"eps": jnp.array(1j)}, TypeError, "eps must be a number, got an array of complex64"),
         ({"learning_rate": np.True_}, TypeError, "must be a number or a schedule, got np.True_"),
+        ({"mask": True}, TypeError, "got True: if it was a function, optax.inject_hyperparams"),
         ({"mask": False}, TypeError, "got False: if it was a function, optax.inject_hyperparams"),
         ({"block_specs": 3}, TypeError, "block_specs: expected a BlockSpec"),
         (

@@ -47,7 +47,7 @@ LAYERS = [
     ["report"],
 ]  # fmt: skip
 # Within dataflow, module by module.
-DATAFLOW = ["kernels", "folding", "program", "inline", "groups", "axes", "domain", "taps", "members", "rules", "forward", "backward",
+DATAFLOW = ["kernels", "folding", "program", "indices", "inline", "groups", "axes", "domain", "taps", "members", "rules", "forward", "backward",
             "roles", "interpret", "matrices", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",

@@ -179,3 +179,9 @@ def test_dimension_numbers_that_do_not_fit_are_refused():
     params = {"kernel": jnp.ones((4, 6))}
     with pytest.raises(ValueError, match=r"kernel \(4, 6\): .*does not fit"):
         block_table(params, per_neuron(), muon_weight_dimension_numbers=MuonDimensionNumbers(0, 2))
+
+
+def test_paths_that_join_alike_have_specs_of_their_own():
+    params = {"a/b": jnp.ones((4, 6)), "a": {"b": jnp.ones((4, 6))}}
+    table = block_table(params, {"a/b": per_neuron(), "a": {"b": per_tensor()}})
+    assert [*table.columns[3].cells][-1] == "7"

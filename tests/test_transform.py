@@ -1,4 +1,5 @@
 import re
+from typing import NamedTuple
 
 import chex
 import hypothesis.strategies as st
@@ -13,12 +14,14 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     from_adam_state,
+    muon_mini,
     outer,
     per_element,
     per_head,
     per_neuron,
     per_tensor,
     scale_by_adam_mini,
+    stochastic_rounding,
     to_adam_state,
 )
 from tests import numpy_adam_mini
@@ -347,9 +350,28 @@ def test_a_state_of_other_parameters_is_refused():
     with pytest.raises(
         ValueError,
         match=r"bias: got a gradient of shape \(6,\), but the state was made for a parameter of "
-        r"shape \(9,\): call update with gradients of the parameters given to init",
+        r"shape \(9,\): call update with the parameters given to init, and with their gradients",
     ):
         tx.update(PARAMS, tx.init(other), PARAMS)
+    with pytest.raises(ValueError, match=r"bias: got a parameter of shape \(9,\), but the state"):
+        tx.update(PARAMS, tx.init(PARAMS), other)
+
+
+class StudentT(NamedTuple):
+    mu: jax.Array
+    sigma: jax.Array
+    nu: jax.Array
+
+
+def test_parameters_may_be_called_mu_and_nu():
+    """They are no state in the place of the gradients."""
+    params = StudentT(*[jnp.ones(3)] * 3)
+    wide = adam_mini(1e-3, block_specs=per_tensor()), muon_mini(1e-3, block_specs=per_tensor())
+    for tx in wide:
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert (updates.nu < 0).all()
+    tx, params = stochastic_rounding(wide[0]), StudentT(*[jnp.ones(3, jnp.bfloat16)] * 3)
+    tx.update(params, tx.init(params), params)
 
 
 def test_a_state_that_was_cast_to_bfloat16_does_not_stand_still():

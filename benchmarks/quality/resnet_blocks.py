@@ -1,8 +1,8 @@
-"""Is one block per output channel of a convolution better than one block per convolution?
+"""Which cut of a convolution is best: a row and a column, a number per channel, or one number?
 
 python -m benchmarks.quality.resnet_blocks
 
-Trains the nano ResNet on scikit-learn's digits with AdamW and with Adam-mini's two partitions, all
+Trains the nano ResNet on scikit-learn's digits with AdamW and with Adam-mini's three cuts, all
 with the hyper-parameters of examples/resnet, and prints the test accuracy of each.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -20,11 +21,12 @@ from examples.common.cli import check_counts
 from examples.common.training import result, train
 from examples.resnet.train import Config, load_task
 
-# By title of a row: the optimizer, and the option --conv.
-ROWS = {
-    "AdamW": ("adamw", "channel"),
-    "Adam-mini, channel": ("adam_mini", "channel"),
-    "Adam-mini, tensor": ("adam_mini", "tensor"),
+# By title of a row: the optimizer, and the options --v and --conv.
+ROWS: dict[str, tuple[str, Literal["outer", "mean"], Literal["channel", "tensor"]]] = {
+    "AdamW": ("adamw", "outer", "channel"),
+    "Adam-mini, outer": ("adam_mini", "outer", "channel"),
+    "Adam-mini, channel": ("adam_mini", "mean", "channel"),
+    "Adam-mini, tensor": ("adam_mini", "mean", "tensor"),
 }
 
 
@@ -38,10 +40,10 @@ class Options:
 
 def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
     """The test accuracy of one row with each seed, and the numbers in `v`."""
-    optimizer, conv = ROWS[title]
+    optimizer, v, conv = ROWS[title]
     found = []
     for seed in seeds:
-        config = Config(seed=seed, conv=conv, v="mean")
+        config = Config(seed=seed, v=v, conv=conv)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             task = load_task(config, folder)

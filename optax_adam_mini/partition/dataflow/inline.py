@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.folding import folded, is_index
+from optax_adam_mini.partition.dataflow.indices import one_axis_at_a_time, take
 from optax_adam_mini.partition.dataflow.kernels import written_out
 from optax_adam_mini.partition.dataflow.program import (
     LAYOUT,
@@ -233,17 +234,14 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     if (kernel := written_out(eqn)) is not None:
         return inline(kernel, operands)
     outs = results()
+    if name in ("slice", "dynamic_slice", "gather"):
+        name, params, operands = one_axis_at_a_time(program, step, name, params, operands)
     if name == "unstack":  # iterating over an array indexes it
         taken = [(params["axis"], index) for index in range(len(outs))]
     else:
         taken = _taken(program, name, params, operands)
     for out, (axis, index) in zip(outs, taken, strict=False):
-        shape = program.shapes[operands[0]]
-        start = [index if a == axis else 0 for a in range(len(shape))]
-        limit = [index + 1 if a == axis else size for a, size in enumerate(shape)]
-        one = program.array([b - a for a, b in zip(start, limit, strict=True)])
-        where = {"start_indices": start, "limit_indices": limit, "strides": None}
-        step("slice", operands[:1], [one], where)
+        one = take(program, step, operands[0], axis, index)
         step("squeeze", [one], [out], {"dimensions": (axis,)})
     if taken:
         return outs
@@ -266,6 +264,9 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         program.reshaped[outs[0]] = operands[0]
     if name == "concatenate" and all(program.shapes[place][-1:] == (1,) for place in operands):
         program.columns[outs[0]] = operands
+    if name in ("broadcast_in_dim", "convert_element_type"):
+        is_scalar = not program.shapes[operands[0]]
+        program.scalars[outs[0]] = operands[0] if is_scalar else program.scalars.get(operands[0])
     if _is_zero(program, name, operands):
         program.zeros.update(outs)
     step(name, operands, outs, params)

@@ -84,6 +84,8 @@ class Program:
     """For each value that is a reshape, the value that was reshaped."""
     known: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     """The indices that do not depend on the function's arguments."""
+    scalars: dict[int, int | None] = dataclasses.field(default_factory=dict)
+    """For values that repeat one number: the value of that number."""
     columns: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """For indices of several axes: the value that has the index of each axis."""
     kernels: set[int] = dataclasses.field(default_factory=set)

@@ -103,11 +103,14 @@ def _conv_groups(result: Result, index: int) -> int:
 
 def _borders(
     result: Result, index: int, shape: Sequence[int], outputs: Sequence[int]
-) -> list[set[int]]:
-    """For each output axis, the borders at which a parameter or its outputs are taken apart."""
+) -> list[list[set[int]]]:
+    """For each output axis, the borders at which a parameter or its outputs are taken apart.
+
+    Each value that is taken apart gives a set of borders.
+    """
     facts, sizes = result.facts, [shape[axis] for axis in outputs]
     numbers = {number for number, use in facts.uses.items() if index in use.params}
-    found: list[set[int]] = [set() for _ in sizes]
+    found: list[list[set[int]]] = [[] for _ in sizes]
     for place, axis, pieces in _taken_apart(result):
         factor = facts.values[place].whole(axis)
         before = [out for out, own in enumerate(outputs) if (index, own) in factor.own]
@@ -117,40 +120,57 @@ def _borders(
         ends = {end for piece in _joined(facts, place, factor.size, pieces) for end in piece}
         if ends <= {0, factor.size}:
             continue
-        inner = _inner(result, place, axis) if before else 0
-        size = factor.size * inner
         for out in before:  # it meets data
-            starts = range(0, sizes[out], size) if size and sizes[out] % size == 0 else ()
-            found[out].update(start + end * inner for start in starts for end in ends)
+            many, merged = _inner(result, place, axis, (index, outputs[out]))
+            size = factor.size * many // merged
+            if size and sizes[out] % size == 0:
+                starts = range(0, sizes[out], size)
+                own_ends = [end * many // merged for end in ends if end * many % merged == 0]
+                found[out].append({start + end for start in starts for end in own_ends})
         for number in own:
             part = factor.features[number]
             for out in range(len(sizes)):
                 inner = math.prod(sizes[out + 1 :])
                 if (factor.size, part.distance) == (sizes[out], inner):
-                    found[out].update(ends)  # along this axis
-                elif out == 0 and part.stop - part.start == factor.size * part.distance:
-                    # One after the other, counted through all axes.
+                    found[out].append(ends)  # along this axis
+                elif (
+                    out == 0
+                    and part.stop - part.start == factor.size * part.distance
+                    and part.stop <= math.prod(sizes)
+                ):  # one after the other, counted through all output axes
                     borders = [part.start + end * part.distance for end in ends]
-                    found[0].update(b // inner for b in borders if b % inner == 0)
+                    found[0].append({b // inner for b in borders if b % inner == 0})
     return found
 
 
-def _inner(result: Result, place: int, axis: int) -> int:
-    """How many indices of a parameter's axis lie in one index of an axis that was split from it.
+def _inner(result: Result, place: int, axis: int, own: tuple[int, int]) -> tuple[int, int]:
+    """How many indices of a parameter's axis lie in how many of an axis that comes from it.
 
-    It is 0 if the axis is not one that was only moved and split.
+    The first is 0 if the axis was not only moved, split and merged.
+
+    Args:
+        result: what the passes found.
+        place: the value with the axis.
+        axis: the axis.
+        own: the parameter, and its axis.
     """
-    inner = 1
+    many, merged, values = 1, 1, result.facts.values
     for step, relation in reversed(result.trail):
         if place in step.outputs:
             links = [link for link in relation.links if axis in link.result_axes]
-            if len(links) != 1 or len(links[0].axes) != 1 or links[0].positions is not None:
-                return 0
+            if len(links) != 1 or links[0].positions is not None:
+                return 0, 1
             (link,) = links
             later = link.result_axes[link.result_axes.index(axis) + 1 :]
-            inner *= math.prod(result.facts.values[place].shape[a] for a in later)
-            place, (axis,) = step.inputs[link.operand], link.axes
-    return inner
+            many *= math.prod(values[place].shape[a] for a in later)
+            place = step.inputs[link.operand]
+            axes = [a for a in link.axes if own in values[place].whole(a).own]
+            if len(axes) != 1:
+                return 0, 1
+            (axis,) = axes
+            beside = link.axes[link.axes.index(axis) + 1 :]
+            merged *= math.prod(values[place].shape[a] for a in beside)
+    return many, merged
 
 
 Piece = tuple[int, int]
@@ -192,19 +212,26 @@ def _joined(facts: Facts, whole: int, size: int, pieces: dict[int, Piece]) -> li
 
 
 def _parts(
-    shape: Sequence[int], spec: BlockSpec, outputs: Sequence[int], borders: Sequence[set[int]]
+    shape: Sequence[int],
+    spec: BlockSpec,
+    outputs: Sequence[int],
+    borders: Sequence[Sequence[set[int]]],
 ) -> dict[int, list[int]]:
-    """For each output axis, the sizes of the parts that have their own rows."""
+    """For each output axis, the sizes of the parts that have their own rows.
+
+    Borders that would make too many parts, such as those of each output by itself, are left out.
+    """
     found: dict[int, list[int]] = {}
     for axis, within in zip(outputs, borders, strict=True):
-        ends = {0, shape[axis], *within}
+        kinds = set[int]()
         if len(outputs) == 1:  # heads and neurons side by side
             are_heads = [size > 1 for _, size in spec.runs(shape)[axis]]
             sizes = [n * size for n, size in spec.runs(shape)[axis]]
-            kinds = itertools.groupby(zip(are_heads, sizes, strict=True), key=lambda run: run[0])
-            ends |= set(itertools.accumulate(sum(size for _, size in runs) for _, runs in kinds))
-        each = math.prod(shape[a] for a in outputs) // 8
-        if len(ends) > max(2, each):  # no parts: each output by itself
-            ends = {0, shape[axis]}
+            runs = itertools.groupby(zip(are_heads, sizes, strict=True), key=lambda run: run[0])
+            kinds = {*itertools.accumulate(sum(size for _, size in run) for _, run in runs)}
+        most = max(2, math.prod(shape[a] for a in outputs) // 8)
+        ends = {0, shape[axis]}
+        for more in (kinds, *within):
+            ends = ends | more if len(ends | more) <= most else ends
         found[axis] = np.diff(sorted(ends)).tolist()
     return found

@@ -7,6 +7,7 @@ a convolution too. By itself, each of its products looks like a layer of a stack
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from optax_adam_mini.partition.dataflow.program import (
@@ -29,7 +30,8 @@ class Product(NamedTuple):
     """A product of data and one index of a parameter."""
 
     step: Step
-    slice: Step
+    slices: list[Step]
+    """The steps that take the index, one for each axis, the last one first."""
     moved: int
     """The data that the index is multiplied with."""
     data: int
@@ -44,10 +46,10 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
         if step.name not in ("mul", "dot_general") or step.is_backward:
             continue
         for weight, other in (step.inputs, step.inputs[::-1]):
-            taken = _taken(program, made, weight) if weight not in data and other in data else None
-            if taken is not None:
+            taken = _taken(program, made, weight) if weight not in data and other in data else []
+            if taken:
                 root = _root(program, made, other)
-                origin = _origin(made, taken.inputs[0])
+                origin = _origin(made, taken[-1].inputs[0])
                 found = families.setdefault((origin, root, step.name), [])
                 found.append(Product(step, taken, other, root))
     products: set[int] = set()
@@ -55,37 +57,56 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
     for family in families.values():
         reached = [_summed_in(program, product.step) for product in family]
         for i, product in enumerate(family):
-            in_loop = product.slice.name not in ("slice", "split")
+            in_loop = product.slices[0].name not in ("slice", "split")
             if product.step.name == "mul":
-                met = [where for j, where in enumerate(reached) if j != i or in_loop]
+                met = [j for j in range(len(family)) if j != i or in_loop]
             else:
-                met = [where for other, where in zip(family, reached, strict=True)
-                       if other.moved != product.moved]  # fmt: skip
-            is_summed = any(
-                (left in reached[i] and right in where) or (right in reached[i] and left in where)
-                for where in met
-                for left, right in _sums(program, reached[i])
+                met = [j for j, other in enumerate(family) if other.moved != product.moved]
+            sums = _sums(program, reached[i])
+            summed = [
+                j for j in met
+                if any((left in reached[i] and right in reached[j])
+                       or (right in reached[i] and left in reached[j]) for left, right in sums)
+            ]  # fmt: skip
+            is_summed = bool(summed) or (
+                product.step.name == "mul" and _is_collected_sum(program, made, reached[i])
             )
-            is_summed |= product.step.name == "mul" and _is_collected_sum(program, made, reached[i])
             # In a loop, products that depend on one another, or on layers, do not make a filter.
             if is_summed and not (in_loop and _is_recurrent(program, product, data)):
-                slices.add(id(product.slice))
+                slices |= _differing(product, [family[j] for j in summed])
                 if product.step.name == "mul":
                     products.add(id(product.step))
     return products, slices
 
 
-def _taken(program: Program, made: dict[int, Step], place: int) -> Step | None:
-    """The step that takes one index of a parameter to make this value, if there is one."""
-    while (step := made.get(place)) is not None and step.name in _MOVES:
+def _taken(program: Program, made: dict[int, Step], place: int) -> list[Step]:
+    """The steps that take one index of a parameter to make this value, the last one first."""
+    found: list[Step] = []
+    while (step := made.get(place)) is not None and step.name in _MOVES | _SLICES:
+        before, after = program.shapes[step.inputs[0]], program.shapes[place]
+        is_one = step.name in _SLICES and (
+            len(after) < len(before) or any(n == 1 < m for m, n in zip(before, after, strict=False))
+        )
+        if step.name in _SLICES and not is_one:
+            break
+        found += [step] if is_one else []
         place = step.inputs[0]
-    if step is None or step.name not in _SLICES:
-        return None
-    before, after = program.shapes[step.inputs[0]], program.shapes[place]
-    is_one = len(after) < len(before) or any(
-        n == 1 < m for m, n in zip(before, after, strict=False)
-    )
-    return step if is_one else None
+    return found
+
+
+def _differing(product: Product, others: list[Product]) -> set[int]:
+    """The ids of the steps that take another index in a product that is added.
+
+    `sum(x[i] * w[i, j] for i in range(n))` sums over the first axis, for each `j`.
+    """
+    index = lambda step: step.params["start_indices"] if step.name == "slice" else None
+    pairs = [
+        (own, step)
+        for other in others
+        for own, step in zip(product.slices[::-1], other.slices[::-1], strict=False)
+    ]
+    found = {id(own) for own, step in pairs if index(own) != index(step)}
+    return found or {id(product.slices[0])}
 
 
 def _origin(made: dict[int, Step], place: int) -> int:
@@ -129,21 +150,26 @@ def _summed_in(program: Program, step: Step) -> set[int]:
 def _is_recurrent(program: Program, product: Product, data: set[int]) -> bool:
     """Whether a product's data depend on it, or on another parameter that its scan takes apart."""
     steps = program.steps
-    first = last = next(i for i, step in enumerate(steps) if step is product.slice)
+    first = last = next(i for i, step in enumerate(steps) if step is product.slices[0])
     while first and steps[first - 1].name == steps[last].name == "scan_slice":
         first -= 1
     while steps[last].name == "scan_slice":
         last += 1
-    taken = [step.outputs[0] for step in steps[first:last] if step is not product.slice]
+    taken = [step.outputs[0] for step in steps[first:last] if step is not product.slices[0]]
     layers = [place for place in taken if place not in data]
     return product.data in depending(program, [*product.step.outputs, *layers])
 
 
 def _sums(program: Program, places: set[int]) -> list[tuple[int, int]]:
-    """The operands of the sums that these values go into."""
+    """The operands of the sums that these values go into.
+
+    A sum of values along different axes is a sum of all pairs, and not of shifts.
+    """
+    size = lambda place: math.prod(program.shapes[place])
     steps = {
         id(step): step for place in places for step in program.consumers.get(place, ())
         if step.name in _SUMS
+        and size(step.outputs[0]) <= max(size(step.inputs[0]), size(step.inputs[-1]))
     }  # fmt: skip
     return [(step.inputs[0], step.inputs[-1]) for step in steps.values()]
 

@@ -177,6 +177,15 @@ TABLES = {
         lambda e, i: jnp.einsum("nev,evd->ned", jax.nn.one_hot(i, e.shape[1]), e)
     ),
     "two indices": looked_up(lambda e, i: e[jnp.arange(3), i]),
+    "one index is a number": looked_up(
+        lambda e, i: jnp.stack([e[k, i[:, k]] for k in range(3)], 1)
+    ),
+    "one index is a counter": looked_up(
+        lambda e, i: lax.map(lambda k: e[k, i[:, k]], jnp.arange(3)).swapaxes(0, 1)
+    ),
+    "all tables, then one": looked_up(
+        lambda e, i: jnp.stack([e[:, i[:, k]][k] for k in range(3)], 1)
+    ),
     "two indices, turned": looked_up(
         lambda e, i: jnp.moveaxis(e[jnp.arange(3)[:, None], i.T], 0, 1)
     ),
@@ -353,6 +362,55 @@ CONVOLUTIONS = {
 }
 
 
+# A filter of each channel in each layer of a stack.
+def filtered_in_turn(take):
+    def forward(p, x):
+        for i in range(3):
+            w = functools.partial(take, p["w"], i)
+            x = jnp.tanh(sum(shifted(x, j) * w(j) for j in range(TAPS)) @ p["u"][i])
+        return x
+
+    return forward
+
+
+def filtered_by_counter(p, x):
+    filtered = lambda i, x: sum(shifted(x, j) * p["w"][i, j] for j in range(TAPS))
+    return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(filtered(i, x) @ p["u"][i]), x)
+
+
+STACKED_FILTERS = {
+    "one index after the other": filtered_in_turn(lambda w, i, j: w[i][j]),
+    "two indices": filtered_in_turn(lambda w, i, j: w[i, j]),
+    "a tap of all layers": filtered_in_turn(lambda w, i, j: w[:, j][i]),
+    "a counter": filtered_by_counter,
+}
+# A small kernel whose numbers are taken one by one.
+MIXED = {
+    "einsum": lambda y, w: jnp.einsum("bthn,hk->btkn", y, w),
+    "rows": lambda y, w: sum(y[:, :, i, None] * w[i, :, None] for i in range(H)),
+    "columns": lambda y, w: jnp.stack([jnp.einsum("bthn,h->btn", y, w[:, k]) for k in range(H)], 2),
+    "numbers": lambda y, w: jnp.stack(
+        [sum(y[:, :, i] * w[i, k] for i in range(H)) for k in range(H)], 2
+    ),
+}
+
+
+# Layers of the two halves of a vector, whose outputs are added in pairs.
+PAIRS = {
+    "einsum": lambda y, w: jnp.einsum("bin,ink->ibk", y, w),
+    "vmap": lambda y, w: jax.vmap(operator.matmul, (1, 0))(y, w),
+    "a loop": lambda y, w: [y[:, i] @ w[i] for i in range(2)],
+}
+
+
+def in_pairs(layers):
+    def forward(p, x):
+        a, b = layers((x @ p["u"]).reshape(B, 2, -1), p["w"])
+        return jnp.tanh(a[:, :, None] + b[:, None]) @ p["o"]
+
+    return forward
+
+
 def filtered(by):
     return lambda p, x: jax.nn.gelu(by(x @ p["in"], p["w"])) @ p["out"]
 
@@ -404,6 +462,11 @@ FORMS = {
     "rotations": ({k: turned(f) for k, f in ROTATIONS.items()}, ATTENTION, X),
     "rotations of heads": ({k: turned_by_head(f) for k, f in ROTATIONS.items()}, QKV, X),
     "filters": ({k: filtered(f) for k, f in FILTERS.items()}, KERNELS, X),
+    "stacked filters": (STACKED_FILTERS, shapes(w=(3, TAPS, D), u=(3, D, D)), X),
+    "pairs": (
+        {k: in_pairs(f) for k, f in PAIRS.items()}, shapes(u=(D, D), w=(2, D // 2, 7), o=(7, 5)),
+        ROWS,
+    ),
     "convolutions": (
         {k: filtered(f) for k, f in CONVOLUTIONS.items()}, KERNELS | {"w": shape(TAPS, F, F)}, X,
     ),
@@ -420,6 +483,9 @@ GATES = {
     "outputs": gated(lambda p, x: jnp.split(x @ p["w"], 2, -1)),
     "kernels": gated(lambda p, x: [x @ w for w in jnp.split(p["w"], 2, 1)]),
     "slices of the kernel": gated(lambda p, x: (x @ p["w"][:, :F], x @ p["w"][:, F:])),
+    "a flat kernel": gated(
+        lambda p, x: [x @ w for w in jnp.split(p["w"].reshape(D, 2, F).reshape(D, -1), 2, 1)]
+    ),
     "indices of the kernel": gated(
         lambda p, x: [x @ p["w"].reshape(D, 2, F)[:, i] for i in range(2)]
     ),
@@ -517,6 +583,38 @@ def test_a_reshaped_kernel_has_a_row_for_each_index_that_is_taken():
     ):
         fn = functools.partial(forward, take=take)
         assert found(fn, params, X, "outer")["w"] == ((D, 3), (1, 3 * D))
+
+
+def test_a_kernel_that_is_flattened_and_split_has_a_row_for_each_part():
+    def gate(p, x):
+        a, b = (x @ w for w in jnp.split(p["w"].reshape(D, -1), 2, 1))
+        return jnp.tanh(a * b @ p["o"])
+
+    params = shapes(w=(D, 2, F), o=(F, D))
+    assert found(gate, params, X, "outer")["w"] == ((D, 2, 1), (1, 2, F))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_query_key_and_value_have_rows_where_python_loops_over_heads(size):
+    """Each of them has at least one, however many heads there are."""
+
+    def forward(p, x):
+        q, k, v = (y.reshape(B, T, 3, size) for y in jnp.split(x @ p["qkv"], 3, -1))
+        each = [attention(*(y[:, :, h : h + 1] for y in (q, k, v))) for h in range(3)]
+        return joined(jnp.concatenate(each, 2)) @ p["o"]
+
+    params = shapes(qkv=(D, 9 * size), o=(3 * size, 5))
+    rows = infer_block_specs(forward, params, X)["qkv"].a.runs((D, 9 * size))[1]
+    ends = np.cumsum([n for count, n in rows for _ in range(count)])
+    assert {3 * size, 6 * size} <= {*ends.tolist()}
+
+
+@pytest.mark.parametrize("form", MIXED)
+def test_a_kernel_whose_numbers_are_taken_one_by_one_is_cut_by_neuron(form):
+    """With `outer` such a kernel keeps `v` per coordinate."""
+    params = {"in": shape(D, D), "w": shape(H, H), "out": shape(D, 5)}
+    forward = lambda p, x: jnp.tanh(joined(MIXED[form](heads(x @ p["in"]), p["w"]))) @ p["out"]
+    assert found(forward, params, X, "mean")["w"] == (1, H)
 
 
 def test_gains_of_heads_have_no_rows():

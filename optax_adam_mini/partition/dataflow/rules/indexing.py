@@ -10,7 +10,6 @@ import numpy as np
 
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation
 from optax_adam_mini.partition.dataflow.program import Step
-from optax_adam_mini.partition.dataflow.rules.layout import sliced
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
 
 
@@ -55,16 +54,14 @@ def _gather(facts: Facts, step: Step) -> Relation:
 def _counted(facts: Facts, step: Step, batch: list[int]) -> dict[int, int]:
     """The axes whose index counts an axis of the result, as in `tables[arange(n), tokens]`."""
     value, found = facts.inputs(step)[0], dict[int, int]()
-    columns = facts.program.columns.get(step.inputs[1], [])
+    columns, known = facts.program.columns.get(step.inputs[1], []), facts.program.known
     axes = step.params["dimension_numbers"].start_index_map
     for axis, column in zip(axes, columns, strict=False):
-        known = facts.program.known.get(column)
-        for place, to in enumerate(batch) if known is not None else ():
-            count = np.arange(value.shape[axis])
-            if known.shape[place] == len(count) and to not in found.values():
-                counts = count.reshape(-1, *[1] * (known.ndim - place - 1))
-                if np.array_equal(known, np.broadcast_to(counts, known.shape)):
-                    found[axis] = to
+        for place, to in enumerate(batch) if column in known else ():
+            along, count = np.moveaxis(known[column], place, -1), np.arange(value.shape[axis])
+            is_counted = along.shape[-1] == len(count) and (along == count).all()
+            if is_counted and to not in found.values():
+                found[axis] = to
     return found if len(found) < len(axes) else {}
 
 
@@ -116,17 +113,7 @@ def chosen(
 @rule("dynamic_slice")
 def _dynamic_slice(facts: Facts, step: Step) -> Relation:
     value, out = facts.inputs(step)[0], step_shape(facts, step)
-    starts = [facts.known(step, 1 + axis) for axis in range(len(value.shape))]
-    slices: list[slice] = []
-    for size, length, start in zip(value.shape, out, starts, strict=True):
-        if size == length:
-            start = np.int64(0)
-        if start is None:
-            whole = {a: a for a, n in enumerate(value.shape) if n == out[a]}
-            return chosen(facts, step, whole)
-        first = int(np.clip(int(start), 0, size - length))
-        slices.append(slice(first, first + length, 1))
-    return sliced(facts, step, slices)
+    return chosen(facts, step, {a: a for a, n in enumerate(value.shape) if n == out[a]})
 
 
 @rule("scatter", "scatter-add", "scatter_add", "scatter-mul", "scatter_mul", "scatter_min",
