@@ -384,6 +384,15 @@ STACKED_FILTERS = {
     "a tap of all layers": filtered_in_turn(lambda w, i, j: w[:, j][i]),
     "a counter": filtered_by_counter,
 }
+# A kernel whose inputs are in another order.
+ORDER = np.random.default_rng(0).permutation(D)
+ORDERS = {
+    "of the inputs": lambda p, x: jnp.tanh(x[..., np.argsort(ORDER)] @ p["w"]) @ p["o"],
+    "by an index": lambda p, x: jnp.tanh(x @ p["w"][ORDER]) @ p["o"],
+    "by take": lambda p, x: jnp.tanh(x @ jnp.take(p["w"], ORDER, axis=0)) @ p["o"],
+    "by a reversed counter": lambda p, x: jnp.tanh(x @ p["w"][jnp.arange(D)[::-1]]) @ p["o"],
+    "by a product": lambda p, x: jnp.tanh(x @ (np.eye(D)[ORDER] @ p["w"])) @ p["o"],
+}
 # A small kernel whose numbers are taken one by one.
 MIXED = {
     "einsum": lambda y, w: jnp.einsum("bthn,hk->btkn", y, w),
@@ -448,6 +457,7 @@ FORMS = {
     "kernels of each head": ({k: of_each_head(f) for k, f in EACH_HEAD.items()}, HEADS, X),
     "experts": (EXPERTS, MLP, ROWS),
     "chosen experts": (CHOSEN, BIASED, ROWS),
+    "orders": (ORDERS, shapes(w=(D, F), o=(F, 5)), X),
     "tables": (TABLES, shapes(e=(3, 11, D), w=(D, 5)), MANY),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "sums": ({k: with_sum(f) for k, f in SUMS.items()}, shapes(u=(D, F), v=(D, F), w=(F, 5)), X),

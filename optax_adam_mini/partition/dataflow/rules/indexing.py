@@ -30,11 +30,11 @@ def _gather(facts: Facts, step: Step) -> Relation:
     batch = [a for a in range(len(step_shape(facts, step))) if a not in numbers.offset_dims]
     if (
         known is not None
-        and not value.is_weight
         and not paired
         and len(numbers.start_index_map) == 1
         and len(batch) < 2
         and numbers.collapsed_slice_dims == numbers.start_index_map
+        and not (value.is_weight and _of_a_table(known, value.shape[numbers.start_index_map[0]]))
     ):
         (axis,) = numbers.start_index_map
         links = [Link(0, (a,), (to,)) for a, to in whole.items()]
@@ -49,6 +49,12 @@ def _gather(facts: Facts, step: Step) -> Relation:
         for axis, index in zip(paired, numbers.start_indices_batching_dims, strict=True)
     }
     return chosen(facts, step, whole, shared | _counted(facts, step, batch))
+
+
+def _of_a_table(known: np.ndarray, size: int) -> bool:
+    """Whether known indices look rows up: they do not only put a kernel's in another order."""
+    order, flat = np.arange(size), known.ravel()
+    return not np.array_equal(np.sort(flat), order) or np.array_equal(flat, order)
 
 
 def _counted(facts: Facts, step: Step, batch: list[int]) -> dict[int, int]:
