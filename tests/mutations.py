@@ -4,9 +4,9 @@ python -m tests.mutations                 # every fault, with what became of it
 python -m tests.mutations "wrong axis"    # these alone
 """
 
+import multiprocessing
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 from typing import NamedTuple
@@ -592,11 +592,34 @@ def _pass""",
 }
 
 
+# In a process that has imported JAX already. Its codes are none that Python ends with by itself.
+PASSED, FAILED = 10, 11
+RUN = """
+import os, sys
+for name in [name for name in sys.modules if name.split(".")[0] in ("optax_adam_mini", "tests")]:
+    del sys.modules[name]
+os.chdir({folder!r})
+sys.path.insert(0, {folder!r})
+os.environ.update(PYTHONPATH={folder!r}, PATH="", HYPOTHESIS_PROFILE="faults")
+said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.dup2(said, 1)
+os.dup2(said, 2)
+import pytest
+code = pytest.main(["-qq", "-p", "no:cacheprovider", "-m", "", {test!r}])
+sys.stdout.flush()
+os._exit({passed} + code)
+"""
+
+
 class Copy:
     """A copy of the package and its tests, in which faults are put one at a time."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(
+            ["jax", "jax.numpy", "flax.nnx", "flax.linen", "chex"]
+        )
         for part in ("optax_adam_mini", "tests", "docs", "examples", "benchmarks"):
             shutil.copytree(
                 ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
@@ -618,20 +641,20 @@ class Copy:
             )
         path.write_text(text.replace(fault.old, fault.new))
         try:
-            run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-qq", "-p", "no:cacheprovider", "-m", "",
-                 f"tests/{fault.caught_by}"],
-                cwd=self.folder,
-                env={"PYTHONPATH": str(self.folder), "PATH": "", "HYPOTHESIS_PROFILE": "faults"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )  # fmt: skip
+            code = RUN.format(
+                folder=str(self.folder), test=f"tests/{fault.caught_by}", passed=PASSED
+            )
+            run = self.processes.Process(target=exec, args=(code,))
+            run.start()
+            run.join()
         finally:
             path.write_text(text)
-        if run.returncode not in (0, 1):
-            raise RuntimeError(f"the test did not run:\n{run.stdout}{run.stderr}")
-        return "caught" if run.returncode else "NOT CAUGHT"
+        if run.exitcode not in (PASSED, FAILED):
+            said = self.folder / "said"
+            raise RuntimeError(
+                f"the test did not run:\n{said.read_text() if said.exists() else ''}"
+            )
+        return "caught" if run.exitcode == FAILED else "NOT CAUGHT"
 
 
 def main(names: list[str]) -> int:
