@@ -180,8 +180,8 @@ def _convert(
                     f"{'/'.join(path)}: the state is not of these params: {error}"
                 ) from None
         new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
-        of_others = lambda keys, p: p if path_of(keys) in paths else optax.MaskedNode()
-        part = jax.tree.map_with_path(of_others, params)
+        own = [p if path_of(keys) in paths else optax.MaskedNode() for keys, p in leaves]
+        part = jax.tree.unflatten(jax.tree.structure(params), own)
         is_new_outer = new is ScaleByAdamMiniState and has_outer(given, part)
         nu = in_trees([v for _, v in pairs], mu, is_new_outer)
         return new(node.count, in_state(new_mu, new_dtype), nu)

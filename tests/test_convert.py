@@ -174,6 +174,16 @@ def test_groups_with_and_without_rows_are_converted_into_states_that_init_makes(
     chex.assert_trees_all_equal_shapes_and_dtypes(back, groups(optax.adamw(0.1)).init(p))
 
 
+def test_an_nnx_state_with_rows_is_converted_into_one_that_init_makes():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    adam, mini = (
+        nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for tx in (optax.adamw(0.1), adam_mini(0.1, block_specs=RULES))
+    )
+    converted = from_adam_state(adam.opt_state, nnx.state(model, nnx.Param), RULES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, mini.opt_state)
+
+
 def test_a_state_under_random_rounding_is_converted_to_what_adamw_has_there():
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     mini = stochastic_rounding(adam_mini(0.1, mu_dtype="int8", block_specs=OUTER_SPECS))

@@ -76,19 +76,17 @@ def _without_scalars(
 ) -> tuple[dict[str, Any], list[int]]:
     """A `gather` without the axes whose index is the same number for all."""
     (value, indices), numbers = operands, params["dimension_numbers"]
-    columns = program.columns.get(indices, [])
+    columns = [*program.columns.get(indices, [])]
     scalars = [program.scalars.get(column) for column in columns]
     if not any(scalar is None for scalar in scalars) or numbers.operand_batching_dims:
         return params, [*operands]
     axes, sizes = [*numbers.start_index_map], [*params["slice_sizes"]]
-    for axis, column, scalar in sorted(zip(axes, columns, scalars, strict=True), reverse=True):
+    for axis, scalar in sorted(zip(axes, scalars, strict=True), reverse=True, key=lambda x: x[0]):
         if scalar is None or axis not in numbers.collapsed_slice_dims:
             continue
         index = _known(program, scalar, program.shapes[value][axis] - 1)
         value = squeeze(program, add, take(program, add, value, axis, index, scalar), axis)
-        axes.remove(axis)
-        columns = [other for other in columns if other != column]
-        del sizes[axis]
+        del columns[axes.index(axis)], sizes[axis]
         lower = lambda places: tuple(a - (a > axis) for a in places if a != axis)  # noqa: B023
         axes = [*lower(axes)]
         numbers = numbers._replace(collapsed_slice_dims=lower(numbers.collapsed_slice_dims))
