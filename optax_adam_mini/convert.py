@@ -157,9 +157,8 @@ def _convert(
                     f"{'/'.join(path)}: the state has a nu for it, but params have no such"
                 )
         found = [by_path[path] for path in paths]
-        is_outer, has_rows = (
-            any(isinstance(spec, Outer) for spec, _ in found), isinstance(node.nu, OuterMoments)
-        )  # fmt: skip
+        is_outer = any(isinstance(spec, Outer) for spec, _ in found)
+        has_rows = isinstance(node.nu, OuterMoments)
         # The state of a group without rows has two trees if the specs of all groups were given.
         if old is ScaleByAdamMiniState and not is_outer <= has_rows <= may_be_outer:
             raise ValueError(
