@@ -433,6 +433,30 @@ FAULTS = {
         "if Indices.FREQUENCIES in value.whole(axis).indices",
         "partition/dataflow/test_forms.py::test_a_filter_of_frequencies_has_a_block_for_each_channel",
     ),
+    "of copies the first one counts": Fault(
+        DATAFLOW + "groups.py",
+        "for i in range(copy.max(initial=0) + 1)]",
+        "for i in range(1)]",
+        "partition/dataflow/test_forms.py::test_an_output_in_two_heads_is_a_block_of_its_own",
+    ),
+    "a kernel with repeated rows is a table": Fault(
+        DATAFLOW + "members.py",
+        "found.add(id(rows[place]))",
+        "pass",
+        "partition/dataflow/test_forms.py::test_a_function_has_the_same_blocks_in_every_form[repeats-an index-mean]",
+    ),
+    "a kernel with unknown copies is a table": Fault(
+        DATAFLOW + "rules/indexing.py",
+        "if id(step) in facts.repeats:",
+        "if False:",
+        "partition/dataflow/test_forms.py::test_the_channels_of_a_toeplitz_matrix_are_never_joined",
+    ),
+    "halves of a row are one block": Fault(
+        DATAFLOW + "backward.py",
+        "self._refine(place, dict.fromkeys(rows, WHOLE))",
+        "pass",
+        "partition/dataflow/test_forms.py::test_a_function_has_the_same_blocks_in_every_form[halves of a table-rows, then a split-mean]",
+    ),
     "gains of two axes have rows": Fault(
         DATAFLOW + "rows.py",
         "if not outputs and len(inputs) > 1 and are_outputs:",

@@ -29,7 +29,7 @@ from optax_adam_mini.partition.dataflow.groups import (
     Groups,
     Label,
     are_all,
-    moved,
+    each_once,
 )
 from optax_adam_mini.partition.dataflow.program import SUMS, TAKES, Step
 
@@ -152,6 +152,10 @@ class _Backward:
         """Marks a combined value as data: a parameter that is not a factor in it is a bias."""
         place = step.inputs[operand]
         self.spent[place] = True
+        value = self.values[place]
+        if self.facts.is_rows(value):  # a row, or a part of it, is one block
+            rows = [a for a, size in enumerate(value.shape) if size > 1 and value.is_own(a)]
+            self._refine(place, dict.fromkeys(rows, WHOLE))
         if self._acts_alone(step, relation, operand):
             own = [a for a in range(len(self.values[place].shape)) if self.values[place].is_own(a)]
             self._refine(place, dict.fromkeys(own))
@@ -288,11 +292,13 @@ class _Backward:
                 found = self.groups.through(self.groups.united(found, index), step)
                 found = np.repeat(found, size, index)
             elif link.positions is not None:
-                taken = link.positions >= 0
+                given, at = found, (slice(None),) * index
                 whole = np.full((*found.shape[:index], size, *found.shape[index + 1 :]), UNSEEN)
-                at = (slice(None),) * index
-                whole[(*at, link.positions[taken])] = found[(*at, taken)]
                 found = whole
+                for once in each_once(link.positions):
+                    taken, some = once >= 0, whole.copy()
+                    some[(*at, once[taken])] = given[(*at, taken)]
+                    found = np.broadcast_to(self.groups.both(found, some), whole.shape)
         axes = [axis for link in links for axis in link.axes]
         found = found.reshape([value.shape[axis] for axis in axes])
         return found.transpose(np.argsort(axes)), sorted(axes)
@@ -315,18 +321,18 @@ class _Backward:
                 given = [self.groups.mixed(given)] * len(link.axes)
                 labels.update(zip(link.axes, given, strict=True))
                 continue
+            if len(given) > 1:
+                given = [self.groups.merged(given, [shape[axis] for axis in link.result_axes])]
             if link.positions is not None:
                 size = value.shape[link.axes[0]]
                 # A single index about which nothing else is known is one layer of a stack.
-                is_one = shape[link.result_axes[0]] == 1 and _is_unseen(given[0])
+                is_one = len(link.positions) == 1 and _is_unseen(given[0])
                 label = None if is_one and not is_tap else given[0]
                 if isinstance(label, int) and label == WHOLE and len(link.positions) < size:
                     label = self._of_piece(result_place)
-                given = [moved(label, link.positions, size)]
+                given = [self.groups.moved(label, link.positions, size)]
             if link.parts > 1:
                 given = [self.groups.repeated(given[0], shape[link.result_axes[0]], link.parts)]
-            if len(given) > 1:
-                given = [self.groups.merged(given, [shape[axis] for axis in link.result_axes])]
             if len(link.axes) > 1:
                 given = self.groups.split(given[0], [value.shape[axis] for axis in link.axes])
             labels.update(zip(link.axes, given, strict=True))

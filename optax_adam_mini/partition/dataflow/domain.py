@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,8 +267,10 @@ class Facts:
     """The ids of the products in filters that are written as sums of shifted products."""
     taps: set[int] = dataclasses.field(default_factory=set)
     """The ids of the steps that take one index of such a filter."""
-    members: set[int] = dataclasses.field(default_factory=set)
+    members: Set[int] = frozenset[int]()
     """The ids of the steps that take from a stack what is no kernel, by an index."""
+    repeats: Set[int] = frozenset[int]()
+    """The ids of the steps that repeat a kernel's inputs, by indices that the program fixes."""
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
 
     def number(self, key: Any) -> int:

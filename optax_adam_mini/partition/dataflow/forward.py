@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Set
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation, Use, Value
-from optax_adam_mini.partition.dataflow.members import find_members
+from optax_adam_mini.partition.dataflow.members import find_members, find_repeats
 from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step, depending
 from optax_adam_mini.partition.dataflow.rules import RULES, unknown
 from optax_adam_mini.partition.dataflow.taps import find_taps
@@ -38,14 +39,19 @@ _RESHAPING = {*RESHAPES, "broadcast_in_dim"}
 
 def follow(program: Program, n_params: int) -> Facts:
     """Finds what every value makes of the first `n_params` inputs, the parameters."""
-    facts = _followed(program, n_params, set())
-    members = find_members(facts)
-    return _followed(program, n_params, members) if members else facts
+    facts = _followed(program, n_params)
+    members, repeats = find_members(facts), find_repeats(facts)
+    return _followed(program, n_params, members, repeats) if members or repeats else facts
 
 
-def _followed(program: Program, n_params: int, members: set[int]) -> Facts:
+def _followed(
+    program: Program,
+    n_params: int,
+    members: Set[int] = frozenset[int](),
+    repeats: Set[int] = frozenset[int](),
+) -> Facts:
     values = [Value(shape) for shape in program.shapes]
-    facts = Facts(program, n_params, values, members=members)
+    facts = Facts(program, n_params, values, members=members, repeats=repeats)
     facts.data = depending(program, program.inputs[n_params:])
     facts.filters, facts.taps = find_taps(program, facts.data)
     for index, place in enumerate(program.inputs):
@@ -301,7 +307,8 @@ def _follow(
         one = whole(tuple(sources))._replace(products=frozenset()).without(Indices.ONE_HOT)
         new = [(one._replace(size=size),) for size in sizes]
     elif link.positions is not None:
-        new = [(_taken(whole(tuple(sources)), link.positions),)]
+        taken = _taken(whole(tuple(sources)), link.positions)
+        new = [(taken,)] if len(sizes) == 1 else regrouped([taken], sizes)
     elif len(link.axes) == len(link.result_axes) == 1:
         new = [operand.axes[link.axes[0]] if keeps else tuple(sources)]
     else:

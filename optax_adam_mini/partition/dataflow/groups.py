@@ -148,6 +148,21 @@ class Groups:
         ]
         return np.array(numbers, np.int64)[combined[np.ix_(*places)].reshape(-1)]
 
+    def moved(self, label: Label, positions: np.ndarray, size: int) -> Label:
+        """The groups of an axis of `size` from those of a result, `label`, that has its indices.
+
+        `positions` has the axis's index for each index of the result, or a negative number if there
+        is none. An index that is there more than once gets what all its copies allow. Nothing is
+        known about indices that are not there.
+        """
+        result: Label = UNSEEN
+        for once in each_once(positions):
+            taken, found = once >= 0, np.full(size, UNSEEN, np.int64)
+            every = ALONE if label is None else label
+            found[once[taken]] = every if isinstance(every, int) else every[taken]
+            result = self.meet(result, found)
+        return result
+
     def repeated(self, label: Label, size: int, count: int) -> Label:
         """The groups of an axis of `count` parts, each of `size` with groups like these."""
         if label is None or (isinstance(label, int) and label in (UNSEEN, WHOLE)):
@@ -218,16 +233,14 @@ def _codes(label: Label, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(np.where(label == ALONE, alone, label), return_inverse=True)
 
 
-def moved(label: Label, positions: np.ndarray, size: int) -> Label:
-    """The groups of an axis of `size`, if a result has some of its indices, with groups `label`.
+def each_once(positions: np.ndarray) -> list[np.ndarray]:
+    """Splits positions into arrays without repeated indices: the first copies, the second ones, ...
 
-    `positions` has the axis's index for each index of the result, or a negative number if there is
-    none. Nothing is known about the other indices of the axis.
+    An array has -1 where the index is in another one.
     """
-    taken = positions >= 0
-    found = np.full(size, UNSEEN, np.int64)
-    if label is None:
-        found[positions[taken]] = ALONE
-    else:
-        found[positions[taken]] = label if isinstance(label, int) else label[taken]
-    return found
+    order = np.argsort(positions, kind="stable")
+    first = np.searchsorted(positions[order], positions[order])
+    copy = np.empty(len(positions), np.int64)
+    copy[order] = np.arange(len(positions)) - first
+    copy[positions < 0] = 0
+    return [np.where(copy == i, positions, -1) for i in range(copy.max(initial=0) + 1)]

@@ -1,7 +1,8 @@
 """Finds the indices that choose members of a stack: an expert, an adapter, a layer.
 
 An index that chooses a kernel chooses a member. What the same index chooses from another parameter
-is a bias or a gain of that member, and not a row of a table.
+is a bias or a gain of that member, and not a row of a table. It also finds the indices that repeat
+or order the inputs of a kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _OF_AN_INDEX = {
     *RESHAPES, "add", "and", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type",
     "copy", "eq", "lt", "max", "min", "rem", "select_n", "stop_gradient", "sub",
 }  # fmt: skip
+# What lies between the rows of a kernel and what they meet.
+_MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transpose"}
 
 
 def find_members(facts: Facts) -> set[int]:
@@ -41,6 +44,35 @@ def _rows(facts: Facts, place: int) -> set[int]:
     numbers = {number for axis in range(len(value.shape)) for number in value.features(axis)}
     uses = [facts.uses[number] for number in numbers]
     return {id(use.step) for use in uses if use.is_lookup and use.params & value.params}
+
+
+def find_repeats(facts: Facts) -> set[int]:
+    """The ids of the steps that repeat a kernel's inputs, by indices that the program fixes.
+
+    They look like lookups, but what is contracted is the axis that the index made.
+    """
+    rows = {
+        step.outputs[0]: step
+        for step, relation in facts.trail
+        if relation.is_lookup
+        and step.name == "gather"
+        and (facts.values[step.inputs[1]].is_fixed or step.inputs[1] in facts.program.known)
+    }
+    made = {place: step for step in facts.program.steps for place in step.outputs} if rows else {}
+    summed, found = {id(step) for step in facts.summed.values()}, set[int]()
+    for step, relation in facts.trail if rows else ():
+        is_sum = step.name == "dot_general" or id(step) in summed
+        for operand, place in enumerate(step.inputs) if is_sum else ():
+            value = facts.values[place]
+            kept = {
+                axis for link in relation.links if link.operand == operand for axis in link.axes
+            }
+            gone = [a for a, size in enumerate(value.shape) if size > 1 and a not in kept]
+            while place not in rows and place in made and made[place].name in _MOVES:
+                place = made[place].inputs[0]
+            if place in rows and not all(value.is_own(axis) for axis in gone):
+                found.add(id(rows[place]))
+    return found
 
 
 class _Indices:

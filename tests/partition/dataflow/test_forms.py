@@ -393,6 +393,57 @@ ORDERS = {
     "by a reversed counter": lambda p, x: jnp.tanh(x @ p["w"][jnp.arange(D)[::-1]]) @ p["o"],
     "by a product": lambda p, x: jnp.tanh(x @ (np.eye(D)[ORDER] @ p["w"])) @ p["o"],
 }
+# A kernel that has each row twice, heads of keys that have each head twice, and a table whose halves
+# go different ways.
+REPEATS = {
+    "repeat": lambda p, x: jnp.tanh(x @ jnp.repeat(p["w"], 2, 0)) @ p["o"],
+    "a sum of the inputs": lambda p, x: jnp.tanh(x.reshape(B, T, -1, 2).sum(-1) @ p["w"]) @ p["o"],
+    "an index": lambda p, x: jnp.tanh(x @ p["w"][np.arange(D) // 2]) @ p["o"],
+    "an index of two axes": lambda p, x: (
+        jnp.tanh(
+            jnp.einsum(
+                "btij,ijf->btf",
+                x.reshape(B, T, -1, 2),
+                p["w"][jnp.arange(D).reshape(-1, 2) // 2],
+            )
+        )
+        @ p["o"]
+    ),
+    "a product and a sum": lambda p, x: (
+        jnp.tanh((x[..., None] * p["w"][np.arange(D) // 2]).sum(-2)) @ p["o"]
+    ),
+}
+TWICE = np.arange(H) // 2
+
+
+def with_shared_keys(keys):
+    def forward(p, x):
+        q, v = (jnp.einsum("btd,dhn->bthn", x, p[name]) for name in "qv")
+        return attention(q, keys(p["k"], x), v)
+
+    return forward
+
+
+SHARED_KEYS = {
+    "repeat": lambda k, x: jnp.repeat(jnp.einsum("btd,dhn->bthn", x, k), 2, 2),
+    "an index of the keys": lambda k, x: jnp.einsum("btd,dhn->bthn", x, k)[:, :, TWICE],
+    "take": lambda k, x: jnp.take(jnp.einsum("btd,dhn->bthn", x, k), TWICE, axis=2),
+}
+
+
+def two_ways(rows):
+    def forward(p, i):
+        left, right = rows(p["e"], i)
+        return jnp.tanh(left @ p["u"]) + jnp.tanh(right @ p["w"])
+
+    return forward
+
+
+HALVES = {
+    "halves, then rows": lambda e, i: (e[:, : D // 2][i], e[:, D // 2 :][i]),
+    "rows, then halves": lambda e, i: (e[i][..., : D // 2], e[i][..., D // 2 :]),
+    "rows, then a split": lambda e, i: jnp.split(e[i], 2, -1),
+}
 # A small kernel whose numbers are taken one by one.
 MIXED = {
     "einsum": lambda y, w: jnp.einsum("bthn,hk->btkn", y, w),
@@ -458,6 +509,14 @@ FORMS = {
     "experts": (EXPERTS, MLP, ROWS),
     "chosen experts": (CHOSEN, BIASED, ROWS),
     "orders": (ORDERS, shapes(w=(D, F), o=(F, 5)), X),
+    "repeats": (REPEATS, shapes(w=(D // 2, F), o=(F, 5)), X),
+    "shared keys": (
+        {k: with_shared_keys(f) for k, f in SHARED_KEYS.items()}, QKV | {"k": shape(D, H // 2, N)}, X,
+    ),
+    "halves of a table": (
+        {k: two_ways(f) for k, f in HALVES.items()},
+        shapes(e=(V, D), u=(D // 2, 5), w=(D // 2, 5)), jax.ShapeDtypeStruct((3,), jnp.int32),
+    ),
     "tables": (TABLES, shapes(e=(3, 11, D), w=(D, 5)), MANY),
     "scores": ({k: with_scores(f) for k, f in PRODUCTS.items()}, ATTENTION, X),
     "sums": ({k: with_sum(f) for k, f in SUMS.items()}, shapes(u=(D, F), v=(D, F), w=(F, 5)), X),
@@ -685,6 +744,30 @@ def test_tables_of_members_may_be_read_at_indices_that_the_program_fixes():
     cut = found(forward, shapes(e=(3, V, F), u=(3, D, F), v=(F, 5)), ROWS, "mean")
     assert cut["u"] == (3, 1, F)
     assert cut["e"][:2] == (3, V)
+
+
+@pytest.mark.parametrize("of_kernel", [False, True])
+def test_an_output_in_two_heads_is_a_block_of_its_own(of_kernel):
+    twice = np.array([0, 1, 2, 2, 3, 4])
+
+    def forward(p, x):
+        q = x @ p["q"][:, twice] if of_kernel else (x @ p["q"])[..., twice]
+        q, k = (y.reshape(B, T, 2, 3) for y in (q, x @ p["k"]))
+        return attention(q, k, x.reshape(B, T, 2, -1))
+
+    grid = found(forward, shapes(q=(D, 5), k=(D, 6)), X, "mean")["q"]
+    assert grid == (1, 5 if of_kernel else 3)
+
+
+@pytest.mark.parametrize("size", [6, 80])  # more indices than are evaluated
+@pytest.mark.parametrize("get", [np, jnp])
+def test_the_channels_of_a_toeplitz_matrix_are_never_joined(size, get):
+    def forward(p, x):
+        distance = get.arange(size)[:, None] - get.arange(size) + size - 1
+        return jnp.tanh(jnp.einsum("btd,std->bsd", x, p["w"][distance]))
+
+    params = shapes(w=(2 * size - 1, D))
+    assert found(forward, params, shape(B, size, D), "mean")["w"][1] == D
 
 
 @pytest.mark.parametrize("form", FINER_FILTERS)

@@ -32,17 +32,13 @@ def _gather(facts: Facts, step: Step) -> Relation:
         known is not None
         and not paired
         and len(numbers.start_index_map) == 1
-        and len(batch) < 2
         and numbers.collapsed_slice_dims == numbers.start_index_map
-        and not (value.is_weight and _of_a_table(known, value.shape[numbers.start_index_map[0]]))
+        and not (value.is_weight and _looks_up(facts, step, known))
     ):
         (axis,) = numbers.start_index_map
         links = [Link(0, (a,), (to,)) for a, to in whole.items()]
         positions = np.clip(known.reshape(-1), 0, value.shape[axis] - 1)
-        lost = len(set(positions.tolist())) < len(positions)
-        links.append(
-            Link(0, (axis,), tuple(batch), positions=None if lost else positions, is_lost=lost)
-        )
+        links.append(Link(0, (axis,), tuple(batch), positions=positions))
         return layout(facts, step, links)
     shared = {
         axis: batch[index if index < numbers_axis(indices) else index - 1]
@@ -51,10 +47,12 @@ def _gather(facts: Facts, step: Step) -> Relation:
     return chosen(facts, step, whole, shared | _counted(facts, step, batch))
 
 
-def _of_a_table(known: np.ndarray, size: int) -> bool:
-    """Whether known indices look rows up: they do not only put a kernel's in another order."""
-    order, flat = np.arange(size), known.ravel()
-    return not np.array_equal(np.sort(flat), order) or np.array_equal(flat, order)
+def _looks_up(facts: Facts, step: Step, known: np.ndarray) -> bool:
+    """Whether known indices look rows up: they do not repeat a kernel's, or change their order."""
+    (axis,) = step.params["dimension_numbers"].start_index_map
+    order, flat = np.arange(facts.inputs(step)[0].shape[axis]), known.ravel()
+    is_order = np.array_equal(np.sort(flat), order) and not np.array_equal(flat, order)
+    return not is_order and id(step) not in facts.repeats
 
 
 def _counted(facts: Facts, step: Step, batch: list[int]) -> dict[int, int]:
@@ -110,6 +108,8 @@ def chosen(
         found.kind = value.kind
         return found
     found.cuts = rest
+    if id(step) in facts.repeats:  # in an unknown order, because there are too many indices
+        found.cuts = [(0, axis) for axis in range(len(value.shape)) if value.is_own(axis)]
     if value.kind == Kind.WEIGHT or not facts.acts(value):
         found.uses[0] = tuple(whole.values())
         found.kind, found.is_lookup = Kind.DATA, True
