@@ -29,7 +29,6 @@ from optax_adam_mini.partition.dataflow.groups import (
     Groups,
     Label,
     are_all,
-    each_once,
 )
 from optax_adam_mini.partition.dataflow.program import SUMS, TAKES, Step
 
@@ -292,13 +291,7 @@ class _Backward:
                 found = self.groups.through(self.groups.united(found, index), step)
                 found = np.repeat(found, size, index)
             elif link.positions is not None:
-                given, at = found, (slice(None),) * index
-                whole = np.full((*found.shape[:index], size, *found.shape[index + 1 :]), UNSEEN)
-                found = whole
-                for once in each_once(link.positions):
-                    taken, some = once >= 0, whole.copy()
-                    some[(*at, once[taken])] = given[(*at, taken)]
-                    found = np.broadcast_to(self.groups.both(found, some), whole.shape)
+                found = self.groups.put(found, link.positions, size, index)
         axes = [axis for link in links for axis in link.axes]
         found = found.reshape([value.shape[axis] for axis in axes])
         return found.transpose(np.argsort(axes)), sorted(axes)

@@ -148,6 +148,21 @@ class Groups:
         ]
         return np.array(numbers, np.int64)[combined[np.ix_(*places)].reshape(-1)]
 
+    def put(self, grid: np.ndarray, positions: np.ndarray, size: int, axis: int) -> np.ndarray:
+        """The groups with an axis of `size` for `axis`, which has some of its indices.
+
+        `positions` has the index for each place along `axis`, or a negative number if there is
+        none. An index that is there more than once acts through all its copies.
+        """
+        shape = (*grid.shape[:axis], size, *grid.shape[axis + 1 :])
+        at: tuple[Any, ...] = (slice(None),) * axis
+        result: Acts = UNSEEN
+        for once in each_once(positions):
+            taken, found = once >= 0, np.full(shape, UNSEEN)
+            found[(*at, once[taken])] = grid[(*at, taken)]
+            result = self.both(result, found)
+        return np.broadcast_to(result, shape)
+
     def moved(self, label: Label, positions: np.ndarray, size: int) -> Label:
         """The groups of an axis of `size` from those of a result, `label`, that has its indices.
 
@@ -238,6 +253,9 @@ def each_once(positions: np.ndarray) -> list[np.ndarray]:
 
     An array has -1 where the index is in another one.
     """
+    taken = positions[positions >= 0]
+    if len(set(taken.tolist())) == len(taken):
+        return [positions]
     order = np.argsort(positions, kind="stable")
     first = np.searchsorted(positions[order], positions[order])
     copy = np.empty(len(positions), np.int64)
