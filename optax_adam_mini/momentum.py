@@ -14,7 +14,7 @@ from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
 from optax_adam_mini.labels import path_of, path_str, some
 from optax_adam_mini.quantized import RowCodes, check_kept, read_row, write_row
-from optax_adam_mini.random_bits import rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seeds, salt_of
 from optax_adam_mini.sums import widen
 
 
@@ -114,9 +114,10 @@ def _written(
         dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
         cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(old), cast)
-    pairs: list[Any] = []
-    for (keys, m), piece in zip(leaves_with_path(mu), pieces, strict=True):
-        seed = rounding_seed(count, salt_of(path_of(keys)))
-        pairs.append(write_row(m, rows_of(m.shape, piece.numbers)[0], seed))
+    seeds = rounding_seeds(count, [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu)])
+    pairs = [
+        write_row(m, rows_of(m.shape, piece.numbers)[0], seed)
+        for m, piece, seed in zip(jax.tree.leaves(mu), pieces, seeds, strict=True)
+    ]
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))

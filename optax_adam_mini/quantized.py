@@ -99,7 +99,7 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
     bits, base, density = code << _CUT, _bits(_SMALL), 1
     for more, first, last in _DENSER:  # the inverse of what `write` does
         shorter = (1 << _CUT) // density - (1 << _CUT) // (density + more)
-        bits -= shorter * jnp.clip(code, _code_at(first), _code_at(last))
+        bits -= shorter * jax.lax.clamp(_code_at(first), code, _code_at(last))
         base += shorter * _code_at(first)
         density += more
     bits += base
@@ -147,7 +147,7 @@ def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     above = lambda exponent: _bits(exponent) - _bits(_SMALL)
     code, extra = jnp.minimum(bits, above(_LARGE)), 0
     for more, first, last in _DENSER:
-        code += more * jnp.clip(bits, above(first), above(last))
+        code += more * jax.lax.clamp(above(first), bits, above(last))
         extra += more * above(first)
     code = ((code + (random_bits(_CUT, m.shape, seed) - extra)) >> _CUT).astype(jnp.int8)
     # The sign is applied last, in 8 bits. If a conversion came last, XLA's CPU compiler would

@@ -23,6 +23,20 @@ def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
     return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
 
 
+@jax.jit
+def rounding_seeds(count: Int32[Array, ""], salts: list[Any]) -> list[UInt32[Array, ""]]:
+    """The seeds for a step and for several arrays."""
+    each = lambda salts: [rounding_seed(count, salt) for salt in salts]
+
+    def carried(salts: list[Any]) -> list[Any]:
+        # A loop of one iteration. XLA's CPU compiler compiles equal kernels once, and kernels that
+        # have a seed as a constant are not equal. What a loop carries is no constant.
+        once = lambda carry: (False, each(carry[1]))
+        return jax.lax.while_loop(lambda carry: carry[0], once, (count >= 0, salts))[1]
+
+    return jax.lax.platform_dependent(salts, cpu=carried, default=each)
+
+
 def salt_of(what: Hashable) -> np.uint32:
     """A number for a path or another tuple of names, the same in every process.
 

@@ -23,7 +23,7 @@ from optax_adam_mini.messages import (
     check_in_bfloat16,
     check_order,
 )
-from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seed, salt_of
+from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seeds, salt_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -115,23 +115,21 @@ def stochastic_rounding(
         check_counts(state)
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        def round_leaf(path: Any, u: Any, p: Any) -> Any:
+        def round_leaf(seed: Any, u: Any, p: Any) -> Any:
             if u is None or not _is_bfloat16(p):
                 return u
             old = p.astype(jnp.float32)
-            new = round_to_bfloat16(
-                (old + u).astype(jnp.float32),
-                rounding_seed(count, salt_of((path, "params"))),
-            )
+            new = round_to_bfloat16((old + u).astype(jnp.float32), seed)
             # Adding -0.0 changes nothing: infinity stays, and zero keeps its sign.
             return jnp.where(new == old, -0.0, new - old)
 
         updates, inner_state = inner.update(
             _widened(updates), state.inner_state, _widened(params), **extra_args
         )
-        treedef = jax.tree.structure(params)
-        pairs = zip(leaves_with_path(params), treedef.flatten_up_to(updates), strict=True)
-        rounded = [round_leaf(path_of(keys), u, p) for (keys, p), u in pairs]
+        salts = [salt_of((path_of(keys), "params")) for keys, _ in leaves_with_path(params)]
+        leaves, treedef = jax.tree.flatten(params)
+        seeds = rounding_seeds(count, salts)
+        rounded = list(map(round_leaf, seeds, treedef.flatten_up_to(updates), leaves))
         return jax.tree.unflatten(treedef, rounded), StochasticRoundingState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

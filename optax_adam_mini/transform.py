@@ -55,7 +55,7 @@ from optax_adam_mini.quantized import (
     read,
     write,
 )
-from optax_adam_mini.random_bits import rounding_seed, salt_of
+from optax_adam_mini.random_bits import rounding_seeds, salt_of
 from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
@@ -367,10 +367,13 @@ def _wide_adam_mini(
 
         count = jnp.asarray(optax.safe_increment(state.count))
         step = _step(count, b1, b2, eps, eps_root, nesterov, bounded, mu_dtype == jnp.int8)
-        salts = [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu_tree)]
+        seeds: list[Any] = [None] * len(mu)
+        if mu_dtype == jnp.int8:
+            salts = [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu_tree)]
+            seeds = rounding_seeds(count, salts)
         new: list[tuple[Any, Any, Any]] = []
-        for (path, spec), salt, shape, g, p, m, v in zip(
-            labels, salts, shapes, grads, like, mu, nu, strict=True
+        for (path, spec), seed, shape, g, p, m, v in zip(
+            labels, seeds, shapes, grads, like, mu, nu, strict=True
         ):
             check_gradient(path, shape, g)
             check_shape(path, "parameter", shape.shape, p)
@@ -383,8 +386,7 @@ def _wide_adam_mini(
                 kept = m.dtype if params is None else shape.dtype
                 new.append(
                     _update_parameter(
-                        spec, np.dtype(mu_dtype or kept), nesterov, bounded, g, m, v, step,
-                        count, salt,
+                        spec, np.dtype(mu_dtype or kept), nesterov, bounded, g, m, v, step, seed
                     )
                 )  # fmt: skip
         in_tree = lambda i: jax.tree.unflatten(treedef, [leaf[i] for leaf in new])
@@ -414,7 +416,7 @@ class _Step(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _update_parameter(
     spec: Spec, dtype: np.dtype, nesterov: bool, bounded: bool,
-    g: Array, m: Array, v: Any, t: _Step, count: Array, salt: Any,
+    g: Array, m: Array, v: Any, t: _Step, seed: Any,
 ) -> tuple[Array, Array, Any]:  # fmt: skip
     """Algorithm 1 for one parameter: its update, and the new `m` and `v`."""
     g = jnp.asarray(g)
@@ -424,7 +426,7 @@ def _update_parameter(
     g = g.astype(widen(g.dtype))
     mu = t.b1 * read(spec, m, v) + t.b1_rest * g
     # Use the rounded m of the state: with the exact one, XLA would keep a copy of m.
-    kept = write(spec, mu, nu, dtype, rounding_seed(count, salt))
+    kept = write(spec, mu, nu, dtype, seed)
     m_hat = t.mu_weight * read(spec, kept, nu)
     if nesterov:
         m_hat += t.g_weight * g

@@ -187,8 +187,8 @@ FAULTS = {
     ),
     "two parameters share a seed": Fault(
         "transform.py",
-        "count, salt,",
-        "count, salt_of(()),",
+        "[salt_of(path_of(keys)) for",
+        "[salt_of(()) for",
         "test_quantized.py::test_two_parameters_never_share_random_numbers[one tree]",
     ),
     "steps are not held": Fault(
@@ -217,8 +217,8 @@ FAULTS = {
     ),
     "the numbers of the moment of a parameter": Fault(
         "rounding.py",
-        '(path, "params")',
-        "path",
+        '(path_of(keys), "params")',
+        "path_of(keys)",
         "test_rounding.py::test_random_numbers_of_roundings_are_uncorrelated",
     ),
     "parameters rounded toward zero": Fault(
@@ -324,9 +324,9 @@ FAULTS = {
         "partition/dataflow/test_forms.py::test_a_value_with_several_uses_is_cut_for_all_of_them[one copy of it is read]",
     ),
     "positions off by one": Fault(
-        DATAFLOW + "backward.py",
-        "whole[(*at, link.positions[taken])] = found[(*at, taken)]",
-        "whole[(*at, link.positions[taken] - 1)] = found[(*at, taken)]",
+        DATAFLOW + "groups.py",
+        "found[(*at, once[taken])] = grid",
+        "found[(*at, once[taken] - 1)] = grid",
         "partition/dataflow/test_forms.py::test_stacked_layers_have_rows_of_their_own",
     ),
     "one head for all of them": Fault(
@@ -603,8 +603,8 @@ def _pass""",
     ),
     "biases of experts are rows of a table": Fault(
         DATAFLOW + "forward.py",
-        "if members else facts",
-        "if not members else facts",
+        "members, repeats = find_members(facts), find_repeats(facts)",
+        "members, repeats = frozenset(), find_repeats(facts)",
         "partition/dataflow/test_forms.py::test_a_function_has_the_same_blocks_in_every_form",
     ),
     "rows with the index of a kernel are biases": Fault(
