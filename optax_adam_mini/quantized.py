@@ -80,6 +80,10 @@ def _code_at(binade: int) -> int:
     return sum(codes)
 
 
+def _clamped(x: Array, least: int, most: int) -> Array:
+    return jax.lax.clamp(np.int32(least), x, np.int32(most))  # one operation, jnp.clip is more
+
+
 def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
     """The first moment, in float32 or wider, from an array in a state.
 
@@ -99,7 +103,7 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
     bits, base, density = code << _CUT, _bits(_SMALL), 1
     for more, first, last in _DENSER:  # the inverse of what `write` does
         shorter = (1 << _CUT) // density - (1 << _CUT) // (density + more)
-        bits -= shorter * jax.lax.clamp(_code_at(first), code, _code_at(last))
+        bits -= shorter * _clamped(code, _code_at(first), _code_at(last))
         base += shorter * _code_at(first)
         density += more
     bits += base
@@ -147,7 +151,7 @@ def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     above = lambda exponent: _bits(exponent) - _bits(_SMALL)
     code, extra = jnp.minimum(bits, above(_LARGE)), 0
     for more, first, last in _DENSER:
-        code += more * jax.lax.clamp(above(first), bits, above(last))
+        code += more * _clamped(bits, above(first), above(last))
         extra += more * above(first)
     code = ((code + (random_bits(_CUT, m.shape, seed) - extra)) >> _CUT).astype(jnp.int8)
     # The sign is applied last, in 8 bits. If a conversion came last, XLA's CPU compiler would
