@@ -3,9 +3,10 @@
 python -m benchmarks.speed.overhead
 
 Times AdamW and Adam-mini in turns: tracing and compiling the step of a GPT-2 with 25 layers, whose
-parameters are 304 arrays, and of the same with stacked layers; and calling the update of a small
-model outside of `jax.jit`. Also times importing the package once jax and optax are imported. Writes
-docs/results/overhead.json and overhead.md.
+parameters are 304 arrays, and of the same with stacked layers, with one number a block, with
+`outer` and in 8 bits; and calling the update of a small model outside of `jax.jit`. Also times
+importing the package once jax and optax are imported. Writes docs/results/overhead.json and
+overhead.md.
 """
 
 import dataclasses
@@ -46,9 +47,13 @@ class Options:
     """Folder for overhead.json and overhead.md."""
 
 
-def optimizers(tree: Tree) -> dict[str, Any]:
-    """AdamW and Adam-mini."""
-    return {"AdamW": optax.adamw(1e-4), "Adam-mini": adam_mini(1e-4, block_specs=tree.specs)}
+def optimizers(tree: Tree, kept: str = "") -> dict[str, Any]:
+    """AdamW, and Adam-mini with one number a block, or with what `kept` says."""
+    specs, mu_dtype = (tree.outer if "outer" in kept else tree.specs), None
+    if "8 bits" in kept:
+        mu_dtype = jnp.int8
+    mini = adam_mini(1e-4, mu_dtype=mu_dtype, block_specs=specs)
+    return {"AdamW": optax.adamw(1e-4), "Adam-mini": mini}
 
 
 def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
@@ -60,7 +65,7 @@ def in_turns(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
-def compile_seconds(tree: Tree, rounds: int) -> dict[str, float]:
+def compile_seconds(tree: Tree, rounds: int, kept: str) -> dict[str, float]:
     """The time to trace and compile the jitted and donated step, with empty caches."""
 
     def timed(tx: Any) -> float:
@@ -74,7 +79,7 @@ def compile_seconds(tree: Tree, rounds: int) -> dict[str, float]:
         jax.jit(step, donate_argnums=(0, 1)).lower(tree.params, state, tree.params).compile()
         return time.perf_counter() - clock
 
-    made = optimizers(tree)
+    made = optimizers(tree, kept)
     return in_turns({name: functools.partial(timed, tx) for name, tx in made.items()}, rounds)
 
 
@@ -122,8 +127,9 @@ def measure(layers: int, rounds: int) -> list[Row]:
     for scan, name in ((False, "unrolled"), (True, "scanned")):
         tree = gpt2("gpt2", scan, layers=layers)
         arrays = len(jax.tree.leaves(tree.params))
-        what = f"trace and compile, {name}: {arrays} arrays"
-        rows.append({"what": what, **compile_seconds(tree, rounds)})
+        for kept in ("", ", outer", ", 8 bits", ", outer, 8 bits"):
+            what = f"trace and compile, {name}: {arrays} arrays{kept}"
+            rows.append({"what": what, **compile_seconds(tree, rounds, kept)})
     for count, name in ((layers, "unrolled"), (1, "one layer")):
         tree = gpt2("nano", scan=False, layers=count)
         arrays = len(jax.tree.leaves(tree.params))

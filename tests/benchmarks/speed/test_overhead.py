@@ -11,8 +11,11 @@ def test_both_files_have_a_row_for_each_thing(tmp_path):
     main(Options(quick=True, output=tmp_path))
     rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
     assert [row["what"] for row in rows] == [
-        "trace and compile, unrolled: 28 arrays",
-        "trace and compile, scanned: 16 arrays",
+        *(
+            f"trace and compile, {arrays} arrays{kept}"
+            for arrays in ("unrolled: 28", "scanned: 16")
+            for kept in ("", ", outer", ", 8 bits", ", outer, 8 bits")
+        ),
         "call without jit, nano, unrolled: 28 arrays",
         "call without jit, nano, one layer: 16 arrays",
         "import beyond jax and optax",
