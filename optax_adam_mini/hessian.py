@@ -63,8 +63,8 @@ def block_shares(
 
     Returns:
         By path, a `BlockShare` of every parameter whose blocks can hold
-        something: those with one coordinate a block have nothing off the
-        diagonal inside, and one block holds it all. Integers are no parameters
+        something. Blocks of one coordinate have nothing off the diagonal
+        inside, and one block holds it all. Integers are no parameters
         of a Hessian and are left out as well.
 
     Raises:
@@ -176,8 +176,8 @@ def hessians(
         batch_size: how many columns are computed at once.
 
     Returns:
-        A pytree like `params`: for each array an array `(n, n)` of its dtype,
-        in the order of its raveled coordinates.
+        A pytree like `params`, with an array `(n, n)` for each array, of its
+        dtype and in the order of its raveled coordinates.
 
     Examples:
         >>> hessians(lambda p: p["x"][0] ** 2 * p["y"], {"x": jnp.array([1.0]), "y": 3.0})

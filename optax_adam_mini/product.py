@@ -191,8 +191,8 @@ class Outer:
             of: an elementwise function to apply to the product.
 
         Returns:
-            An array of `shape` and of `nu`'s dtype: an expression of small
-            arrays, which fuses with its consumer.
+            An array of `shape` and of `nu`'s dtype. It is an expression of
+            small arrays, which fuses with its consumer.
 
         Raises:
             ValueError: if `nu` does not have the shapes of the grids, and as
@@ -284,8 +284,8 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
             blocks in both grids.
 
     Returns:
-        A spec. It cannot be a part of `fused`: use `outer(fused(...),
-        per_neuron())`.
+        A spec. It cannot be a part of `fused`; use `outer(fused(...),
+        per_neuron())` instead.
 
     Raises:
         TypeError: if `a` or `b` is not a `BlockSpec`.

@@ -49,7 +49,7 @@ def block_table(
     Returns:
         A `rich.table.Table`, which `print` and `rich.print` fit to the
         terminal. It has a row for each parameter (path, shape, cut, numbers in
-        `nu`, their bytes); equal layers share a row. Below are the totals:
+        `nu`, their bytes); equal layers share a row. Below are the totals, which are
         numbers in `v` with Adam and here, bytes of the optimizer state against
         AdamW's, and bytes of parameters, gradients and state.
 

@@ -58,8 +58,8 @@ def infer_block_specs(
         **kwargs: further keyword arguments of `fn`.
 
     Returns:
-        A pytree of specs with the structure of `params`: `Outer`, or
-        `BlockSpec` for gains and biases and with `v="mean"`.
+        A pytree with the structure of `params`. It has an `Outer` for each
+        parameter, or a `BlockSpec` for gains and biases and with `v="mean"`.
 
     Raises:
         ValueError: if a parameter or its outputs go into a primitive without a
@@ -161,9 +161,9 @@ def infer_muon_dimension_numbers(
     Returns:
         A pytree of `optax.contrib.MuonDimensionNumbers` with the structure of
         `params`, and with `None` for parameters that are left to Adam because
-        they are not matrices: gains, biases, embeddings, output heads (kernels
-        whose outputs meet no further kernel on their way to the loss), grouped
-        convolutions, and parameters with an axis that is an input in one use
+        they are not matrices. These are gains, biases, embeddings, output heads
+        (kernels whose outputs meet no further kernel on their way to the
+        loss), grouped convolutions, and parameters with an axis that is an input in one use
         and an output in another.
 
     Raises:
