@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -38,12 +38,18 @@ class Options:
     """Number of seeds, from 0 on; the table has their mean."""
 
 
-def accuracies(title: str, seeds: Sequence[int]) -> tuple[list[float], int]:
-    """The test accuracy of one row with each seed, and the numbers in `v`."""
+def accuracies(title: str, seeds: Sequence[int], **options: Any) -> tuple[list[float], int]:
+    """The test accuracy of one row with each seed, and the numbers in `v`.
+
+    Args:
+        title: the row.
+        seeds: the seeds.
+        options: of the example, instead of its own.
+    """
     optimizer, v, conv = ROWS[title]
     found = []
     for seed in seeds:
-        config = Config(seed=seed, v=v, conv=conv)
+        config = Config(seed=seed, v=v, conv=conv, **options)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             task = load_task(config, folder)

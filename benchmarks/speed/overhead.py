@@ -127,7 +127,7 @@ def measure(layers: int, rounds: int) -> list[Row]:
     for scan, name in ((False, "unrolled"), (True, "scanned")):
         tree = gpt2("gpt2", scan, layers=layers)
         arrays = len(jax.tree.leaves(tree.params))
-        for kept in ("", ", outer", ", 8 bits", ", outer, 8 bits"):
+        for kept in ("", ", outer", ", outer, 8 bits"):
             what = f"trace and compile, {name}: {arrays} arrays{kept}"
             rows.append({"what": what, **compile_seconds(tree, rounds, kept)})
     for count, name in ((layers, "unrolled"), (1, "one layer")):

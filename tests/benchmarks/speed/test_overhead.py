@@ -14,7 +14,7 @@ def test_both_files_have_a_row_for_each_thing(tmp_path):
         *(
             f"trace and compile, {arrays} arrays{kept}"
             for arrays in ("unrolled: 28", "scanned: 16")
-            for kept in ("", ", outer", ", 8 bits", ", outer, 8 bits")
+            for kept in ("", ", outer", ", outer, 8 bits")
         ),
         "call without jit, nano, unrolled: 28 arrays",
         "call without jit, nano, one layer: 16 arrays",
