@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from examples.common.cli import ConfigError
 
@@ -71,8 +72,12 @@ def without_devices() -> None:
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
         XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
         JAX_PLATFORMS="cpu",
+        JAX_ENABLE_COMPILATION_CACHE="false",
     )
     jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not here can be written to a cache, but not read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
 
 def chip_of(topology: str) -> Chip:
