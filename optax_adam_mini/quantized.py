@@ -81,7 +81,8 @@ def _code_at(binade: int) -> int:
 
 
 def _clamped(x: Array, least: int, most: int) -> Array:
-    return jax.lax.clamp(np.int32(least), x, np.int32(most))  # one operation, jnp.clip is more
+    # One operation; jnp.clip is several, each of which takes time to compile.
+    return jax.lax.clamp(np.int32(least), x, np.int32(most))
 
 
 def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:

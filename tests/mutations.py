@@ -453,7 +453,7 @@ FAULTS = {
     ),
     "halves of a row are one block": Fault(
         DATAFLOW + "backward.py",
-        "self._refine(place, dict.fromkeys(rows, WHOLE))",
+        "self._refine(place, dict.fromkeys(own, WHOLE))",
         "pass",
         "partition/dataflow/test_forms.py::test_a_function_has_the_same_blocks_in_every_form[halves of a table-rows, then a split-mean]",
     ),

@@ -152,11 +152,10 @@ class _Backward:
         place = step.inputs[operand]
         self.spent[place] = True
         value = self.values[place]
+        own = [a for a, size in enumerate(value.shape) if size > 1 and value.is_own(a)]
         if self.facts.is_rows(value):  # a row, or a part of it, is one block
-            rows = [a for a, size in enumerate(value.shape) if size > 1 and value.is_own(a)]
-            self._refine(place, dict.fromkeys(rows, WHOLE))
+            self._refine(place, dict.fromkeys(own, WHOLE))
         if self._acts_alone(step, relation, operand):
-            own = [a for a in range(len(self.values[place].shape)) if self.values[place].is_own(a)]
             self._refine(place, dict.fromkeys(own))
 
     def _refine(self, place: int, others: dict[int, Label]) -> None:
