@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.sums import Runs
+from optax_adam_mini.sums import Factor, Runs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -158,11 +158,9 @@ class BlockSpec:
         """The cut of `axis`, spelt as in `cuts`."""
         return dict(self.cuts).get(axis, self.rest)
 
-    def factors(
-        self, nu: Inexact[Array, "*grid"], shape: Sequence[int]
-    ) -> list[tuple[Array, tuple[Runs, ...]]]:
-        """As of `outer`: small arrays whose product is `v`; here `nu`."""
-        return [(nu, self.runs(shape))]
+    def factors(self, nu: Inexact[Array, "*grid"], shape: Sequence[int]) -> list[Factor]:
+        """The factors of `v`, as `Outer.factors`: here `nu` alone."""
+        return [Factor(nu, self.runs(shape))]
 
     def block_mean(
         self, x: Inexact[Array, "*shape"], of: Callable[[Array], Array] | None = None
@@ -222,7 +220,7 @@ class BlockSpec:
                 f"{self} cuts the shape {tuple(shape)} into the grid {self.grid(shape)}, but got "
                 f"an array of shape {nu.shape}"
             )
-        return sums.spread(nu if of is None else of(nu), self.runs(shape), shape)
+        return sums.product(self.factors(nu, shape), shape, of)
 
     def __repr__(self) -> str:
         """What one could type, but for `unit` and `note`, which take no part in comparisons."""

@@ -76,10 +76,11 @@ def from_adam_state(
         if v.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
-        nu = spec.block_mean(v.astype(widen(v.dtype)))
+        nu: Any = spec.block_mean(v.astype(widen(v.dtype)))
         # Updates count from 1, so no later step uses the random numbers of step 0.
         seed = rounding_seed(0, salt_of(path))
-        return write(spec, m.astype(widen(m.dtype)), nu, dtype or m.dtype, seed), nu
+        v = spec.factors(nu, m.shape)
+        return write(m.astype(widen(m.dtype)), v, dtype or m.dtype, seed), nu
 
     return _convert(
         state, params, block_specs, optax.ScaleByAdamState, ScaleByAdamMiniState, convert, dtype
@@ -117,7 +118,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
     def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
         nu = spec.spread(v, jnp.shape(param))
-        return read(spec, m, v) if m.dtype == jnp.int8 else m, nu.astype(widen(nu.dtype))
+        mu = read(m, spec.factors(v, m.shape)) if m.dtype == jnp.int8 else m
+        return mu, nu.astype(widen(nu.dtype))
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert

@@ -20,7 +20,7 @@ import numpy as np
 from optax_adam_mini import sums
 from optax_adam_mini.blocks import BlockSpec, stacked_along
 from optax_adam_mini.boxes import with_kept_names
-from optax_adam_mini.sums import Runs
+from optax_adam_mini.sums import Factor, Runs
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -209,33 +209,27 @@ class Outer:
                 f"{self} cuts the shape {tuple(shape)} into the grids {self.grid(shape)}, "
                 f"but got {shapes}"
             )
-        (v_a, a), (ratio, b) = self.factors(nu, shape)
-        v = sums.spread(v_a, a, shape) * sums.spread(ratio, b, shape)
-        return v if of is None else of(v)
+        return sums.product(self.factors(nu, shape), shape, of)
 
-    def factors(
-        self, nu: tuple[Array, Array], shape: Sequence[int]
-    ) -> list[tuple[Array, tuple[Runs, ...]]]:
-        """Small arrays whose product at every coordinate is `v`, and the runs that cut each.
+    def factors(self, nu: tuple[Array, Array], shape: Sequence[int]) -> list[Factor]:
+        """The factors of `v`: `v_a` and `v_b / v_ab`.
 
-        They are `v_a` and `v_b / v_ab`. This ratio is between 0 and the number
-        of columns; the product `v_a * v_b` of small numbers would underflow.
+        This ratio is between 0 and the number of columns; the product `v_a *
+        v_b` of small numbers would underflow.
 
         Args:
             nu: two arrays of the shapes in `self.grid(shape)`.
             shape: the parameter's shape.
         """
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
-        in_b = lambda x: sums.spread(x, _counts(b, both), nu[1].shape)
         tiny = float(jnp.finfo(nu[0].dtype).tiny)
         # The mean ignores rows that have overflowed or are NaN, so only such a row and its column
         # are lost. No factor is 0: infinity times a factor is then infinity, and the step is 0.
-        # Without the scale, a power of two, `v_ab` near float32's largest number would have the
-        # inverse 0, by which XLA multiplies instead of dividing.
         v_ab = jnp.maximum(_mean_of_finite(nu[0], a, both), tiny)
-        scale = jnp.where(v_ab > 1, 2.0**-60, 2.0**60).astype(v_ab.dtype)
-        ratio = nu[1] * in_b(scale) / in_b(v_ab * scale)
-        return [(jnp.maximum(nu[0], tiny), a), (jnp.maximum(ratio, tiny), b)]
+        # Without the barrier, XLA would multiply by the inverse instead of dividing, and numbers
+        # near float32's largest have the inverse 0.
+        v_ab = jax.lax.optimization_barrier(sums.spread(v_ab, _counts(b, both), nu[1].shape))
+        return [Factor(jnp.maximum(nu[0], tiny), a), Factor(jnp.maximum(nu[1] / v_ab, tiny), b)]
 
     def __repr__(self) -> str:
         """The call that makes an equal spec."""
@@ -356,10 +350,11 @@ def _as_runs(sizes: np.ndarray) -> Runs:
 def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> Array:
     """The mean over the blocks of a coarse grid, from the finite means over a finer grid."""
     sizes, counts = sums.block_sizes(fine), _counts(fine, coarse)
-    share = 1 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1)
-    weights = jnp.ones_like(nu) * share
-    total = lambda x: sums.block_mean(jnp.where(jnp.isfinite(nu), x, 0), counts)
-    return total(nu * weights) / jnp.maximum(total(weights), jnp.finfo(nu.dtype).tiny)
+    weights: Any = 1.0 if isinstance(sizes, float) else sizes / np.max(sizes, initial=1)
+    finite = jnp.isfinite(nu)
+    total = lambda x: sums.block_mean(jnp.where(finite, x, 0.0), counts)
+    weight = total(jnp.asarray(weights, nu.dtype))
+    return total(nu * weights) / jnp.maximum(weight, jnp.finfo(nu.dtype).tiny)
 
 
 def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:

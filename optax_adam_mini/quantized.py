@@ -28,8 +28,8 @@ Muon has no second moment. The codes of its momentum are relative to the largest
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import sums
-from optax_adam_mini.product import Spec
-from optax_adam_mini.random_bits import random_bits
+from optax_adam_mini.random_bits import random_bits, without_derivative
+from optax_adam_mini.sums import Factor
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int8, UInt32
@@ -65,6 +65,7 @@ _OFFSET = 2.0**_SMALL  # added before a number is read as bits, to space small n
 # It equals zero but is not the constant zero. The gradients of a scan start as zeros, and XLA's GPU
 # compiler would keep those arrays until the update, to compare with them.
 _ZERO = -0.0
+_NO_CODES = "take gradients through an update with mu_dtype=None"
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -85,17 +86,16 @@ def _clamped(x: Array, least: int, most: int) -> Array:
     return jax.lax.clamp(np.int32(least), x, np.int32(most))
 
 
-def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
+def read(kept: Array, factors: Sequence[Factor]) -> Float[Array, "*shape"]:
     """The first moment, in float32 or wider, from an array in a state.
 
     Args:
-        spec: the parameter's spec.
         kept: one array of a state's `mu`: codes, or numbers of any inexact dtype.
-        nu: the second moment in the same state.
+        factors: the factors of the second moment in the same state.
 
     Examples:
-        >>> codes, nu = jnp.array([92, 0, -12], jnp.int8), jnp.array([1.0])
-        >>> read(per_tensor(), codes, nu)
+        >>> codes, v = jnp.array([92, 0, -12], jnp.int8), per_tensor().factors(jnp.ones(1), (3,))
+        >>> read(codes, v)
         Array([ 2.4804688 ,  0.        , -0.05859375], dtype=float32)
     """
     if kept.dtype != jnp.int8:
@@ -110,42 +110,37 @@ def read(spec: Spec, kept: Array, nu: Any) -> Float[Array, "*shape"]:
     bits += base
     magnitude = jax.lax.bitcast_convert_type(bits, jnp.float32) - _OFFSET
     # Replacing infinite roots by 0 avoids 0 * inf = NaN: a block that has overflowed stands still.
-    finite = lambda root: jnp.where(jnp.isfinite(root), root, 0)
-    signed = jnp.where(kept < 0, -magnitude, magnitude)
-    return _times_roots(signed, spec, nu, finite)
+    finite = lambda root: jnp.where(jnp.isfinite(root), root, 0.0)
+    return _times_roots(jnp.where(kept < 0, -magnitude, magnitude), factors, finite)
 
 
 def write(
-    spec: Spec, m: Float[Array, "*shape"], nu: Any, dtype: np.dtype, seed: UInt32[Array, ""]
+    m: Float[Array, "*shape"], factors: Sequence[Factor], dtype: np.dtype, seed: UInt32[Array, ""]
 ) -> Array:
     """The codes of the first moment; over many seeds, their mean is `m`.
 
     Args:
-        spec: the parameter's spec.
         m: the moment.
-        nu: the second moment after the same gradients.
+        factors: the factors of the second moment after the same gradients.
         dtype: the dtype to store; int8 for codes.
         seed: seed of the rounding.
 
     Raises:
-        TypeError: if codes are differentiated: their derivative is 0 almost everywhere.
+        TypeError: if codes are differentiated.
 
     Examples:
         >>> from optax_adam_mini.random_bits import rounding_seed
-        >>> m, nu = jnp.array([2.4804688, 0.0, -0.05859375]), jnp.array([1.0])
-        >>> write(per_tensor(), m, nu, jnp.dtype("int8"), rounding_seed(1, 0))
+        >>> m = jnp.array([2.4804688, 0.0, -0.05859375])
+        >>> v = per_tensor().factors(jnp.ones(1), (3,))
+        >>> write(m, v, jnp.dtype("int8"), rounding_seed(1, 0))
         Array([ 92,   0, -12], dtype=int8)
     """
     if dtype != jnp.int8:
         return m.astype(dtype)
-    return _codes(spec, m, nu, seed)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     # A root too small to have an inverse gives the code 0.
-    inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0)
-    number = _times_roots(jnp.abs(m), spec, nu, inverse).astype(jnp.float32) + _OFFSET
+    inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0.0)
+    number = _times_roots(jnp.abs(m), factors, inverse).astype(jnp.float32) + _OFFSET
+    number = without_derivative(number, _NO_CODES)
     # In each binade, codes are evenly spaced in the bits and hence in the numbers. Adding a random
     # number to the fraction that is cut off rounds up in proportion to it.
     bits = jax.lax.bitcast_convert_type(number, jnp.int32) - _bits(_SMALL)
@@ -160,27 +155,20 @@ def _codes(spec: Spec, m: Array, nu: Any, seed: Array) -> Int8[Array, "*shape"]:
     return jnp.where(m < _ZERO, -code, code)
 
 
-@_codes.defjvp
-def _no_derivative(spec: Spec, primals: Any, tangents: Any) -> Any:
-    del spec, primals, tangents
-    raise TypeError(
-        "mu_dtype=int8 keeps codes, which have no derivative: take gradients through the update "
-        "with mu_dtype=None"
-    )
-
-
-def _times_roots(x: Array, spec: Spec, nu: Any, of: Any) -> Array:
+def _times_roots(x: Array, factors: Sequence[Factor], of: Any) -> Array:
     """`x` times `of(1.25 sqrt(v))`, the root that codes are relative to."""
-    (v, runs), *ratios = spec.factors(nu, x.shape)
+    v, *ratios = factors
+    dtype = v.numbers.dtype
     # The root is large enough that the last code reaches the bound, 32 sqrt(n v).
-    floor = np.sqrt(sums.block_sizes(runs)) * _FACTOR / 2.0**_LARGE
+    floor = np.sqrt(sums.block_sizes(v.runs)) * _FACTOR / 2.0**_LARGE
+    root = jnp.sqrt(v.numbers)
     if not ratios:
-        scale = np.maximum(_SCALE, floor).astype(v.dtype)
-        return x * sums.spread(of(jnp.sqrt(v) * scale), runs, x.shape)
-    x = x * sums.spread(of(jnp.sqrt(v)), runs, x.shape)
-    for ratio, runs in ratios:
-        root = jnp.maximum(_SCALE * jnp.sqrt(ratio), np.max(floor, initial=0).astype(v.dtype))
-        x = x * sums.spread(of(root), runs, x.shape)
+        root *= np.maximum(_SCALE, floor).astype(dtype)
+    x = x * sums.spread(of(root), v.runs, x.shape)
+    for ratio in ratios:
+        least = np.max(floor, initial=0).astype(dtype)
+        root = jnp.maximum(_SCALE * jnp.sqrt(ratio.numbers), least)
+        x = x * sums.spread(of(root), ratio.runs, x.shape)
     return x
 
 
@@ -232,6 +220,9 @@ def write_row(
     Returns:
         The codes, and the largest magnitude of each row or a little more, in bfloat16.
 
+    Raises:
+        TypeError: if codes are differentiated.
+
     Examples:
         >>> from optax_adam_mini.random_bits import rounding_seed
         >>> codes, largest = write_row(jnp.ones((2, 5)), (1,), rounding_seed(1, 0))
@@ -244,6 +235,7 @@ def write_row(
     top = largest.astype(m.dtype)
     # A row whose largest entry is too small to have an inverse is stored as 0.
     square = magnitude * jnp.where(top > _TINY * _LAST**2, _LAST**2 / top, 0)
+    square = without_derivative(square, _NO_CODES)
     code = jnp.floor(jnp.sqrt(square))
     # Round to code**2 or (code + 1)**2 at random, in proportion.
     chance = (square - code * code) / (2 * code + 1)

@@ -6,6 +6,7 @@ on any mesh, in any process and after any restart.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,27 @@ def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
     return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_derivative(x: Any, remedy: str) -> Any:
+    """`x`, about to be rounded. Derivatives would be 0, so they are refused.
+
+    Args:
+        x: an array.
+        remedy: what to do instead, for the end of the error.
+
+    Raises:
+        TypeError: if it is differentiated.
+    """
+    del remedy
+    return x
+
+
+@without_derivative.defjvp
+def _refuse(remedy: str, primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(f"numbers that are rounded at random have no derivative: {remedy}")
+
+
 def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Float[Array, "*shape"]:
     """A bfloat16 neighbour of `x`, as float32; its mean over many seeds is `x`.
 
@@ -63,10 +85,14 @@ def round_to_bfloat16(x: Float[Array, "*shape"], seed: UInt32[Array, ""]) -> Flo
         x: an array in float32.
         seed: seed of the rounding.
 
+    Raises:
+        TypeError: if it is differentiated.
+
     Examples:
         >>> round_to_bfloat16(jnp.array([1.0, -3e38, jnp.inf]), rounding_seed(1, 0)).dtype
         dtype('float32')
     """
+    x = without_derivative(x, "update parameters in float32, without stochastic_rounding")
     # Float32 numbers between two neighbours are evenly spaced in their bits: a random number added
     # to the 16 bits that are cut off carries in proportion.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

@@ -70,7 +70,7 @@ def stochastic_rounding(
 
     Raises:
         TypeError: if `inner` is not a transformation; if a parameter is in
-            float16 or narrower.
+            float16 or narrower; if an update is differentiated.
         ValueError: if no parameter is in bfloat16; in `update`, if `params`
             are missing, or the state is another transformation's.
 

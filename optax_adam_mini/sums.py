@@ -6,6 +6,7 @@ grouped into blocks. On the way back, only the small array is repeated; the rest
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -24,6 +25,20 @@ T = TypeVar("T")
 
 Runs = tuple[tuple[int, int], ...]
 """The cuts of one axis of a known size, in order: `(number of blocks, indices in each)`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One number per block. `v` is the product of one or two factors.
+
+    Attributes:
+        numbers: the numbers, an array with the parameter's rank.
+        runs: for each axis, the runs of equal blocks along it.
+    """
+
+    numbers: Inexact[Array, "*grid"]
+    runs: tuple[Runs, ...] = dataclasses.field(metadata={"static": True})
 
 
 def block_mean(
@@ -81,6 +96,27 @@ def spread(
     # Without the barrier, XLA would move the computation of `nu` (a square root and a division per
     # block) past the broadcast, and do it once per coordinate.
     return jnp.broadcast_to(jax.lax.optimization_barrier(nu), tuple(shape))
+
+
+def product(
+    factors: Sequence[Factor], shape: Sequence[int], of: Callable[[Array], Array] | None = None
+) -> Inexact[Array, "*shape"]:
+    """The product of factors at every coordinate, or a function of it.
+
+    Args:
+        factors: one factor, or two.
+        shape: the shape that their runs cut.
+        of: an elementwise function of the product. With one factor it is computed once per block.
+
+    Examples:
+        >>> product([Factor(jnp.array([4.0, 9.0]), (((1, 2), (1, 1)),))], (3,), jnp.sqrt)
+        Array([2., 2., 3.], dtype=float32)
+    """
+    of = of or (lambda x: x)
+    if len(factors) == 1:
+        return spread(of(factors[0].numbers), factors[0].runs, shape)
+    a, b = (spread(factor.numbers, factor.runs, shape) for factor in factors)
+    return of(a * b)
 
 
 def widen(dtype: jax.typing.DTypeLike) -> np.dtype:

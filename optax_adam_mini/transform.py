@@ -56,7 +56,7 @@ from optax_adam_mini.quantized import (
     write,
 )
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
-from optax_adam_mini.sums import widen
+from optax_adam_mini.sums import product, widen
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -424,15 +424,16 @@ def _update_parameter(
     # A second moment that was cast to 16 bits would no longer change: it is widened again.
     nu = jax.tree.map(lambda v, s: (t.b2 * v + t.b2_rest * s).astype(widen(v.dtype)), v, squares)
     g = g.astype(widen(g.dtype))
-    mu = t.b1 * read(spec, m, v) + t.b1_rest * g
+    old, new = spec.factors(v, g.shape), spec.factors(nu, g.shape)
+    mu = t.b1 * read(m, old) + t.b1_rest * g
     # Use the rounded m of the state: with the exact one, XLA would keep a copy of m.
-    kept = write(spec, mu, nu, dtype, seed)
-    m_hat = t.mu_weight * read(spec, kept, nu)
+    kept = write(mu, new, dtype, seed)
+    m_hat = t.mu_weight * read(kept, new)
     if nesterov:
         m_hat += t.g_weight * g
     # With one number for each block it is computed once for each, and then spread.
     inverse_root = lambda v: 1 / (jnp.sqrt(v / t.c2 + t.eps_root) + t.eps)
-    update = m_hat * spec.spread(nu, g.shape, inverse_root)
+    update = m_hat * product(new, g.shape, inverse_root)
     return _held(update, t.longest) if bounded else update, kept, nu
 
 

@@ -467,6 +467,12 @@ def test_codes_keep_nan_infinity_and_zeros():
     assert not np.any(read_row(*write_row(jnp.full((2, 5), 1e-40), (1,), rounding_seed(1, 0))))
 
 
+def test_codes_of_the_momentum_have_no_derivative():
+    loss = lambda m: read_row(*write_row(m, (1,), rounding_seed(1, 0))).sum()
+    with pytest.raises(TypeError, match=r"have no derivative: .*mu_dtype=None"):
+        jax.grad(loss)(jnp.ones((2, 5)))
+
+
 def error_of_updates(scales, signal, steps=100, last=20):
     """Root of the mean square, of the updates', against momentum in float32."""
     rng = np.random.default_rng(0)

@@ -151,6 +151,19 @@ def test_the_mean_over_coordinates_is_the_sum():
         assert np.abs((np.array(means) - x) / deviation).max() < 4.5
 
 
+def test_rounded_parameters_have_no_derivative():
+    """It would be 0, and who learns a learning rate through an update would learn nothing."""
+    params = {"w": jnp.ones((2, 3), BF16)}
+    state = ROUNDED.init(params)
+
+    def moved(rate):
+        u = jax.tree.map(lambda p: rate * p.astype(jnp.float32), params)
+        return ROUNDED.update(u, state, params)[0]["w"].sum()
+
+    with pytest.raises(TypeError, match="have no derivative: update parameters in float32"):
+        jax.grad(moved)(0.1)
+
+
 def test_infinity_and_nan_pass_and_rounding_makes_no_others():
     inf, nan = np.inf, np.nan
     p = jnp.array([inf, -inf, nan, 1.0, inf, inf, LARGEST, -LARGEST, LARGEST, LARGEST, 1.0], BF16)
@@ -185,12 +198,9 @@ def test_random_numbers_of_roundings_are_uncorrelated():
     new = jax.jit(jax.vmap(lambda step: ROUNDED.update(u, of_step(ROUNDED, step, tree), tree)[0]))
     coins = [2.0 * (leaf > 0) - 1 for leaf in jax.tree.leaves(new(jnp.arange(steps)))]
     # Half way between two codes.
+    v = per_tensor().factors(jnp.ones(1), (size,))
     moments = jax.jit(
-        jax.vmap(
-            lambda seed: write(
-                per_tensor(), jnp.full(size, 0.07080078125), jnp.ones(1), np.dtype("int8"), seed
-            )
-        )
+        jax.vmap(lambda seed: write(jnp.full(size, 0.07080078125), v, np.dtype("int8"), seed))
     )
     for of_leaf in (salt_of, paths.index):
         seeds = [

@@ -61,12 +61,13 @@ OF_ROWS = per_neuron(0)  # Adam-mini's cut with one number per row
 def write_of_root(m: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Adam-mini's codes, with the mean square of a row in place of the second moment."""
     mean = OF_ROWS.block_mean(m**2).astype(jnp.bfloat16)
-    return write(OF_ROWS, m, mean.astype(jnp.float32), np.dtype("int8"), seed), mean
+    v = OF_ROWS.factors(mean.astype(jnp.float32), m.shape)
+    return write(m, v, np.dtype("int8"), seed), mean
 
 
 def read_of_root(kept: tuple[jax.Array, jax.Array]) -> jax.Array:
     codes, mean = kept
-    return read(OF_ROWS, codes, mean.astype(jnp.float32))
+    return read(codes, OF_ROWS.factors(mean.astype(jnp.float32), codes.shape))
 
 
 CODES = {

@@ -221,12 +221,15 @@ def compare(comparison: Comparison) -> None:
     options = comparison.options
     known = options.rate or (STARTS[comparison.name] if options.quick else None)
     best = known or comparison.best_rate("adamw")
-    entries = [(name, best) for name in options.contenders]
+    entries = [(name, best, comparison.muon_rates.get(name)) for name in options.contenders]
     if options.own_rates:
-        own = [(name, comparison.best_rate(name, best)) for name in options.contenders[1:]]
-        entries += [entry for entry in own if entry not in entries]
+        for name in options.contenders[1:]:
+            entry = (name, comparison.best_rate(name, best), comparison.muon_rates.get(name))
+            entries += [] if entry in entries else [entry]
     rows = []
-    for name, rate in entries:
+    for name, rate, muon_rate in entries:
+        if muon_rate is not None:
+            comparison.muon_rates[name] = muon_rate
         runs = comparison.runs(name, rate, range(1, 1 + options.seeds))
         rows.append(
             {

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adam_mini import per_tensor
-from optax_adam_mini.quantized import read, write
 from optax_adam_mini.random_bits import rounding_seed
-from tests.test_quantized import ALL_CODES, GOLDEN, INT8, POSITIVE
+from tests.test_quantized import ALL_CODES, GOLDEN, POSITIVE, decode, encode
 
 if __name__ == "__main__":
     found = {}
@@ -22,8 +21,8 @@ if __name__ == "__main__":
         nu = spec.block_mean(rng.normal(size=(16, 16)).astype(np.float32) ** 2)
         for i, x in enumerate(nu if isinstance(nu, tuple) else [nu]):
             found[f"{name}/nu{i}"] = np.asarray(x)
-        found |= {f"{name}/codes": codes, f"{name}/m": np.asarray(read(spec, codes, nu))}
+        found |= {f"{name}/codes": codes, f"{name}/m": np.asarray(decode(spec, codes, nu))}
     m = jnp.full((4, 4), 0.5 * (POSITIVE[50] + POSITIVE[51]))
     seed = rounding_seed(7, 841920579)
-    found["coins"] = np.asarray(write(per_tensor(), m, jnp.ones(1) / 1.25**2, INT8, seed))
+    found["coins"] = np.asarray(encode(per_tensor(), m, jnp.ones((1, 1)) / 1.25**2, seed))
     np.savez(pathlib.Path(__file__).parent / "codes.npz", **found)
