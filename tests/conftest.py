@@ -38,7 +38,8 @@ gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Tests of compiled programs, of times, and of long computations in small ones.
-OPTIMIZED = ("eager", "export", "memory", "primitives", "product", "quantized", "sums", "speed")
+OPTIMIZED = ("accelerators", "eager", "export", "memory", "primitives", "product", "quantized",
+             "sums", "speed")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,7 @@ def _compile_fast(request):
     parts = request.path.parts
     if "examples" in parts:  # these say so themselves
         return
-    is_optimized = (
-        PROFILE != "ordinary"
-        or request.node.get_closest_marker("slow")
-        or any(f"test_{name}.py" in parts or name in parts for name in OPTIMIZED)
+    is_optimized = PROFILE != "ordinary" or any(
+        f"test_{name}.py" in parts or name in parts for name in OPTIMIZED
     )
     jax.config.update("jax_disable_most_optimizations", not is_optimized)

@@ -50,15 +50,9 @@ def command(example: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"examples.{example}", *arguments]
 
 
-def quick_environment(compiled: Path) -> dict[str, str]:
-    """For programs that are compiled more than they run: without most optimizations, and each
-    program once for all processes that share the folder `compiled`."""
-    return {
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+def quick_environment() -> dict[str, str]:
+    """For programs that are compiled more than they run: without most optimizations."""
+    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def run_command(

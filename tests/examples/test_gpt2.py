@@ -347,7 +347,7 @@ def test_resume_drops_half_a_line_and_later_steps(tmp_path):
 
 @pytest.mark.slow
 def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
-    environment = quick_environment(tmp_path / "compiled")
+    environment = quick_environment()
     tiny = ["--layers=1", "--heads=2", "--width=16", "--context=16", "--batch-size=4"]
     tiny += ["--steps=12", "--warmup-steps=2", "--eval-windows=8", "--eval-every=6"]
     tiny += ["--log-every=1", f"--text={corpus}"]

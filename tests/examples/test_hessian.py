@@ -121,7 +121,7 @@ def test_wrong_options_are_one_clear_error(options, message):
 
 @pytest.mark.slow
 def test_the_command_draws_both_pictures(tmp_path):
-    runs, environment = tmp_path / "runs", quick_environment(tmp_path / "compiled")
+    runs, environment = tmp_path / "runs", quick_environment()
     options = ["--steps=20", "--windows=2", f"--runs={runs}"]
     result = run_command("hessian", *options, environment=environment)
     assert result.returncode == 0, result.stderr

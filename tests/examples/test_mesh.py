@@ -249,7 +249,7 @@ def start_processes(
                     stdout=file,
                     stderr=file,
                     env={
-                        **quick_environment(log.parent / "compiled"),
+                        **quick_environment(),
                         "JAX_NUM_CPU_DEVICES": str(devices),
                         "PYTHONPATH": str(REPOSITORY),
                     },

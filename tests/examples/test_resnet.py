@@ -481,7 +481,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tiny, whole, tmp_path, optimizer,
 
 @pytest.mark.slow
 def test_resume_after_sigkill_at_random_moments(tmp_path):
-    environment = quick_environment(tmp_path / "compiled")
+    environment = quick_environment()
     options = ["--batch-size=16", "--steps=20", "--warmup-steps=2", "--eval-every=5"]
     options += ["--log-every=1"]
     whole = run_program([*TINY_PROGRAM, *options, f"--runs={tmp_path / 'whole'}"], environment)
