@@ -58,6 +58,9 @@ class BlockSpec:
     note: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        is_pair = lambda pair: isinstance(pair, tuple) and len(pair) == 2
+        if not (isinstance(self.cuts, tuple) and all(map(is_pair, self.cuts))):
+            raise TypeError(f"cuts must be a tuple of pairs (axis, cut), got {self.cuts!r}")
         for axis, cut in self.cuts:
             _check_int("axis", axis)
             if isinstance(cut, tuple):

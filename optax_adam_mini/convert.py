@@ -47,7 +47,9 @@ def from_adam_state(
 
     Args:
         state: optimizer state that contains an `optax.ScaleByAdamState`, in
-            any chain or wrapper, or an `nnx.Optimizer`'s `opt_state`.
+            any chain or wrapper, or an `nnx.Optimizer`'s `opt_state`. Not that
+            of `optax.adamax`, which has the same type: its `nu` has no
+            squares.
         params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
         block_specs: specs, or label function, of the new `adam_mini`.

@@ -139,14 +139,19 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     found = of_leaves(name, "entry", by_path, params)
     for path, leaf, numbers in found:
         if numbers is not None:
-            _check_fits(path or "params", numbers, jnp.shape(leaf))
+            check_fits(path or "params", numbers, jnp.shape(leaf))
     return [numbers for _, _, numbers in found]
 
 
-def _check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:
+def check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:
+    """Refuses dimension numbers that are no axes of a parameter, each once.
+
+    Raises:
+        ValueError: if they are not.
+    """
     parts = [part if isinstance(part, Sequence) else (part,) for part in numbers]
     axes = [axis for part in parts for axis in part]
-    known = [axis for axis in axes if isinstance(axis, (int, np.integer))]
+    known = [a for a in axes if isinstance(a, (int, np.integer)) and not isinstance(a, bool)]
     distinct = {axis % len(shape) for axis in known if -len(shape) <= axis < len(shape)}
     if not all(parts) or len(distinct) < len(axes):
         raise ValueError(

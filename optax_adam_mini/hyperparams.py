@@ -134,6 +134,7 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
             f"{name}: the schedule returned {returned!r} for step 0, expected a number: a schedule "
             "is a function count -> number"
         )
+    _checked(f"{name}: what the schedule returns for step 0", returned, math.inf, "a number", True)
     return value
 
 
@@ -145,8 +146,9 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     """
     if mu_dtype is None:
         return None
-    if isinstance(mu_dtype, jax.Array):
-        raise TypeError(f"mu_dtype must be a dtype, got an array, {mu_dtype!r}{_STATIC_ARGS}")
+    if isinstance(mu_dtype, (jax.Array, np.ndarray, np.generic, bool)):  # with dtypes of their own
+        hint = _STATIC_ARGS * isinstance(mu_dtype, jax.Array)
+        raise TypeError(f"mu_dtype must be a dtype, got the value {mu_dtype!r}{hint}")
     try:
         dtype = jax.dtypes.canonicalize_dtype(mu_dtype)
     except TypeError:

@@ -72,6 +72,8 @@ def check_called(block_specs: Any) -> None:
         TypeError: if it is one.
     """
     name = getattr(block_specs, "__qualname__", "")
+    if isinstance(block_specs, type) and name not in _TO_BE_CALLED:
+        raise TypeError(f"expected a pytree or a function of the parameters, got {block_specs!r}")
     module = str(getattr(block_specs, "__module__", ""))
     if module.startswith(f"{__package__}.") and name in _TO_BE_CALLED:
         arguments = "fn, params, *args" if "infer_" in name or "measure_" in name else "..."

@@ -52,8 +52,14 @@ def check_counts(state: Any) -> None:
     """Refuses a count that was cast to a float: in bfloat16 it stays at 256.
 
     Raises:
-        ValueError: if it was.
+        TypeError: if the state has no numbers.
+        ValueError: if the count was cast.
     """
+    if isinstance(state.count, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "update: got a state of shapes without numbers, such as the template of a restore: "
+            "pass the state that the restore returned, or the one that init made"
+        )
     if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
         raise ValueError(
             f"update: the state's count was cast to {jnp.result_type(state.count)}, in which it "
@@ -100,16 +106,19 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
     """Refuses a gradient that does not have the shape, or the kind of numbers, of its parameter.
 
     Raises:
-        TypeError: if a real parameter has a gradient of complex numbers, integers or booleans.
+        TypeError: if a real parameter has a gradient of complex numbers, integers, booleans, or
+            floats of 8 bits.
         ValueError: if the gradient has another shape.
     """
     check_shape(path, "gradient", shape.shape, gradient)
     if gradient is None or not jnp.issubdtype(shape.dtype, jnp.floating):
         return
-    if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
+    dtype = jnp.result_type(gradient)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        remedy = ", or take the gradient of a real loss" * (dtype.itemsize > 1)
         raise TypeError(
-            f"{path or 'params'}: got a gradient of {jnp.result_type(gradient)} for a parameter of "
-            f"{shape.dtype}: cast it, or take the gradient of a real loss"
+            f"{path or 'params'}: got a gradient of {dtype} for a parameter of {shape.dtype}: cast "
+            f"it{remedy}"
         )
 
 
@@ -152,6 +161,8 @@ def check_given_mask(mask: Any) -> None:
     Raises:
         TypeError: if it is no mask, or one boolean.
     """
+    if isinstance(mask, type):
+        raise TypeError(f"mask: expected a pytree of booleans or a function, got {mask!r}")
     if isinstance(mask, bool | jax.Array):
         raise TypeError(
             f"mask: expected a pytree of booleans or a function, got {mask!r}: if it was a "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -132,7 +133,7 @@ def muon_mini(
         for LLM Training](https://arxiv.org/abs/2502.16982) (Moonlight), for `consistent_rms`; Zhang
         et al., [Adam-mini](https://arxiv.org/abs/2406.16793).
     """
-    from optax.contrib import muon, scale_by_muon
+    from optax.contrib import scale_by_muon
 
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
@@ -153,21 +154,7 @@ def muon_mini(
         raise ValueError(
             f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
         )
-    if isinstance(ns_coeffs, str):  # a preset: Optax's state has its numbers
-        preset = muon(1.0, ns_coeffs).init(jnp.zeros((1, 1)))
-        ns_coeffs = optax.tree.get(preset, "ns_coeffs")
-    elif np.ndim(ns_coeffs) not in (1, 2) or np.shape(ns_coeffs)[-1] != 3:
-        raise ValueError(
-            "ns_coeffs must be three numbers, or three for each step, got an array of shape "
-            f"{np.shape(ns_coeffs)}"
-        )
-
-    if np.ndim(ns_coeffs) == 2 and len(ns_coeffs) > ns_steps:
-        raise ValueError(
-            f"ns_coeffs has coefficients for {len(ns_coeffs)} steps, and ns_steps is {ns_steps}: "
-            "give as many steps"
-        )
-
+    ns_coeffs = _checked_coefficients(ns_coeffs, ns_steps)
     check_called(muon_weight_dimension_numbers)
 
     def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
@@ -226,6 +213,34 @@ def muon_mini(
     return optax.GradientTransformationExtraArgs(
         lambda params: both(params).init(params), update_fn
     )
+
+
+def _checked_coefficients(given: Any, steps: int) -> Any:
+    """The coefficients, in an array that no state shares and no donation deletes."""
+    from optax.contrib import muon
+
+    if isinstance(given, jax.core.Tracer):
+        return given
+    coefficients = given
+    if isinstance(given, str):  # a preset: Optax's state has its numbers
+        with jax.ensure_compile_time_eval():
+            state = muon(1.0, given).init(jnp.zeros((1, 1)))
+            coefficients = optax.tree.get(state, "ns_coeffs")
+    found = np.asarray(coefficients)
+    is_number = jnp.issubdtype(found.dtype, jnp.number)
+    if found.ndim not in (1, 2) or found.shape[-1] != 3 or not found.size or not is_number:
+        raise ValueError(
+            f"ns_coeffs must be three numbers, or three for each step, got {given!r} of shape "
+            f"{found.shape}"
+        )
+    if not np.isfinite(found).all():
+        raise ValueError(f"ns_coeffs must be finite, got {given!r}")
+    if found.ndim == 2 and len(found) > steps:
+        raise ValueError(
+            f"ns_coeffs has coefficients for {len(found)} steps, and ns_steps is {steps}: give as "
+            "many steps"
+        )
+    return found
 
 
 def _check_gradients(updates: Any, params: Any) -> None:

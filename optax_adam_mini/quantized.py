@@ -300,7 +300,7 @@ _CONVERT = (
 def allowed_b2(b1: Any) -> tuple[Any, Any]:
     """The smallest and the largest `b2` for which moments stay within the range of codes.
 
-    They solve (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2.
+    They solve (1 - b1)**2 / ((1 - b2) (1 - b1**2 / b2)) = 32**2, which is quadratic in 1 - b2.
 
     Args:
         b1: a number, or an array.
@@ -309,9 +309,11 @@ def allowed_b2(b1: Any) -> tuple[Any, Any]:
         >>> [round(b2, 5) for b2 in allowed_b2(0.9)]
         [0.81004, 0.99995]
     """
-    middle = (1 + b1**2 - ((1 - b1) / _FACTOR) ** 2) / 2
-    half = (middle**2 - b1**2) ** 0.5
-    return middle - half, middle + half
+    rest = 1 - b1
+    product = (rest / _FACTOR) ** 2  # of the two solutions, and `total` is their sum
+    total = rest * (1 + b1) + product
+    larger = (total + (total**2 - 4 * product) ** 0.5) / 2
+    return 1 - larger, 1 - product / larger
 
 
 def check_decays(b1: Any, b2: Any) -> None:

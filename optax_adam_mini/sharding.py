@@ -139,7 +139,10 @@ def _checked(
             raise ValueError(
                 f"{path}: got {sharding}, and no mesh: call opt_state_shardings with mesh="
             )
-        sharding = NamedSharding(mesh, sharding)
+        try:
+            sharding = NamedSharding(mesh, sharding)
+        except ValueError as error:
+            raise ValueError(f"{path} {shape}: {sharding} does not fit: {error}") from error
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
             f"{path}: expected a NamedSharding, or a PartitionSpec and mesh=, got {sharding!r} of "

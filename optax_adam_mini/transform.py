@@ -105,7 +105,7 @@ def scale_by_adam_mini(
         mu_dtype: dtype of `mu`, as in `adam_mini`.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether to limit each coordinate to the longest step that Adam
-            could make. `False` gives the paper's Algorithm 1 and the
+            could make with these decay rates. `False` gives the paper's Algorithm 1 and the
             arithmetic of the reference package.
         block_specs: the blocks: a pytree of specs like the parameters
             (`infer_block_specs` makes one), or a prefix of it, or a label
@@ -183,7 +183,7 @@ def adam_mini(
             one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether to limit each coordinate to the longest step that Adam
-            could make. `False` gives the paper's Algorithm 1 and the
+            could make with these decay rates. `False` gives the paper's Algorithm 1 and the
             arithmetic of the reference package.
         block_specs: the blocks: a pytree of specs like the parameters
             (`infer_block_specs` makes one), or a prefix of it, or a label

@@ -8,9 +8,11 @@ from flax import linen as nn
 from optax.contrib import MuonDimensionNumbers
 
 from optax_adam_mini import (
+    BlockSpec,
     adam_mini,
     block_table,
     by_path,
+    explain,
     flax_layers,
     fused,
     infer_block_specs,
@@ -113,6 +115,10 @@ def test_a_label_function_that_fails_on_a_part_of_the_tree_says_why():
     assert "called with a part of the parameters" in raised.value.__notes__[0]
 
 
+def eighths(p):
+    return jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), p)
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -147,6 +153,12 @@ def test_a_label_function_that_fails_on_a_part_of_the_tree_says_why():
         (lambda p: optax.flatten(adam_mini(0.1, block_specs={"w": per_neuron(), "b": per_element()})).init(p), "no spec for params; .* as optax.flatten makes them"),
         (lambda p: adam_mini(0.1, mu_dtype="float8_e4m3fn"), "mu_dtype must be .* jnp.int8 is what keeps 8 bits"),
         (lambda p: adam_mini(0.1, mu_dtype="complex64"), "mu_dtype must be a floating-point dtype"),
+        (lambda p: BlockSpec([(-1, 2)]), r"cuts must be a tuple of pairs \(axis, cut\), got \[\(-1, 2\)\]"),
+        (lambda p: flax_layers(default="x"), "flax_layers: default must be a BlockSpec or an outer, got 'x'"),
+        (lambda p: explain(jnp.sum, p["w"], parameter=None), "parameter=None matches no parameter"),
+        (lambda p: adam_mini(0.1).update(p, jax.eval_shape(adam_mini(0.1).init, p), p), "a state of shapes without numbers"),
+        (lambda p: adam_mini(0.1).update(eighths(p), adam_mini(0.1).init(p), p), "b: got a gradient of float8_e4m3fn for a parameter of float32: cast it"),
+        (lambda p: muon_mini(0.1).update(eighths(p), muon_mini(0.1).init(p), p), "b: got a gradient of float8_e4m3fn"),
     ],
 )  # fmt: skip
 def test_wrong_inputs_are_one_clear_error(use, message):

@@ -529,6 +529,17 @@ def test_a_state_of_another_mu_dtype_is_refused():
     assert isinstance(next(parts(muon_mini(0.02, mu_dtype="int8").init(params))).mu, RowCodes)
 
 
+@pytest.mark.parametrize("ns_coeffs", ["dion", jnp.array([3.4445, -4.7750, 2.0315])])
+def test_a_donated_state_leaves_others_their_coefficients(ns_coeffs):
+    params = {"w": jnp.ones((4, 6)), "bias": jnp.zeros(6)}
+    tx = muon_mini(0.02, ns_coeffs)
+    step = jax.jit(tx.update, donate_argnums=1)
+    first, second = tx.init(params), tx.init(params)
+    for state in (first, second, tx.init(params)):
+        updates, _ = step(params, state, params)
+        chex.assert_tree_all_finite(updates)
+
+
 # --- What is refused -----------------------------------------------------------------------------
 
 WRONG = {
@@ -540,6 +551,9 @@ WRONG = {
     "coefficients": ({"ns_coeffs": (1.0, 2.0)}, ValueError, "ns_coeffs must be three numbers"),
     "too many coefficients": ({"ns_coeffs": "dion", "ns_steps": 3}, ValueError, "5 steps, and"),
     "a preset": ({"ns_coeffs": "newton"}, ValueError, "newton"),
+    "no coefficients": ({"ns_coeffs": np.ones((0, 3))}, ValueError, "must be three numbers"),
+    "words": ({"ns_coeffs": ("a", "b", "c")}, ValueError, "ns_coeffs must be three numbers"),
+    "a NaN": ({"ns_coeffs": (np.nan, 1.0, 1.0)}, ValueError, "ns_coeffs must be finite"),
     "preconditioning": ({"preconditioning": "l2"}, ValueError, "must be one of .*got 'l2'"),
     "dtype": ({"mu_dtype": "int16"}, TypeError, "mu_dtype must be a floating-point dtype or"),
     "mask": ({"weight_decay_mask": {"kernel": 1}}, TypeError, "mask at kernel: expected True"),

@@ -562,6 +562,14 @@ def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
     assert not np.delete(np.ravel(state.mu.codes), 6).any()
 
 
+@pytest.mark.parametrize("b1", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999])
+def test_allowed_decays_are_the_same_in_float32(b1):
+    """A schedule's b2 that is allowed must not be replaced by another one."""
+    exact = 1 - np.array(allowed_b2(float(np.float32(b1))))
+    found = 1 - np.array(jax.tree.map(float, allowed_b2(jnp.float32(b1))))
+    np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1.2e-7)
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 0.99), st.floats(0, 1)), min_size=1, max_size=40),
     st.lists(

@@ -262,6 +262,8 @@ def test_shardings_of_boxed_linen_parameters_are_read():
          ValueError, "one mesh, got 2"),
         ({**PARAM_SPECS, "query": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
          {"mesh": MESH}, TypeError, "^query/kernel: expected a NamedSharding"),
+        ({**PARAM_SPECS, "norm": P("model")}, {"mesh": MESH},
+         ValueError, r"^norm \(16,\): .*'model'.* does not fit: .*not found in mesh"),
     ],
 )  # fmt: skip
 def test_wrong_shardings_are_refused(specs, options, error, message):

@@ -130,6 +130,8 @@ def flax_layers(
     ]:
         if given not in allowed:
             raise ValueError(f"flax_layers: {name} must be one of {allowed}, got {given!r}")
+    if default is not None and not isinstance(default, Spec):
+        raise TypeError(f"flax_layers: default must be a BlockSpec or an outer, got {default!r}")
     stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
     options = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "query_key": query_key,

@@ -68,7 +68,7 @@ def explain(
     leaves = leaves_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
     check_used(
-        f"explain: parameter={parameter!r}", lambda path: path == parameter, parameter, params
+        f"explain: parameter={parameter!r}", lambda path: path == parameter, str(parameter), params
     )
     index = paths.index(parameter)
     result = interpret("explain", fn, params, *args, **kwargs)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_adam_mini.boxes import leaves_with_path
+from optax_adam_mini.dimension_numbers import check_fits
 from optax_adam_mini.labels import check_only_params, check_used, compiled_rules, path_str
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
@@ -204,6 +205,8 @@ def infer_muon_dimension_numbers(
         path = path_str(keys)
         given = [found for rule, found in rules if rule.search(path)]
         if given:
+            if given[0] is not None:
+                check_fits(path, given[0], leaf.shape)
             numbers.append(given[0])
         elif why := why_unread(path, leaf.shape, result, index):
             unread += [why] if unreadable is ... else []

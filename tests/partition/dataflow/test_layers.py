@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optax.contrib import MuonDimensionNumbers
 
 from optax_adam_mini import explain, infer_block_specs, infer_muon_dimension_numbers, per_head
 from optax_adam_mini.boxes import leaves_with_path
@@ -557,7 +558,7 @@ def test_dimension_numbers_leave_embeddings_heads_and_vectors_to_adam():
     }  # fmt: skip
     assert tuple(found["conv"]) == ((0, 1, 2), (3,))
     assert (tuple(found["a"]), tuple(found["b"])) == (((0,), (1,)), ((1,), (0,)))
-    numbers = found["conv"]
+    numbers = found["a"]
     again = infer_muon_dimension_numbers(fn, params, TOKENS, IMAGE, overrides=[("head", numbers)])
     assert again["head"] is numbers
 
@@ -601,6 +602,8 @@ def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
         ([("head", per_head(2))], TypeError, "must give a MuonDimensionNumbers or None"),
         ([("tail", None)], ValueError, "override 'tail'"),
         ([("(", None)], ValueError, "is no regular expression"),
+        ([("head", MuonDimensionNumbers(0, 7))], ValueError, "^head .* does not fit"),
+        ([("head", MuonDimensionNumbers(True, False))], ValueError, "^head .* does not fit"),
     ],
 )
 def test_wrong_overrides_of_dimension_numbers_are_refused(overrides, error, message):
