@@ -101,9 +101,13 @@ def write(output: Path, file: str, name: str) -> str:
         f"{name} --steps {steps}{where}`, with Python {machine['python']} and JAX "
         f"{machine['jax']} on {machine['device']}:\n\n{markdown(columns, rows)}"
     )
-    others = [row for row in rows[1:] if row["learning_rate"] == adamw["learning_rate"]]
-    if len(others) > 1:
-        page += f"\nThe rows against the columns, seed by seed:\n\n{_each_other(workload, others)}"
+    # A contender's first row is at AdamW's best rate, and its last one at its own.
+    first = list({row["contender"]: row for row in reversed(rows[1:])}.values())[::-1]
+    own = list({row["contender"]: row for row in rows[1:]}.values())
+    for among, where in ((first, ""), (own, ", each at its own best rate")):
+        if len(among) > 1 and (among is first or own != first):
+            page += f"\nThe rows against the columns{where}, seed by seed:\n\n"
+            page += _each_other(workload, among)
     curve = rate_curve(workload, content["runs"])
     if len(curve) > 1:
         figure = draw_rates(workload, curve)
@@ -115,7 +119,7 @@ def write(output: Path, file: str, name: str) -> str:
 
 
 def _each_other(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of each row against those above it, at one learning rate."""
+    """A table of each row against those above it."""
     columns: Columns = {"": lambda row: row["title"]}
     for index, other in enumerate(rows[:-1]):
         columns[other["title"]] = lambda row, index=index, other=other: (

@@ -104,6 +104,9 @@ class Options:
     """Number of seeds, from 1 on."""
     sweep_seeds: int = 2
     """Number of these seeds that choose the rate."""
+    reach: int = 1
+    """Number of neighbours on each side that must be worse than the best rate (Muon's matrices:
+    one). Few seeds are noisy, and a walk that looks at one neighbour may stop early."""
     rate: float | None = None
     """AdamW's best rate, if it is known; this skips AdamW's walk."""
     muon_rate: float = 2e-2
@@ -188,7 +191,8 @@ class Comparison:
         if contender in self.muon_rates:
             start = adamws or start
             self.muon_rates[contender] = _walk(self.muon_rates[contender], muons_score)
-        return _walk(start, lambda rate: self._score(contender, rate, sweep))
+        reach = self.options.reach
+        return _walk(start, lambda rate: self._score(contender, rate, sweep), reach)
 
     def _score(self, contender: str, rate: float, seeds: int) -> float:
         """A score; smaller is better, and the loss decides among equal accuracies."""
@@ -202,11 +206,12 @@ class Comparison:
         return sorted({one["learning_rate"] for one in asked if one["contender"] == contender})
 
 
-def _walk(start: float, score: Callable[[float], float]) -> float:
-    """The rate of the grid through `start` whose neighbours are both worse."""
+def _walk(start: float, score: Callable[[float], float], reach: int = 1) -> float:
+    """The rate of the grid through `start` whose neighbours are all worse."""
     index, rate = 0, lambda index: _rounded(start * FACTOR**index)
     while True:
-        best = min((index, index - 1, index + 1), key=lambda index: score(rate(index)))
+        near = [index, *(index + way * n for n in range(1, 1 + reach) for way in (-1, 1))]
+        best = min(near, key=lambda index: score(rate(index)))
         if best == index:
             return rate(index)
         index = best
@@ -250,7 +255,9 @@ def compare(comparison: Comparison) -> None:
 
 
 def main(options: Options) -> None:
-    check_counts({"seeds": options.seeds, "sweep_seeds": options.sweep_seeds})
+    check_counts(
+        {"seeds": options.seeds, "sweep_seeds": options.sweep_seeds, "reach": options.reach}
+    )
     console = Console()
     if options.quick:
         options = dataclasses.replace(options, seeds=2, contenders=options.contenders[:3],
