@@ -76,6 +76,9 @@ def interval_text(workload: Workload, found: Interval) -> str:
     return f"{found.mean:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
 
 
+AT_ADAMWS = "at AdamW's best rate"
+
+
 def write(output: Path, file: str, name: str) -> str:
     """Writes a comparison's Markdown page and plot beside its JSON file; returns the page."""
     content = json.loads((output / f"{file}.json").read_text())
@@ -101,12 +104,12 @@ def write(output: Path, file: str, name: str) -> str:
         f"{name} --steps {steps}{where}`, with Python {machine['python']} and JAX "
         f"{machine['jax']} on {machine['device']}:\n\n{markdown(columns, rows)}"
     )
-    # A contender's first row is at AdamW's best rate, and its last one at its own.
-    first = list({row["contender"]: row for row in reversed(rows[1:])}.values())[::-1]
-    own = list({row["contender"]: row for row in rows[1:]}.values())
-    for among, where in ((first, ""), (own, ", each at its own best rate")):
-        if len(among) > 1 and (among is first or own != first):
-            page += f"\nThe rows against the columns{where}, seed by seed:\n\n"
+    for where in dict.fromkeys(row.get("where", "") for row in rows):
+        among = [row for row in rows[1:] if row.get("where", "") == where]
+        if not where:
+            among = [row for row in among if row["learning_rate"] == adamw["learning_rate"]]
+        if len(among) > 1:
+            page += f"\nThe rows against the columns, {where or AT_ADAMWS}, seed by seed:\n\n"
             page += _each_other(workload, among)
     curve = rate_curve(workload, content["runs"])
     if len(curve) > 1:

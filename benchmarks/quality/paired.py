@@ -114,6 +114,8 @@ class Options:
     own_rates: bool = False
     """Also train the others at their own best rates. For Muon, the walk over the matrices' rate
     comes first, at AdamW's best rate for the rest; then the walk over the rate of the rest."""
+    also: tuple[float, float] | None = None
+    """Rates of the rest and of the matrices at which all contenders with Muon are also trained."""
     output: str = str(intervals.DEFAULT_OUTPUT)
     """Folder of the results."""
     together: bool | None = None
@@ -226,19 +228,23 @@ def compare(comparison: Comparison) -> None:
     options = comparison.options
     known = options.rate or (STARTS[comparison.name] if options.quick else None)
     best = known or comparison.best_rate("adamw")
-    entries = [(name, best, comparison.muon_rates.get(name)) for name in options.contenders]
+    muon_rates = comparison.muon_rates
+    entries = [("", name, best, muon_rates.get(name)) for name in options.contenders]
+    if options.also is not None:
+        entries += [("at one pair of rates for all", name, *options.also) for name in muon_rates]
     if options.own_rates:
         for name in options.contenders[1:]:
-            entry = (name, comparison.best_rate(name, best), comparison.muon_rates.get(name))
-            entries += [] if entry in entries else [entry]
+            rate = comparison.best_rate(name, best)
+            entries.append(("at their own best rates", name, rate, muon_rates.get(name)))
     rows = []
-    for name, rate, muon_rate in entries:
+    for where, name, rate, muon_rate in entries:
         if muon_rate is not None:
-            comparison.muon_rates[name] = muon_rate
+            muon_rates[name] = muon_rate
         runs = comparison.runs(name, rate, range(1, 1 + options.seeds))
         rows.append(
             {
                 "contender": name,
+                "where": where,
                 "title": comparison.title(name),
                 "learning_rate": rate,
                 "values": [comparison.workload.value(run) for run in runs],
