@@ -223,7 +223,7 @@ class BlockSpec:
                 f"{self} cuts the shape {tuple(shape)} into the grid {self.grid(shape)}, but got "
                 f"an array of shape {nu.shape}"
             )
-        return sums.product(self.factors(nu, shape), shape, of)
+        return sums.spread_product(self.factors(nu, shape), shape, of)
 
     def __repr__(self) -> str:
         """What one could type, but for `unit` and `note`, which take no part in comparisons."""

@@ -219,21 +219,20 @@ def _checked_coefficients(given: Any, steps: int) -> Any:
     """The coefficients, in an array that no state shares and no donation deletes."""
     from optax.contrib import muon
 
-    if isinstance(given, jax.core.Tracer):
-        return given
     coefficients = given
     if isinstance(given, str):  # a preset: Optax's state has its numbers
         with jax.ensure_compile_time_eval():
             state = muon(1.0, given).init(jnp.zeros((1, 1)))
             coefficients = optax.tree.get(state, "ns_coeffs")
-    found = np.asarray(coefficients)
+    is_traced = isinstance(given, jax.core.Tracer)
+    found: Any = given if is_traced else np.asarray(coefficients)
     is_number = jnp.issubdtype(found.dtype, jnp.number)
     if found.ndim not in (1, 2) or found.shape[-1] != 3 or not found.size or not is_number:
         raise ValueError(
             f"ns_coeffs must be three numbers, or three for each step, got {given!r} of shape "
             f"{found.shape}"
         )
-    if not np.isfinite(found).all():
+    if not is_traced and not np.isfinite(found).all():
         raise ValueError(f"ns_coeffs must be finite, got {given!r}")
     if found.ndim == 2 and len(found) > steps:
         raise ValueError(

@@ -209,7 +209,7 @@ class Outer:
                 f"{self} cuts the shape {tuple(shape)} into the grids {self.grid(shape)}, "
                 f"but got {shapes}"
             )
-        return sums.product(self.factors(nu, shape), shape, of)
+        return sums.spread_product(self.factors(nu, shape), shape, of)
 
     def factors(self, nu: tuple[Array, Array], shape: Sequence[int]) -> list[Factor]:
         """The factors of `v`: `v_a` and `v_b / v_ab`.

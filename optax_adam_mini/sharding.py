@@ -134,24 +134,23 @@ def _checked(
 ) -> NamedSharding:
     if sharding is None:
         sharding = PartitionSpec()
-    if isinstance(sharding, PartitionSpec):
-        if mesh is None:
-            raise ValueError(
-                f"{path}: got {sharding}, and no mesh: call opt_state_shardings with mesh="
-            )
-        try:
-            sharding = NamedSharding(mesh, sharding)
-        except ValueError as error:
-            raise ValueError(f"{path} {shape}: {sharding} does not fit: {error}") from error
-    if not isinstance(sharding, NamedSharding):
+    is_spec = isinstance(sharding, PartitionSpec)
+    if is_spec and mesh is None:
+        raise ValueError(
+            f"{path}: got {sharding}, and no mesh: call opt_state_shardings with mesh="
+        )
+    if not is_spec and not isinstance(sharding, NamedSharding):
         raise TypeError(
             f"{path}: expected a NamedSharding, or a PartitionSpec and mesh=, got {sharding!r} of "
             f"type {type(sharding).__name__}"
         )
+    spec = sharding if is_spec else sharding.spec
     try:
-        if len(sharding.spec) > len(shape):
+        if len(spec) > len(shape):
             raise ValueError(f"expected a spec of at most {len(shape)} axes")
+        if is_spec and mesh is not None:
+            sharding = NamedSharding(mesh, spec)
         sharding.shard_shape(shape)
     except ValueError as error:
-        raise ValueError(f"{path} {shape}: {sharding.spec} does not fit: {error}") from error
+        raise ValueError(f"{path} {shape}: {spec} does not fit: {error}") from error
     return sharding

@@ -98,7 +98,7 @@ def spread(
     return jnp.broadcast_to(jax.lax.optimization_barrier(nu), tuple(shape))
 
 
-def product(
+def spread_product(
     factors: Sequence[Factor], shape: Sequence[int], of: Callable[[Array], Array] | None = None
 ) -> Inexact[Array, "*shape"]:
     """The product of factors at every coordinate, or a function of it.
@@ -109,7 +109,7 @@ def product(
         of: an elementwise function of the product. With one factor it is computed once per block.
 
     Examples:
-        >>> product([Factor(jnp.array([4.0, 9.0]), (((1, 2), (1, 1)),))], (3,), jnp.sqrt)
+        >>> spread_product([Factor(jnp.array([4.0, 9.0]), (((1, 2), (1, 1)),))], (3,), jnp.sqrt)
         Array([2., 2., 3.], dtype=float32)
     """
     of = of or (lambda x: x)

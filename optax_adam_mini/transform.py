@@ -56,7 +56,7 @@ from optax_adam_mini.quantized import (
     write,
 )
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
-from optax_adam_mini.sums import product, widen
+from optax_adam_mini.sums import spread_product, widen
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -105,8 +105,8 @@ def scale_by_adam_mini(
         mu_dtype: dtype of `mu`, as in `adam_mini`.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether to limit each coordinate to the longest step that Adam
-            could make with these decay rates. `False` gives the paper's Algorithm 1 and the
-            arithmetic of the reference package.
+            could make with these decay rates. `False` gives the paper's
+            Algorithm 1 and the arithmetic of the reference package.
         block_specs: the blocks: a pytree of specs like the parameters
             (`infer_block_specs` makes one), or a prefix of it, or a label
             function that returns one. None uses `flax_layers()`, the paper's
@@ -183,8 +183,8 @@ def adam_mini(
             one; None for all.
         nesterov: whether to use Nesterov momentum (Dozat 2016).
         bounded: whether to limit each coordinate to the longest step that Adam
-            could make with these decay rates. `False` gives the paper's Algorithm 1 and the
-            arithmetic of the reference package.
+            could make with these decay rates. `False` gives the paper's
+            Algorithm 1 and the arithmetic of the reference package.
         block_specs: the blocks: a pytree of specs like the parameters
             (`infer_block_specs` makes one), or a prefix of it, or a label
             function that returns one. None uses `flax_layers()`, the paper's
@@ -433,7 +433,7 @@ def _update_parameter(
         m_hat += t.g_weight * g
     # With one number for each block it is computed once for each, and then spread.
     inverse_root = lambda v: 1 / (jnp.sqrt(v / t.c2 + t.eps_root) + t.eps)
-    update = m_hat * product(new, g.shape, inverse_root)
+    update = m_hat * spread_product(new, g.shape, inverse_root)
     return _held(update, t.longest) if bounded else update, kept, nu
 
 

@@ -103,6 +103,26 @@ def test_muons_rate_is_walked_before_that_of_the_rest(monkeypatch, tmp_path):
     assert "muon_learning_rate" not in content["settings"]["hyper"]
 
 
+def test_a_walk_may_look_further_than_one_neighbour():
+    """Two seeds are noisy: a rate that looks worse must not end the walk before the best one."""
+    values = {3e-3: 2.0, 4.5e-3: 2.1, 6.75e-3: 1.5, 1.01e-2: 1.6}
+    score = lambda rate: values.get(rate, 3.0)
+    assert paired._walk(3e-3, score) == 3e-3
+    assert paired._walk(3e-3, score, reach=2) == 6.75e-3
+
+
+def test_all_with_muon_may_be_trained_at_one_pair_of_rates(trained, tmp_path):
+    names = ("adamw", "outer", "muon_mini", "muon")
+    paired.main(options(tmp_path, contenders=names, rate=3e-3, also=(1e-2, 3e-2)))
+    rows = json.loads((tmp_path / "gpt2_500.json").read_text())["rows"]
+    assert [(row["contender"], row["learning_rate"]) for row in rows[4:]] == [
+        ("muon_mini", 1e-2), ("muon", 1e-2),
+    ]  # fmt: skip
+    assert all(row["title"].endswith("(matrices 0.03)") for row in rows[4:])
+    page = (tmp_path / "gpt2_500.md").read_text()
+    assert "The rows against the columns, at one pair of rates for all, seed by seed:" in page
+
+
 def test_finished_trainings_are_not_repeated(trained, tmp_path):
     paired.main(options(tmp_path))
     count = len(trained)
