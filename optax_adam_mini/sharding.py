@@ -148,9 +148,8 @@ def _checked(
     try:
         if len(spec) > len(shape):
             raise ValueError(f"expected a spec of at most {len(shape)} axes")
-        if is_spec and mesh is not None:
-            sharding = NamedSharding(mesh, spec)
-        sharding.shard_shape(shape)
+        made: Any = NamedSharding(mesh, spec) if is_spec and mesh is not None else sharding
+        made.shard_shape(shape)
     except ValueError as error:
         raise ValueError(f"{path} {shape}: {spec} does not fit: {error}") from error
-    return sharding
+    return made
