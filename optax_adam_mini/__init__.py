@@ -27,7 +27,7 @@ from optax_adam_mini.rounding import StochasticRoundingState, stochastic_roundin
 from optax_adam_mini.sharding import opt_state_shardings
 from optax_adam_mini.transform import ScaleByAdamMiniState, adam_mini, scale_by_adam_mini
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 __all__ = [
     "BlockSpec",

@@ -64,8 +64,10 @@ class BlockSpec:
         for axis, cut in self.cuts:
             _check_int("axis", axis)
             if isinstance(cut, tuple):
-                for size, _ in cut:
-                    _check_int("the size of a part", size, minimum=0)
+                for part in cut:
+                    if not (is_pair(part) and isinstance(part[1], BlockSpec)):
+                        raise TypeError(f"each part of a cut is a pair (size, spec), got {part!r}")
+                    _check_int("the size of a part", part[0], minimum=0)
             elif cut is not None:
                 _check_int("the number of blocks", cut, minimum=1)
         axes = [axis for axis, _ in self.cuts]
@@ -226,7 +228,7 @@ class BlockSpec:
         return sums.spread_product(self.factors(nu, shape), shape, of)
 
     def __repr__(self) -> str:
-        """What one could type, but for `unit` and `note`, which take no part in comparisons."""
+        """An expression that gives an equal spec; `unit` and `note` may differ."""
         numbers = [axis for axis, cut in self.cuts if cut is None]
         if self.cuts and isinstance(self.cuts[0][1], int):
             (axis, heads), *each = self.cuts
@@ -371,12 +373,13 @@ def fused(
         (1, 792)
     """
     _check_int("axis", axis)
-    parts = tuple(tuple(part) for part in parts)  # pyright: ignore[reportAssignmentType]
+    for part in parts:
+        is_pair = isinstance(part, Sequence) and len(part) == 2
+        if not (is_pair and isinstance(part[1], BlockSpec)):
+            raise TypeError(f"each part of fused() is a pair (size, spec), got {part!r}")
+    parts = tuple((size, spec) for size, spec in parts)
     if not parts:
         raise ValueError("fused() needs at least one part: a sequence of (size, spec)")
-    for part in parts:
-        if len(part) != 2 or not isinstance(part[1], BlockSpec):
-            raise TypeError(f"each part of fused() is a pair (size, spec), got {part!r}")
     others = [(tuple(c for c in spec.cuts if c[0] != axis), spec.rest) for _, spec in parts]
     for (cuts, rest), (_, spec) in zip(others, parts, strict=True):
         if (cuts, rest) != others[0]:
@@ -403,7 +406,7 @@ def stacked_along(spec: BlockSpec, stacked: int | Sequence[int]) -> BlockSpec:
 
 
 def _each(axis: int | Sequence[int], stacked: int | Sequence[int]) -> tuple[tuple[int, None], ...]:
-    axes = [(a,) if isinstance(a, int) else tuple(a) for a in (axis, stacked)]
+    axes = [tuple(a) if isinstance(a, Sequence) else (a,) for a in (axis, stacked)]
     return tuple((a, None) for a in itertools.chain(*axes))
 
 

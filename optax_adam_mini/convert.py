@@ -158,19 +158,21 @@ def _convert(
         for path in paths:
             if path not in by_path:
                 raise ValueError(
-                    f"{'/'.join(path)}: the state has a nu for it, but params have no such"
+                    f"{'/'.join(path) or 'params'}: the state has moments for this parameter, but "
+                    "params do not contain it: pass the params that the state was made with"
                 )
         found = [by_path[path] for path in paths]
         is_outer = any(isinstance(spec, Outer) for spec, _ in found)
         has_rows = isinstance(node.nu, OuterMoments)
         # The state of a group without rows has two trees if the specs of all groups were given.
         if old is ScaleByAdamMiniState and not is_outer <= has_rows <= may_be_outer:
+            stored, given_for = "one number for each block", "an outer for some parameter"
+            if has_rows:
+                stored, given_for = "rows and columns (v='outer')", "no outer"
             raise ValueError(
-                "the state is not of these block specs: it has "
-                + ("rows and columns (v='outer'), and they have not" if has_rows else
-                   "one number for each block, and they have rows and columns (v='outer')")
-                + ": pass the specs that it was made with"
-            )  # fmt: skip
+                f"the state does not match block_specs: it stores {stored}, and block_specs has "
+                f"{given_for}: pass the block_specs that the state was made with"
+            )
         nu = of_parameters(node.nu, [spec for spec, _ in found])
         pairs: list[tuple[Any, Any]] = []
         for path, m, v, (spec, p) in zip(paths, jax.tree.leaves(mu), nu, found, strict=True):
@@ -180,7 +182,7 @@ def _convert(
                 pairs.append(convert_leaf(path, spec, m, v, p))
             except ValueError as error:
                 raise ValueError(
-                    f"{'/'.join(path)}: the state is not of these params: {error}"
+                    f"{'/'.join(path) or 'params'}: the state is not of these params: {error}"
                 ) from None
         new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
         own = [p if path_of(keys) in paths else optax.MaskedNode() for keys, p in leaves]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +15,9 @@ from optax_adam_mini.labels import (
     of_function,
     of_leaves,
     path_of,
-    remembered_block_specs,
+    remembered,
+    resolve_block_specs,
+    shapes_of,
 )
 from optax_adam_mini.product import Outer, Spec
 
@@ -67,15 +68,15 @@ class Pieces(NamedTuple):
 
 def specs_of(block_specs: Any, params: Any) -> list[Spec]:
     """The specs of the matrices, which say which parts have separate rows."""
-    leaves, treedef = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
-    labels = remembered_block_specs(block_specs, treedef, shapes) if block_specs is not None else []
+    treedef, shapes = shapes_of(params)
+    labels = [] if block_specs is None else remembered(
+        resolve_block_specs, block_specs, treedef, shapes)  # fmt: skip
     specs = [spec for _, spec in labels]
-    if leaves and not any(isinstance(spec, Outer) for spec in specs):
+    if shapes and not any(isinstance(spec, Outer) for spec in specs):
         raise ValueError(
-            "parts=True: the parts of a kernel are those that have rows of their own, and "
-            "block_specs has no rows for a matrix (no outer): give "
-            "block_specs=infer_block_specs(loss_fn, params, ...), or leave parts out"
+            "parts=True splits a kernel where its outer spec has separate rows, and block_specs "
+            "has no outer for any matrix: pass block_specs=infer_block_specs(loss_fn, params, "
+            "...), or leave parts out"
         )
     return specs
 
@@ -149,7 +150,7 @@ def check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...])
     Raises:
         ValueError: if they are not.
     """
-    parts = [part if isinstance(part, Sequence) else (part,) for part in numbers]
+    parts = _axes(numbers)
     axes = [axis for part in parts for axis in part]
     known = [a for a in axes if isinstance(a, (int, np.integer)) and not isinstance(a, bool)]
     distinct = {axis % len(shape) for axis in known if -len(shape) <= axis < len(shape)}

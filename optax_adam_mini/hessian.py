@@ -37,8 +37,8 @@ class BlockShare:
 
     @property
     def ratio(self) -> float:
-        """How many times more than random blocks of the same sizes."""
-        return self.inside / self.chance
+        """How many times more than random blocks of the same sizes; nan without any chance."""
+        return self.inside / self.chance if self.chance else math.nan
 
 
 def block_shares(
@@ -62,10 +62,9 @@ def block_shares(
         *args: further arguments of the loss.
 
     Returns:
-        By path, a `BlockShare` of every parameter whose blocks can hold
-        something. Blocks of one coordinate have nothing off the diagonal
-        inside, and one block holds it all. Integers are no parameters
-        of a Hessian and are left out as well.
+        By path, a `BlockShare` of every parameter, except those that are cut
+        per coordinate (whose blocks have nothing off the diagonal), those of
+        one block (which has everything), and integers.
 
     Raises:
         ValueError: if a parameter that is measured has more than 16,384
@@ -74,7 +73,7 @@ def block_shares(
         TypeError: if such a parameter is complex, or the loss no scalar.
 
     Examples:
-        >>> loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()  # in it, neurons do not meet
+        >>> loss = lambda p, x: ((x @ p["w"] - 1) ** 2).mean()  # no term has two neurons
         >>> block_shares(loss, {"w": jnp.ones((2, 3))}, per_neuron(), jnp.ones((5, 2)))["w"].inside
         1.0
     """
@@ -88,7 +87,7 @@ def block_shares(
         if _is(leaf, jnp.complexfloating):
             raise TypeError(
                 f"{path} {leaf.shape}: is {leaf.dtype}, and block_shares takes real parameters: "
-                "measure its real and imaginary parts as two"
+                "measure its real and imaginary parts as two parameters"
             )
         if leaf.size > _LARGEST:
             raise ValueError(

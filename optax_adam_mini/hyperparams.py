@@ -19,8 +19,8 @@ def check_hyperparams(*, are_known: bool = False, **hyperparams: Any) -> dict[st
     1e-8 may be 0.
 
     Args:
-        are_known: whether arrays are looked at, for which their values are waited for; a traced one
-            never is.
+        are_known: whether to read arrays, which waits until they are computed; traced arrays are
+            never read.
         hyperparams: numbers and arrays, by name.
 
     Returns:
@@ -52,7 +52,7 @@ def check_is_bool(**hyperparams: Any) -> None:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Refuses what is no whole number of at least 1, known before anything is compiled.
+    """Refuses anything but a whole number of at least 1 that is known before compilation.
 
     Raises:
         TypeError, ValueError: if it is not.
@@ -72,12 +72,13 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
-    """Refuses what cannot be trained with a moment of its own dtype, or of `mu_dtype`.
+    """Refuses dtypes that cannot be trained.
 
     Raises:
-        TypeError: for random keys, for floats of 8 bits and fewer, which JAX promotes to nothing,
-            and for complex numbers with a `mu_dtype`, which is of real numbers.
+        TypeError: for random keys; for floats of 8 bits and fewer, which JAX does not promote; for
+            complex parameters with a `mu_dtype`, because that is a dtype of real numbers.
     """
+    path = path or "params"
     if mu_dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{path}: mu_dtype={mu_dtype} keeps real numbers, and the parameter is {dtype}: leave "
@@ -91,8 +92,9 @@ def check_param_dtype(path: str, dtype: Any, mu_dtype: Any = None) -> None:
         )
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
         raise TypeError(
-            f"{path}: expected float32, bfloat16 or float16, got {dtype}: too few digits for steps "
-            "to add up; keep the parameters in bfloat16 or wider, and cast them in the model"
+            f"{path}: expected float32, bfloat16 or float16, got {dtype}, in which small "
+            "steps are rounded away: keep the parameters in bfloat16 or wider, and cast them in "
+            "the model"
         )
 
 
@@ -118,11 +120,12 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
         named = getattr(schedule, "__name__", type(schedule).__name__)
         raise TypeError(
             f"{name}: expected a schedule, a function count -> number, got "
-            f"{named}({', '.join(takes.parameters)}): if it makes a schedule, call it"
+            f"{named}({', '.join(takes.parameters)}): if this function makes a schedule, call it "
+            "and pass what it returns"
         ) from None
     try:
         returned: Any = schedule(jnp.zeros([], jnp.int32))
-    except Exception:  # what it says, it says where it is used
+    except Exception:  # the first update raises it
         return value
     if callable(returned):
         raise TypeError(
@@ -139,10 +142,11 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
 
 
 def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
-    """The dtype, as JAX has it.
+    """Checks `mu_dtype`, and returns it as NumPy's; without x64, float64 becomes float32.
 
     Raises:
-        TypeError: if it is none of real floating-point numbers of 16 bits or more, nor int8.
+        TypeError: if it is neither int8 nor a dtype of real floating-point numbers of at least 16
+            bits.
     """
     if mu_dtype is None:
         return None
@@ -157,7 +161,7 @@ def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:
     if not (is_wide or dtype == jnp.int8):
         raise TypeError(
             f"mu_dtype must be a floating-point dtype or jnp.int8, got {mu_dtype!r}"
-            + ": jnp.int8 is what keeps 8 bits" * (dtype is not None and dtype.itemsize == 1)
+            + ": pass jnp.int8 for 8 bits" * (dtype is not None and dtype.itemsize == 1)
         )
     return dtype
 
@@ -175,8 +179,10 @@ def _checked(name: str, value: Any, below: float, kind: str, is_known: bool) -> 
         if not _is_real(value.dtype):
             raise TypeError(f"{name} must be {kind}, got an array of {value.dtype}")
         if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not is_known):
-            if name == "eps" and value.dtype == jnp.float16:
-                raise ValueError(f"eps is in float16, in which 1e-8 is 0{_WIDER}")
+            if name == "eps" and value.dtype == jnp.float16 and is_known:
+                raise ValueError(
+                    f"eps is in float16, in which 1e-8 is 0{_WIDER}, or call init outside jax.jit"
+                )
             return value
     elif isinstance(value, bool) or not (
         isinstance(value, (int, float)) or (isinstance(value, np.generic) and _is_real(value.dtype))

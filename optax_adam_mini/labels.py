@@ -96,7 +96,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     Raises:
         TypeError: if a label is not a `BlockSpec`.
         ValueError: if a parameter has no spec, a spec no parameter, or a spec does not fit its
-            parameter's shape. The message names every parameter concerned.
+            parameter's shape. The message names the first few parameters concerned.
 
     Examples:
         >>> resolve_block_specs(per_tensor(), {"scale": jnp.ones(3)})
@@ -130,9 +130,9 @@ def of_leaves(
     """What is given for every leaf of `params`, at its path or at a prefix of it.
 
     Args:
-        what: what was given, to begin the message with.
-        word: one of it.
-        given: by paths.
+        what: the name of what was given, which begins the message.
+        word: the noun for one entry, such as "spec".
+        given: the entries by path; a path may be a prefix.
         params: pytree of parameters. Where it is empty, nothing is needed and nothing looked at.
 
     Returns:
@@ -164,11 +164,15 @@ def of_leaves(
     if missing or unused:
         lacking = [f"no {word} for {some(missing)}"] if missing else []
         surplus = [f"no parameter for the {word} at {some(unused)}"] if unused else []
+        hint = ""
+        if missing == ["params"]:
+            hint = (
+                ": params is one array, as inside optax.flatten: leave that out, or give one spec"
+            )
         raise ValueError(
             f"{what} must have the structure of the parameters, or be a prefix of it: "
             + "; ".join(lacking + surplus)
-            + ": the parameters are one array, as optax.flatten makes them, which mixes all blocks"
-            * (missing == ["params"])
+            + hint
         )
     return found
 
@@ -176,24 +180,23 @@ def of_leaves(
 _REMEMBERED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def remembered_block_specs(
-    block_specs: Any, treedef: Any, leaves: list[Any]
-) -> list[tuple[str, Spec]]:
-    """As `resolve_block_specs`; a label function is called once for a tree, and not at every step.
+def remembered(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any]) -> T:
+    """`of(given, params)`; a user's function is called once for a tree, and not at every step.
 
-    What it returned is forgotten with the function.
+    What it returned is freed with the function.
+
+    Args:
+        of: `resolve_block_specs`, or another function of `given` and the parameters.
+        given: what the user gave: a function, or a pytree.
+        treedef: the structure of the parameters.
+        shapes: the parameters, as `jax.ShapeDtypeStruct`s.
     """
-    return _remembered(block_specs, resolve_block_specs, treedef, leaves)
-
-
-def _remembered(block_specs: Any, of: Callable[..., T], treedef: Any, leaves: list[Any]) -> T:
-    """`of(block_specs, params)`; for a function it is called once for a tree."""
-    make = lambda: of(block_specs, jax.tree.unflatten(treedef, leaves))
+    make = lambda: of(given, jax.tree.unflatten(treedef, shapes))
     try:
-        found = _REMEMBERED.setdefault(block_specs, {}) if callable(block_specs) else {}
-        key = (of, treedef, tuple(leaves))  # not its hash: that of a treedef does not see names
+        found = _REMEMBERED.setdefault(given, {}) if callable(given) else {}
+        key = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
         hash(key)
-    except TypeError:  # there is no hash, or no weak reference
+    except TypeError:  # not hashable, or no weak reference to it
         return make()
     if key not in found:
         found[key] = make()
@@ -224,8 +227,8 @@ def check_arrays(params: Any) -> None:
 def has_outer(block_specs: Any, params: Any) -> bool:
     """Whether the `nu` of a state with these specs has two trees.
 
-    It depends on the specs that are given, not on those that some of the parameters have, so that
-    all parts of a tree have states alike; for the placeholder of `optax.tree.map_params` too.
+    It depends on all specs that are given, so that every group of `optax.multi_transform` gets a
+    state of the same structure.
     """
     specs = spec_leaves(called(block_specs, params))
     return any(isinstance(spec, Outer) for spec in specs.values())
@@ -241,27 +244,33 @@ def called(block_specs: Any, params: Any) -> Any:
 
 
 def of_all(block_specs: Any, params: Any) -> Any:
-    """Block specs that may be given parts of `params`: a user's function sees all parameters.
+    """Block specs for parts of `params`: a user's label function is called on the whole tree.
 
-    The label functions of this package take parts, and need to know the names in these alone.
+    It may not expect `optax.MaskedNode`, which a part has elsewhere. The label functions of this
+    package do, and are returned as they are.
     """
     if not is_label_function(block_specs) or isinstance(block_specs, Label):
         return block_specs
+    return remembered(called, block_specs, *shapes_of(params))
+
+
+def shapes_of(params: Any) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    """The structure of `params`, and the shapes and dtypes of its leaves."""
     leaves, treedef = jax.tree.flatten(params)
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
-    return _remembered(block_specs, called, treedef, shapes)
+    return treedef, [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
 
 
 def of_function(what: str, function: Callable[[Any], T], params: Any) -> T:
-    """What a function of the user returns for parameters, which may be a part of a tree."""
+    """Calls a user's function; if it fails on a part of a tree, a note says that this is one."""
     try:
         return function(params)
     except Exception as error:
         if has_masked(params):
             error.add_note(
-                f"{what}: the function was called with a part of the parameters, in which those "
-                "of other optimizers are optax.MaskedNode (of optax.masked, multi_transform or "
-                f"partition): let it take such, or give what it returns, {what}=function(params)"
+                f"{what}: the function was called with a part of the parameters: optax.masked, "
+                "multi_transform and partition put optax.MaskedNode() in the place of the others. "
+                "Let the function accept these, or pass what it returns for all parameters, "
+                f"{what}=function(params)"
             )
         raise
 
@@ -322,10 +331,10 @@ def path_str(keys: Sequence[Any]) -> str:
 
 
 def check_is_params(what: str, params: Any) -> None:
-    """Refuses to label the count that `optax.inject_hyperparams` calls functions with.
+    """Refuses one integer: `optax.inject_hyperparams` calls a label function with the step.
 
     Raises:
-        TypeError: if `params` is one integer; of int8 it is the `mu` of one parameter.
+        TypeError: if `params` is one; of int8 it is the `mu` of one parameter.
     """
     if not jax.tree_util.all_leaves([params]):
         return
@@ -362,21 +371,21 @@ def check_only_params(
     ]
     others = [(path, node) for path, node in found if not is_given(path)]
     is_key = lambda x: jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.extended)
-    # Random keys are refused as no numbers, whatever they are in.
+    # Random keys get an error of their own, later.
     if others and not any(map(is_key, jax.tree.leaves(params))):
         kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
         raise ValueError(
-            f"{what}: these are no parameters, and an optimizer would change them, by weight decay "
-            f"alone: {kinds}: take the parameters alone, nnx.Optimizer(model, tx, wrt=nnx.Param), "
+            f"{what}: {kinds}: not parameters, and weight decay alone would change them: "
+            "pass the parameters alone, nnx.Optimizer(model, tx, wrt=nnx.Param), "
             "or graph, params, rest = nnx.split(model, nnx.Param, ...) and, inside the loss, "
             "nnx.merge(graph, params, rest); or give specs for them"
         )
 
 
 def check_used(what: str, matches: Callable[[str], Any], given: str, params: Any) -> None:
-    """Refuses a path or pattern of the user that matches no parameter.
+    """Refuses a user's path or pattern that matches no parameter.
 
-    A part of a tree (`optax.masked` and `optax.multi_transform` give such) need not hold it.
+    Parts of a tree, as `optax.masked` and `optax.multi_transform` pass them, are not checked.
 
     Args:
         what: what was given, to begin the message with.

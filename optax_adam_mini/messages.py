@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
@@ -18,7 +19,7 @@ _OTHER_SPECS = (
     "the state was made with other block specs: pass those, or convert it, "
     "from_adam_state(to_adam_state(state, params, its_specs), params, block_specs)"
 )
-_LIKE_ADAMS = f"it may be that of optax.adam or optax.adamw: {_CONVERT}; or {_OTHER_SPECS}"
+_LIKE_ADAMS = f"if it is the state of optax.adam or optax.adamw, {_CONVERT}; or {_OTHER_SPECS}"
 
 
 def check_order(updates: Any) -> None:
@@ -62,8 +63,9 @@ def check_counts(state: Any) -> None:
         )
     if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
         raise ValueError(
-            f"update: the state's count was cast to {jnp.result_type(state.count)}, in which it "
-            "does not count on: cast no part of an optimizer state, or restore it as it was saved"
+            f"update: the state's count was cast to {jnp.result_type(state.count)}, which cannot "
+            "represent every step: do not cast an optimizer state, and restore it in the dtypes it "
+            "was saved in"
         )
 
 
@@ -154,16 +156,16 @@ def check_gradients(updates: Any, params: Any) -> list[tuple[str, Any]]:
 
 
 def check_given_mask(mask: Any) -> None:
-    """Refuses what is no mask, as `check_mask_leaves`, and one boolean for all parameters.
+    """Refuses anything but a pytree of booleans and a function, and a single boolean.
 
-    A function of the parameters gives this when `optax.inject_hyperparams` calls it with the step.
+    `optax.inject_hyperparams` calls a mask function with the step, and passes on a single boolean.
 
     Raises:
-        TypeError: if it is no mask, or one boolean.
+        TypeError: if it is refused.
     """
     if isinstance(mask, type):
         raise TypeError(f"mask: expected a pytree of booleans or a function, got {mask!r}")
-    if isinstance(mask, bool | jax.Array):
+    if isinstance(mask, bool | np.bool_ | jax.Array):
         raise TypeError(
             f"mask: expected a pytree of booleans or a function, got {mask!r}: if it was a "
             "function, optax.inject_hyperparams took it for a schedule: name the argument in "
@@ -230,7 +232,7 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
     if type(tree) is not type(like):
         said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]
         if isinstance(tree, tuple) and len(tree) == 2:
-            said += ["of the pair (loss, gradients) of jax.value_and_grad pass the second"]
+            said += ["jax.value_and_grad returns the pair (loss, gradients): pass the gradients"]
     else:
         missing = [path for path in expected if path not in got]
         surplus = [path for path in got if path not in expected]
@@ -258,16 +260,17 @@ def check_in_bfloat16(params: Any) -> None:
         if is_float and dtype != jnp.bfloat16 and jnp.finfo(dtype).bits < 32:
             raise TypeError(
                 f"{'/'.join(path) or 'params'}: expected bfloat16, or float32 and wider, which are "
-                f"left alone; got {dtype}, whose few bits of exponent lose small parameters and "
-                "gradients before they can be rounded: keep the parameters in bfloat16"
+                f"left alone; got {dtype}, which turns small parameters and gradients into 0 "
+                "before they can be rounded: keep the parameters in bfloat16"
             )
     if dtypes and jnp.bfloat16 not in dtypes.values():
         path, dtype = next(iter(dtypes.items()))
         raise ValueError(
             "stochastic_rounding: expected parameters in bfloat16, and found none "
             f"({'/'.join(path) or 'params'} is {dtype}): leave it out, or cast them, "
-            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params); of a run that had some, what "
-            "adds the updates has widened them (eqx.apply_updates does): use optax.apply_updates"
+            "jax.tree.map(lambda p: p.astype(jnp.bfloat16), params). If they were in bfloat16 at "
+            "init, the function that adds the updates has widened them (eqx.apply_updates does): "
+            "use optax.apply_updates"
         )
 
 

@@ -43,8 +43,8 @@ def kept(
                 for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
             ]
             mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))
-        state: Any = orthogonalize(pieces).init(params)
-        return state._replace(mu=mu)
+        with_scalars: Any = orthogonalize([]).init([])
+        return with_scalars._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _check_momentum(state.mu, updates, mu_dtype)
@@ -88,7 +88,7 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
         raise ValueError(
             f"the state's mu is {'int8' if is_int8 else 'not int8'}, but the transformation has "
             f"mu_dtype={mu_dtype}: pass the mu_dtype that the state was made with. Muon's momentum "
-            "is not converted: to begin it anew, take that of tx.init(params)"
+            "cannot be converted: to restart it, use the momentum of tx.init(params)"
         )
     shapes = lambda tree: {
         path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
@@ -100,8 +100,8 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
     if found != expected:
         differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
         raise ValueError(
-            f"the state's momentum does not fit the matrices at {some(differ)}: it was made with "
-            "other parameters, or other muon_weight_dimension_numbers"
+            f"the state's momentum does not fit the matrices at {some(differ)}: pass the "
+            "parameters, and the muon_weight_dimension_numbers, that init got"
         )
 
 

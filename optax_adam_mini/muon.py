@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.core
@@ -19,7 +19,7 @@ from optax_adam_mini.hyperparams import (
     check_mu_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import BlockSpecs, check_called, of_all, some
+from optax_adam_mini.labels import BlockSpecs, check_called, of_all, remembered, shapes_of, some
 from optax_adam_mini.messages import check_given_mask, check_gradients, check_order
 from optax_adam_mini.momentum import kept
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
@@ -27,6 +27,7 @@ from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
+Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 MUON, ADAM = "muon", "adam"  # the parts of the state, as `optax.contrib.muon` calls them
 
 
@@ -42,7 +43,7 @@ def muon_mini(
     *,
     nesterov: bool = True,
     adaptive: bool = False,
-    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    preconditioning: Preconditioning = "frobenius",
     adam_b1: jax.typing.ArrayLike = 0.9,
     adam_b2: jax.typing.ArrayLike = 0.999,
     adam_eps_root: jax.typing.ArrayLike = 0.0,
@@ -150,10 +151,8 @@ def muon_mini(
     ns_steps = check_count("ns_steps", ns_steps)
     dtype = check_mu_dtype(mu_dtype)
     check_is_bool(nesterov=nesterov, adaptive=adaptive, parts=parts)
-    if preconditioning not in _PRECONDITIONINGS:
-        raise ValueError(
-            f"preconditioning must be one of {_PRECONDITIONINGS}, got {preconditioning!r}"
-        )
+    if preconditioning not in (known := get_args(Preconditioning)):
+        raise ValueError(f"preconditioning must be one of {known}, got {preconditioning!r}")
     ns_coeffs = _checked_coefficients(ns_coeffs, ns_steps)
     check_called(muon_weight_dimension_numbers)
 
@@ -182,7 +181,7 @@ def muon_mini(
     rest_as_given = rest(block_specs)
 
     def both(params: Any) -> optax.GradientTransformationExtraArgs:
-        found = dimension_numbers(muon_weight_dimension_numbers, params)
+        found = remembered(dimension_numbers, muon_weight_dimension_numbers, *shapes_of(params))
         numbers = [each for each in found if each is not None]
         given = of_all(block_specs, params)
 
@@ -250,9 +249,6 @@ def _check_gradients(updates: Any, params: Any) -> None:
     missing = [path for path, g in check_gradients(updates, params) if g is None]
     if missing:
         raise ValueError(
-            f"no gradient, but None, for the parameters at {some(missing)}: muon_mini needs one "
-            "for each; give zeros, or None in the parameters as well, to init and to update"
+            f"the gradients at {some(missing)} are None, and muon_mini needs one for every "
+            "parameter: pass zeros, or set these parameters to None in init and in update"
         )
-
-
-_PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")

@@ -62,8 +62,8 @@ _CUT = 23  # bits of a float32's fraction: a binade is 2**23 floats, evenly spac
 _SMALL, _LARGE = -6, 17
 _DENSER = ((3, -6, 6), (4, -5, 2), (8, -4, 1))  # (additional codes per binade, from, to)
 _OFFSET = 2.0**_SMALL  # added before a number is read as bits, to space small numbers evenly
-# It equals zero but is not the constant zero. The gradients of a scan start as zeros, and XLA's GPU
-# compiler would keep those arrays until the update, to compare with them.
+# -0.0 equals 0.0, but XLA does not take it for the same constant. The gradients of a scan start as
+# 0.0, and XLA's GPU compiler would keep those arrays until the update, to compare with them.
 _ZERO = -0.0
 _NO_CODES = "take gradients through an update with mu_dtype=None"
 _TINY = float(np.finfo(np.float32).tiny)
@@ -117,7 +117,9 @@ def read(kept: Array, factors: Sequence[Factor]) -> Float[Array, "*shape"]:
 def write(
     m: Float[Array, "*shape"], factors: Sequence[Factor], dtype: np.dtype, seed: UInt32[Array, ""]
 ) -> Array:
-    """The codes of the first moment; over many seeds, their mean is `m`.
+    """The first moment as a state stores it: codes, or numbers of another dtype.
+
+    Over many seeds, the mean of what the codes stand for is `m`.
 
     Args:
         m: the moment.
@@ -288,9 +290,9 @@ def check_kept(path: str, kept: Any, is_codes: bool) -> None:
 
 
 _OF_VERSION_0_2 = (
-    "the state's mu is int8, without the node that this version keeps codes in: if it is of "
-    "version 0.2, go to AdamW's state with that version, to_adam_state(state, params, "
-    "block_specs), and from there on with this one"
+    "the state's mu is a plain int8 array, and this version stores codes in a Codes node: if the "
+    "state is of version 0.2, convert it with to_adam_state(state, params, block_specs) of that "
+    "version, and what it returns with from_adam_state(...) of this one"
 )
 _CONVERT = (
     "from_adam_state(to_adam_state(state, params, block_specs), params, block_specs, mu_dtype={})"
@@ -310,7 +312,7 @@ def allowed_b2(b1: Any) -> tuple[Any, Any]:
         [0.81004, 0.99995]
     """
     rest = 1 - b1
-    product = (rest / _FACTOR) ** 2  # of the two solutions, and `total` is their sum
+    product = (rest / _FACTOR) ** 2  # of the two solutions; `total` is their sum
     total = rest * (1 + b1) + product
     larger = (total + (total**2 - 4 * product) ** 0.5) / 2
     return 1 - larger, 1 - product / larger
@@ -325,8 +327,8 @@ def check_decays(b1: Any, b2: Any) -> None:
     least, greatest = allowed_b2(float(b1))
     if not least <= float(b2) <= greatest:
         raise ValueError(
-            f"mu_dtype=int8 keeps no more than {_FACTOR:g} times the root of the second moment, "
-            f"and with b1={float(b1):g} and b2={float(b2):g} the first may be more: take b2 "
-            f"between {math.ceil(least * 1e5) / 1e5:g} and {math.floor(greatest * 1e5) / 1e5:g}, "
-            "or leave mu_dtype out"
+            f"mu_dtype=int8 stores first moments of at most {_FACTOR:g} sqrt(n v), for blocks of n "
+            f"coordinates, and with b1={float(b1):g} and b2={float(b2):g} they may be larger: take "
+            f"b2 between {math.ceil(least * 1e5) / 1e5:g} and "
+            f"{math.floor(greatest * 1e5) / 1e5:g}, or leave mu_dtype out"
         )

@@ -53,7 +53,7 @@ def random_bits(bits: int, shape: Any, seed: Any) -> Int32[Array, "*shape"]:
     place = np.uint32(0)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(np.uint32, shape, axis)
-    # Add the seed: multiplied by a place that is a power of two, it would lose bits.
+    # The seed is added: multiplied by a place that is a power of two, it would lose its high bits.
     return (mixed(place + seed) >> (32 - bits)).astype(jnp.int32)
 
 

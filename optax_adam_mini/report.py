@@ -16,7 +16,14 @@ from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.dimension_numbers import dimension_numbers, rows_of, sizes_of
 from optax_adam_mini.hyperparams import check_mu_dtype
-from optax_adam_mini.labels import BlockSpecs, called, has_outer, path_str, resolve_block_specs
+from optax_adam_mini.labels import (
+    BlockSpecs,
+    called,
+    has_outer,
+    path_str,
+    resolve_block_specs,
+    shapes_of,
+)
 from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import period, widen
 
@@ -71,9 +78,7 @@ def block_table(
     matrices, rest = _matrices(muon_weight_dimension_numbers, params)
     specs = iter([spec for _, spec in resolve_block_specs(given, rest)])
     is_outer = has_outer(given, rest)
-    leaves = [
-        jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)
-    ]
+    _, leaves = shapes_of(params)
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters that differ only in numbers in paths
     for (path, matrix), leaf in zip(matrices, leaves, strict=True):
         cut = matrix or next(specs)
@@ -102,8 +107,9 @@ def block_table(
             f"{numbers:,}",
             f"{row_bytes:,}",
         )
-        # If some spec is an `outer`, each other parameter has an unused number in the second tree.
-        row_bytes += is_outer * (not is_matrix and not isinstance(cut, Outer)) * len(paths) * 4
+        if is_outer and not is_matrix and not isinstance(cut, Outer):
+            # Beside an `outer`, each other parameter has an unused number in the second tree.
+            row_bytes += len(paths) * widen(_real(dtype)).itemsize
         v_before, v_after = v_before + size, v_after + numbers
         param_bytes += size * dtype.itemsize
         mu_bytes += size * (mu_dtype or dtype).itemsize

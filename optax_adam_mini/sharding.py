@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.boxes import kept_names, leaves_with_path
-from optax_adam_mini.labels import path_of, some
+from optax_adam_mini.labels import of_leaves, path_of, shapes_of
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -68,12 +68,13 @@ def opt_state_shardings(
         (P('fsdp', None), P(None, None), P())
     """
     shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves_with_path(params)}
-    shardings = _resolve(param_shardings, shapes, mesh)
+    shardings = dict(zip(shapes, _resolve(param_shardings, params, mesh), strict=True))
     meshes = {sharding.mesh for sharding in shardings.values()}
+    meshes |= {mesh} if mesh is not None and not meshes else set()  # there are no parameters
     if len(meshes) != 1:
         raise ValueError(
-            f"opt_state_shardings: expected parameters over one mesh, got {len(meshes)} meshes: "
-            "shard all over the same"
+            f"opt_state_shardings: param_shardings has {len(meshes)} meshes: put all parameters on "
+            "one mesh, and give mesh= if there are none"
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
@@ -94,39 +95,19 @@ def opt_state_shardings(
         return jax.tree.unflatten(jax.tree.structure(node), found)
 
     # The parameters' own shardings are ignored: only `param_shardings` counts.
-    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    bare = jax.tree.unflatten(*shapes_of(params))
     state = jax.eval_shape(tx.init, bare)
     return jax.tree.map(of_node, state, is_leaf=is_like_params)
 
 
-def _resolve(
-    given: Any, shapes: dict[Path, tuple[int, ...]], mesh: Mesh | AbstractMesh | None
-) -> dict[Path, NamedSharding]:
+def _resolve(given: Any, params: Any, mesh: Mesh | AbstractMesh | None) -> list[NamedSharding]:
     """The checked sharding of every parameter."""
     is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
-    by_path = {
-        path_of(keys): sharding for keys, sharding in leaves_with_path(given, is_leaf=is_one)
-    }
-    found: dict[Path, NamedSharding] = {}
-    missing: list[str] = []
-    unused = {path for path, sharding in by_path.items() if sharding is not None}
-    for path, shape in shapes.items():
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
-        if prefix is None:
-            missing.append("/".join(path))
-        else:
-            unused.discard(prefix)
-            found[path] = _checked("/".join(path) or "params", by_path[prefix], shape, mesh)
-    if missing or unused:
-        lacking = [f"no sharding for {some(missing)}"] if missing else []
-        surplus = sorted("/".join(path) for path in unused)
-        raise ValueError(
-            "param_shardings must have the structure of the parameters, or be a prefix of it: "
-            + "; ".join(
-                lacking + [f"no parameter for the sharding at {some(surplus)}"] * bool(unused)
-            )
-        )
-    return found
+    by_path = {path_of(keys): one for keys, one in leaves_with_path(given, is_leaf=is_one)}
+    return [
+        _checked(path or "params", sharding, jnp.shape(leaf), mesh)
+        for path, leaf, sharding in of_leaves("param_shardings", "sharding", by_path, params)
+    ]
 
 
 def _checked(

@@ -1,4 +1,4 @@
-"""Means over the blocks of a grid, and broadcasts back: fast formulations, with the reasons.
+"""Means over the blocks of a grid, and broadcasts back, written so that XLA fuses them.
 
 An array is first summed over the axes that are not cut, in one reduction. Only the small result is
 grouped into blocks. On the way back, only the small array is repeated; the rest is a broadcast.
@@ -132,7 +132,7 @@ def _is_each(runs: Runs) -> bool:
     return all(block == 1 for _, block in runs)
 
 
-_FEW = 8  # parts: no more are selected one by one
+_FEW = 8  # the most parts that are selected one by one
 
 
 def _axis_in_parts(axes: Sequence[Runs]) -> int | None:

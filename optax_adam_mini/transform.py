@@ -29,7 +29,7 @@ from optax_adam_mini.labels import (
     has_outer,
     is_label_function,
     path_of,
-    remembered_block_specs,
+    remembered,
     resolve_block_specs,
     spec_leaves,
 )
@@ -191,7 +191,8 @@ def adam_mini(
             cut by layer names.
 
     Returns:
-        The transformation. Updates have the parameters' dtypes.
+        The transformation. Updates have the parameters' dtypes (without
+        `params`, the gradients').
 
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in
@@ -361,7 +362,7 @@ def _wide_adam_mini(
             m.dtype if p is None else jnp.result_type(p) for m, p in zip(mu, like, strict=True)
         ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
-        labels = remembered_block_specs(block_specs, treedef, shapes)
+        labels = remembered(resolve_block_specs, block_specs, treedef, shapes)
         nu = of_parameters(state.nu, [spec for _, spec in labels])
         check_grids(labels, shapes, nu)
 
@@ -448,8 +449,11 @@ def _step(
     count: Array, b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, bounded: bool,
     is_int8: bool,
 ) -> _Step:  # fmt: skip
+    # Arrays of `optax.inject_hyperparams` may have the dtype of parameters in 16 bits.
+    wide = lambda x: x.astype(widen(x.dtype)) if isinstance(x, jax.Array) else x
+    b1, b2, eps, eps_root = map(wide, (b1, b2, eps, eps_root))
     if is_int8 and not all(isinstance(b, (int, float)) for b in (b1, b2)):
-        b2 = jnp.clip(b2, *allowed_b2(jnp.asarray(b1, jnp.float32)))
+        b2 = jnp.clip(b2, *allowed_b2(b1))
     c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
     mu_weight, g_weight = 1 / c1, 0.0
     if nesterov:
@@ -462,17 +466,16 @@ def _step(
 def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: Any) -> Array:
     """The longest step that Adam can make, by the Cauchy-Schwarz inequality.
 
-    With `m = sum a_i g_i` and `v = sum b_i g_i**2`, where `a_i = (1 - b1) b1**i` and `b_i = (1 -
-    b2) b2**i`, is `m**2 <= sum(a_i**2 / b_i) v`; and with Nesterov's momentum `a_0` is more.
+    Let `m = sum a_i g_i` and `v = sum b_i g_i**2`, with `a_i = (1 - b1) b1**i` and `b_i = (1 - b2)
+    b2**i`. Then `m**2 <= sum(a_i**2 / b_i) v`. Nesterov's momentum adds `g_weight` to the weight of
+    the newest gradient.
     """
-    log_r = 2 * _log(b1) - jnp.maximum(
-        _log(b2), -1e30
-    )  # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2)
+    # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2)
+    log_r = 2 * _log(b1) - jnp.maximum(_log(b2), -1e30)
     t = count.astype(jnp.float32)
     is_one = jnp.abs(log_r) < 1e-6
-    ratio = jnp.expm1(t * jnp.where(is_one, -1.0, log_r)) / jnp.expm1(
-        jnp.where(is_one, -1.0, log_r)
-    )
+    below_one = jnp.where(is_one, -1.0, log_r)
+    ratio = jnp.expm1(t * below_one) / jnp.expm1(below_one)
     total = jnp.where(is_one, t, ratio) * (1 - b1) ** 2
     total = mu_weight**2 * total + g_weight * (2 * mu_weight * (1 - b1) + g_weight)
     longest = jnp.sqrt(c2 * total / (1 - b2))

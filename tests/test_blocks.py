@@ -4,6 +4,7 @@ import pickle
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optax_adam_mini
@@ -66,6 +67,7 @@ def test_a_spec_cuts_a_shape_into_its_grid(shape, spec, grid):
 
 def test_specs_are_hashable_and_comparable():
     assert per_neuron() == BlockSpec(((-1, None),)) != per_neuron(axis=0)
+    assert per_neuron(np.int64(-1), stacked=np.int64(0)) == per_neuron(stacked=0)
     assert len({per_head(12), per_head(12), per_head(6), fused(-1, QKV), fused(-1, QKV)}) == 3
     assert jax.tree.leaves({"a": per_head(2)}) == [per_head(2)]
     assert str(fused(-1, [(2, per_head(2)), (2, per_neuron())])) == (

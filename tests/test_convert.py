@@ -239,7 +239,7 @@ def test_an_nnx_optimizer_trains_on_after_conversion():
          "Adam-mini's already"),
         (lambda p: p, BLOCK_SPECS, "ScaleByAdamState in it, got a dict"),
         (lambda p: optax.adamw(0.1).init({"kernel": p["kernel"], "b": p["bias"]}), BLOCK_SPECS,
-         "b: the state has a nu for it, but params have no such"),
+         "b: the state has moments for this parameter, but params do not contain it"),
         (lambda p: optax.adamw(0.1).init({**p, "bias": jnp.ones(3)}), BLOCK_SPECS,
          "bias: the state is not of these params: nu has shape (3,), the parameter (4,)"),
         (lambda p: optax.adamw(0.1).init(p), {"kernel": per_tensor()}, "no spec for bias"),

@@ -240,8 +240,8 @@ def test_an_nnx_parameter_of_unknown_name_is_refused():
 
     params = nnx.state(Prompted(nnx.Rngs(0)), nnx.Param)
     assert refusal(params) == (
-        "flax_layers cannot tell the blocks of\n  prompt (3, 16): its name is none of Flax's own: "
-        "pass default to flax_layers\ninfer_block_specs reads them off the model, or say it yourself, by_path([(pattern, spec)], "
+        "flax_layers does not know how to cut\n  prompt (3, 16): its name is none of Flax's own: "
+        "pass default to flax_layers\nUse infer_block_specs(loss_fn, params, ...), or give their specs, by_path([(pattern, spec)], "
         "default=flax_layers())"
     )
     specs = by_path([("prompt", per_neuron(axis=0))], default=flax_layers())
@@ -341,9 +341,9 @@ def test_haiku_attention_needs_num_heads(digits):
     params = jax.eval_shape(init, jax.random.key(0), digits[0])
     why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(params) == (
-        f"flax_layers cannot tell the blocks of\n  multi_head_attention/key/w (16, 16), "
-        f"multi_head_attention/query/w (16, 16): {why}\ninfer_block_specs reads them off the "
-        "model, or say it yourself, "
+        f"flax_layers does not know how to cut\n  multi_head_attention/key/w (16, 16), "
+        f"multi_head_attention/query/w (16, 16): {why}\nUse infer_block_specs(loss_fn, params, ...), "
+        "or give their specs, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
 
@@ -479,9 +479,9 @@ def test_equinox_attention_trains(digits):
     }
     why = "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or have infer_block_specs read it off the model"
     assert refusal(eqx.filter(model, eqx.is_inexact_array)) == (
-        f"flax_layers cannot tell the blocks of\n  attention/query_proj/weight (8, 8), "
-        f"attention/key_proj/weight (8, 8): {why}\ninfer_block_specs reads them off the "
-        "model, or say it yourself, "
+        f"flax_layers does not know how to cut\n  attention/query_proj/weight (8, 8), "
+        f"attention/key_proj/weight (8, 8): {why}\nUse infer_block_specs(loss_fn, params, ...), "
+        "or give their specs, "
         "by_path([(pattern, spec)], default=flax_layers())"
     )
 
@@ -672,9 +672,9 @@ def test_unknown_field_names_are_refused_with_advice():
     params = Factors(jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones(()))
     why = "its name is none of Flax's own: pass default to flax_layers"
     assert refusal(params) == (
-        f"flax_layers cannot tell the blocks of\n  left (3, 4), right (4, 5): {why}\ninfer_block_specs "
-        "reads them off the model, or say it "
-        "yourself, by_path([(pattern, spec)], default=flax_layers())"
+        f"flax_layers does not know how to cut\n  left (3, 4), right (4, 5): {why}\nUse "
+        "infer_block_specs(loss_fn, params, ...), or give their "
+        "specs, by_path([(pattern, spec)], default=flax_layers())"
     )
     rules = [("left", per_neuron(axis=0)), ("right", per_tensor())]
     specs = by_path(rules, default=flax_layers())

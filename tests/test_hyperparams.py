@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_adam_mini import adam_mini
+from optax_adam_mini import adam_mini, per_tensor
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,19 @@ def test_injected_hyperparameters_that_round_to_one_are_refused():
     assert np.isfinite(np.asarray(updates["w"], np.float32)).all()
     with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), got 1.5 in float32$"):
         adam_mini(1e-3, b1=jnp.float32(1.5)).init({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-8])
+def test_eps_in_float16_is_refused_only_if_it_is_0(eps):
+    inject = optax.inject_hyperparams(adam_mini, hyperparam_dtype=jnp.float16)
+    tx = inject(1e-3, b2=0.99, eps=eps, block_specs=per_tensor())
+    params = {"w": jnp.ones((4, 6), jnp.float16)}
+    if eps == 1e-8:
+        with pytest.raises(ValueError, match=r"eps is 0 in float16, .* hyperparam_dtype"):
+            tx.init(params)
+    else:
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        assert jnp.isfinite(updates["w"]).all()
 
 
 def test_a_mask_function_that_inject_hyperparams_calls_with_the_step_is_refused():

@@ -2,6 +2,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -17,12 +18,15 @@ from optax_adam_mini import (
     fused,
     infer_block_specs,
     infer_muon_dimension_numbers,
+    measure_block_specs,
     muon_mini,
+    opt_state_shardings,
     outer,
     per_element,
     per_head,
     per_neuron,
     per_tensor,
+    to_adam_state,
 )
 from optax_adam_mini.labels import resolve_block_specs
 
@@ -150,12 +154,23 @@ def eighths(p):
         (lambda p: adam_mini(0.1).update(p, p, adam_mini(0.1).init(p)), "a tuple of 3, got a dict: .* in this order"),
         (lambda p: adam_mini(0.1).update(p, optax.sgd(0.1).init(p), p), "a tuple of 3, got a tuple of 2"),
         (lambda p: adam_mini(0.1).update(p, muon_mini(0.1).init(p), p), "a tuple of 3, got a PartitionState"),
-        (lambda p: optax.flatten(adam_mini(0.1, block_specs={"w": per_neuron(), "b": per_element()})).init(p), "no spec for params; .* as optax.flatten makes them"),
-        (lambda p: adam_mini(0.1, mu_dtype="float8_e4m3fn"), "mu_dtype must be .* jnp.int8 is what keeps 8 bits"),
+        (lambda p: optax.flatten(adam_mini(0.1, block_specs={"w": per_neuron(), "b": per_element()})).init(p), "no spec for params; .* as inside optax.flatten"),
+        (lambda p: adam_mini(0.1, mu_dtype="float8_e4m3fn"), "mu_dtype must be .*: pass jnp.int8 for 8 bits"),
         (lambda p: adam_mini(0.1, mu_dtype="complex64"), "mu_dtype must be a floating-point dtype"),
         (lambda p: BlockSpec([(-1, 2)]), r"cuts must be a tuple of pairs \(axis, cut\), got \[\(-1, 2\)\]"),
         (lambda p: flax_layers(default="x"), "flax_layers: default must be a BlockSpec or an outer, got 'x'"),
         (lambda p: explain(jnp.sum, p["w"], parameter=None), "parameter=None matches no parameter"),
+        (lambda p: explain(lambda p: p["w"].sum(), {**p, "b": optax.MaskedNode()}, parameter="b"), "no parameter at 'b'"),
+        (lambda p: adam_mini(0.1, mask=np.bool_(True)), "mask: expected a pytree of booleans or a function"),
+        (lambda p: adam_mini(0.1, mu_dtype=jnp.int8, block_specs=per_tensor()).init(jnp.ones(3, complex)), "^params: mu_dtype=int8 keeps real numbers"),
+        (lambda p: to_adam_state(adam_mini(0.1, block_specs=per_tensor()).init(p["b"]), p, per_tensor()), "^params: the state has moments for this parameter"),
+        (lambda p: infer_block_specs(lambda b: jnp.sort(b).sum(), p["b"]), r"params \(4,\): goes into sort .* without a rule"),
+        (lambda p: infer_muon_dimension_numbers(lambda b: b.sum(), jnp.arange(3)), "expected the parameters after the function, got int"),
+        (lambda p: infer_muon_dimension_numbers(lambda p: jnp.sort(p["w"]).sum(), p, unreadable=MuonDimensionNumbers(0, 3)), r"\): .* does not fit"),
+        (lambda p: fused(-1, [per_neuron()]), r"each part of fused\(\) is a pair \(size, spec\), got per_neuron"),
+        (lambda p: BlockSpec(((0, (1, 2)),)), r"each part of a cut is a pair \(size, spec\), got 1"),
+        (lambda p: opt_state_shardings(adam_mini(0.1), {}, {}), "param_shardings has 0 meshes: .* give mesh="),
+        (lambda p: measure_block_specs(optax.adamw(0.1).init(p), p, tolerance=float("nan")), "tolerance must be at least 0, got nan"),
         (lambda p: adam_mini(0.1).update(p, jax.eval_shape(adam_mini(0.1).init, p), p), "a state of shapes without numbers"),
         (lambda p: adam_mini(0.1).update(eighths(p), adam_mini(0.1).init(p), p), "b: got a gradient of float8_e4m3fn for a parameter of float32: cast it"),
         (lambda p: muon_mini(0.1).update(eighths(p), muon_mini(0.1).init(p), p), "b: got a gradient of float8_e4m3fn"),

@@ -423,9 +423,9 @@ def test_query_key_and_value_in_one_kernel_are_three_matrices():
 
 def test_parts_need_specs_with_rows():
     tx = ours(0.02, parts=True, block_specs=per_neuron())
-    with pytest.raises(ValueError, match="parts=True: the parts of a kernel"):
+    with pytest.raises(ValueError, match="parts=True splits a kernel"):
         tx.init(make_params())
-    with pytest.raises(ValueError, match="parts=True: the parts of a kernel"):
+    with pytest.raises(ValueError, match="parts=True splits a kernel"):
         ours(0.02, parts=True).init(make_params())
     with pytest.raises(TypeError, match="parts"):
         ours(0.02, parts="heads")
@@ -581,6 +581,21 @@ WRONG_NUMBERS = {
 }  # fmt: skip
 
 
+def test_a_function_of_dimension_numbers_is_called_once_and_not_at_every_step():
+    """It may trace the loss, as `infer_muon_dimension_numbers` does."""
+    params, calls = make_params(), []
+
+    def numbers(params):
+        calls.append(params)
+        return NUMBERS
+
+    tx = muon_mini(0.02, muon_weight_dimension_numbers=numbers, block_specs=per_element())
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", WRONG_NUMBERS)
 def test_init_refuses_wrong_dimension_numbers(name):
     numbers, error, message = WRONG_NUMBERS[name]
@@ -607,7 +622,7 @@ def test_a_missing_gradient_is_refused():
     tx, params = mini(), make_params()
     state = tx.init(params)
     for name in ("kernel", "bias"):  # of either part
-        with pytest.raises(ValueError, match=f"None, for the parameters at {name}: .*give zeros"):
+        with pytest.raises(ValueError, match=f"the gradients at {name} are None, .*: pass zeros"):
             tx.update({**params, name: None}, state, params)
     nested = {"layer": params, "w": jnp.ones((3, 4))}
     tx = muon_mini(0.02, block_specs=per_element())

@@ -1138,7 +1138,7 @@ def test_codes_that_were_cast_and_codes_of_version_0_2_are_refused():
     old = (state[0]._replace(mu=state[0].mu.codes), *state[1:])
     for name in KINDS:
         with pytest.raises(
-            ValueError, match=r"mu is int8, .* of version 0\.2, go to AdamW's state"
+            ValueError, match=r"mu is a plain int8 array, .* is of version 0\.2, convert it"
         ):
             kind(name).update(PARAMS, old, PARAMS)
 

@@ -259,7 +259,7 @@ def test_shardings_of_boxed_linen_parameters_are_read():
         ({**PARAM_SPECS, "norm": P(None, "fsdp")}, {"mesh": MESH}, ValueError,
          r"^norm \(16,\): .* does not fit"),
         ({**PARAM_SPECS, "query": NamedSharding(jax.make_mesh((8,), ("i",)), P())}, {"mesh": MESH},
-         ValueError, "one mesh, got 2"),
+         ValueError, "has 2 meshes"),
         ({**PARAM_SPECS, "query": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
          {"mesh": MESH}, TypeError, "^query/kernel: expected a NamedSharding"),
         ({**PARAM_SPECS, "norm": P("model")}, {"mesh": MESH},
@@ -269,6 +269,12 @@ def test_shardings_of_boxed_linen_parameters_are_read():
 def test_wrong_shardings_are_refused(specs, options, error, message):
     with pytest.raises(error, match=message):
         opt_state_shardings(mini(), PARAMS, specs, **options)
+
+
+def test_numbers_and_empty_trees_have_shardings():
+    found = opt_state_shardings(adam_mini(1e-3), {"w": 1.0}, {"w": None}, mesh=MESH)
+    assert same(found[0].mu["w"], P())
+    assert same(opt_state_shardings(adam_mini(1e-3), {}, {}, mesh=MESH)[0].count, P())
 
 
 def test_axes_that_do_not_divide_a_parameter_are_an_error():

@@ -49,8 +49,8 @@ _OTHER_KEYS = {"k", "wk", "k_proj", "k_lin", "to_k", "proj_k", "attn_k", "w_k", 
 # Fused kernels of query, key and value, and factors of such kernels: the name does not say where
 # each part is.
 _UNTOLD = (
-    "its name is that of query, key and value in another layout than Flax's: have "
-    "infer_block_specs read it off the model"
+    "its name is that of query, key and value in one kernel, or of a factor of them, and does not "
+    "say where each part is"
 )
 _SHOWN = 8  # reasons in one error
 _FUSED = re.compile(
@@ -300,18 +300,17 @@ def _label(
     if unread:
         reasons, more = list(unread.items()), len(unread) > _SHOWN
         raise ValueError(
-            "flax_layers cannot tell the blocks of\n"
+            "flax_layers does not know how to cut\n"
             + "".join(f"  {some(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
             + f"  {sum(len(paths) for _, paths in reasons[_SHOWN:])} more\n" * more
-            + "infer_block_specs reads them off the model, or say it yourself, "
+            + "Use infer_block_specs(loss_fn, params, ...), or give their specs, "
             "by_path([(pattern, spec)], default=flax_layers())"
         )
     unused = given - used
     if unused and specs and not has_masked(params):
         said = ", ".join(f"{name}={options[name]!r}" for name in sorted(unused))
         raise ValueError(
-            f"flax_layers: no parameter needs {said}: leave it out, or have infer_block_specs "
-            "read the blocks off the model"
+            f"flax_layers: no parameter needs {said}: leave it out, or use infer_block_specs"
         )
     return jax.tree.unflatten(treedef, specs)
 

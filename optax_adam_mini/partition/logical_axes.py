@@ -131,8 +131,8 @@ def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...
             )
         if both := [str(name) for name in names if name in stacked]:
             raise ValueError(
-                f"by_logical_axes: the rule for {names} names {some(both)}, which is stacked and "
-                "has a block at each index anyway: leave it out"
+                f"by_logical_axes: the rule for {names} names {some(both)}, which is in "
+                "stacked and has a block at each index already: remove it from the rule"
             )
         if names in table:
             raise ValueError(f"by_logical_axes: two rules for {names}: keep one")

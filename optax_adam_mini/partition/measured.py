@@ -23,6 +23,7 @@ from optax_adam_mini.labels import (
 )
 from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import Spec, outer
+from optax_adam_mini.sums import widen
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, PyTree
@@ -44,7 +45,7 @@ def measure_block_specs(
         sqrt(mean((sqrt(v / v_b) - 1)**2))
 
     says how far the steps are from Adam's: 0 if every coordinate keeps its own
-    `v`, and never much above 1. A cut that explains `v` does not always reach
+    `v`, below 1.42 for one number per block. A cut that explains `v` does not always reach
     the same loss (docs/results/cause.md).
 
     Args:
@@ -88,6 +89,8 @@ def measure_block_specs(
         raise ValueError(
             f"measure_block_specs: budget must be more than 0 and up to 1, got {budget}"
         )
+    if not tolerance >= 0:
+        raise ValueError(f"measure_block_specs: tolerance must be at least 0, got {tolerance}")
     _check_candidates(candidates, params)
     moments = _second_moments(adam_state)
     named = {**(_OF_SHAPES if candidates is None else candidates)}
@@ -167,12 +170,12 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
     """`nu` of all Adam states in `state`, by the parameters' paths."""
     is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
     states = [node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node)]
-    others = {"ScaleByAdamMiniState": "it is Adam-mini's already, which keeps the blocks it has"}
+    others = {"ScaleByAdamMiniState": "Adam-mini's nu has means over blocks, and not Adam's v"}
     check_has_state("measure_block_specs: ", "ScaleByAdamState", others, state)
     if any(int(node.count) == 0 for node in states):
         raise ValueError(
-            "measure_block_specs: adam_state has not made a step yet: train with AdamW for a few "
-            "hundred, and measure then"
+            "measure_block_specs: adam_state has count 0: train with AdamW for a few hundred steps "
+            "first"
         )
     return {path_of(keys): v for node in states for keys, v in leaves_with_path(node.nu)}
 
@@ -180,7 +183,7 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
     """How far the steps with `spec` are from Adam's: a root mean square over coordinates."""
-    v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    v = v.astype(widen(v.dtype))
     v = v / jnp.max(v, initial=jnp.finfo(v.dtype).tiny)  # so that small values do not underflow
     nu: Any = spec.block_mean(v)
     of_blocks = spec.spread(nu, v.shape)

@@ -125,9 +125,9 @@ def test_specs_are_measured_in_partitioned_bfloat16_states():
         (lambda p: optax.sgd(1.0).init(p), "expected an optimizer state with a ScaleByAdamState"),
         (
             lambda p: adam_mini(1.0, block_specs=MATRIX).init(p),
-            "got a tuple of ScaleByAdamMiniState, EmptyState: it is Adam-mini's already",
+            "got a tuple of ScaleByAdamMiniState, EmptyState: Adam-mini's nu has means over blocks",
         ),
-        (lambda p: optax.adamw(1.0).init(p), "has not made a step yet"),
+        (lambda p: optax.adamw(1.0).init(p), "adam_state has count 0: train"),
         (lambda p: state_of({"v": ONES})[0], "has no nu for w"),
         (
             lambda p: state_of({"w": ONES.T})[0],

@@ -32,7 +32,7 @@ from optax_adam_mini.partition.dataflow.groups import (
 )
 from optax_adam_mini.partition.dataflow.program import SUMS, TAKES, Step
 
-_MANY = 20  # passes, after which what has not settled will not
+_MANY = 20  # passes; a loop that has not settled by then never will
 
 
 def find_groups(facts: Facts, trail: Trail) -> list[list[Label]]:
@@ -81,7 +81,7 @@ class _Backward:
                             None if _is_unseen(label) else label for label in self.labels[place]
                         ]
                 return self.labels
-            if count > _MANY:  # a loop that mixes ever more: finer than it has to be
+            if count > _MANY:  # it mixes ever more: cut finer than needed
                 for place, (old, new) in enumerate(zip(before[1], self.acts, strict=True)):
                     if not _equal(old, new):
                         self.acts[place] = ALONE

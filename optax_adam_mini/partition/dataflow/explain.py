@@ -15,7 +15,7 @@ from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
 from optax_adam_mini.partition.dataflow.matrices import Matrix, find_matrices
 from optax_adam_mini.partition.dataflow.program import LAYOUT, LINEAR, Step
-from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
+from optax_adam_mini.partition.dataflow.rows import check_v, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 from optax_adam_mini.product import Outer, Spec
 
@@ -64,14 +64,16 @@ def explain(
           the paper's cut: 1 x 3 blocks
           used in dot_general at ...: with (5, 2), axis 0 is contracted, axis 1 is free
     """
-    check_kept("explain", v)
+    check_v("explain", v)
     leaves = leaves_with_path(params)
     paths = [path_str(keys) for keys, _ in leaves]
     check_used(
         f"explain: parameter={parameter!r}", lambda path: path == parameter, str(parameter), params
     )
-    index = paths.index(parameter)
-    result = interpret("explain", fn, params, *args, **kwargs)
+    results = interpret("explain", fn, params, *args, **kwargs)
+    if parameter not in paths:  # there are none, or others are in another part of the tree
+        raise ValueError(f"explain: params have no parameter at {parameter!r}")
+    result = results[index := paths.index(parameter)]
     shape = leaves[index][1].shape
     grid = " x ".join(map(str, spec_of(shape, result, index).grid(shape)))
     blocks = f"{grid or 1} block{'s' if grid not in ('', '1') else ''}"
@@ -81,7 +83,7 @@ def explain(
         kept = _kept(outer_of(shape, result, index), shape)
         lines = [f"{parameter} {shape}: kept: {kept}", f"  the paper's cut: {blocks}"]
     if muon:
-        lines.append(f"  Muon: {_for_muon(find_matrices(result)[index])}")
+        lines.append(f"  Muon: {_for_muon(find_matrices(results)[index])}")
     lines += _uses(shape, result, index)
     coupled = dict.fromkeys(
         f"{step.name} at {place(step)}, of {_shapes(result.facts, step)}"
@@ -124,12 +126,12 @@ def why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> s
     """Why it is unknown what a parameter does; empty if it is known."""
     if steps := result.unread.get(index, ()):
         where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
-        return f"{path} {tuple(shape)}: goes into {some(list(where))}, which there is no rule for"
+        return f"{path or 'params'} {tuple(shape)}: goes into {some(list(where))}, without a rule"
     if index not in result.uses and math.prod(shape) > 1:
         where = dict.fromkeys(f"{s.name} at {place(s)}" for s in _takers(result.facts, index))
         return (
-            f"{path} {tuple(shape)}: meets no data in fn that an output depends on; goes into "
-            + (some(list(where)) or "nothing")
+            f"{path or 'params'} {tuple(shape)}: meets no data in fn that an output depends on; "
+            + (f"goes into {some(list(where))}" if where else "fn does not use it")
         )
     return ""
 
@@ -217,7 +219,7 @@ def _shapes(facts: Facts, step: Step) -> str:
 
 
 def _takers(facts: Facts, index: int) -> list[Step]:
-    """The steps that take in a parameter, including those on which no output depends."""
+    """The steps that take in a parameter, including those that no output depends on."""
     found = facts.program.inputs[index]
     steps = [*facts.program.steps, *facts.program.unused]
     return [step for step in steps if found in step.inputs]
@@ -232,12 +234,12 @@ def _passed_over(result: Result, index: int) -> list[str]:
             if step.is_backward:
                 words.append(f"{step.name} at {place(step)}, of a derivative")
             elif id(step) in facts.program.stopped and step.name not in LINEAR | LAYOUT:
-                words.append(f"{step.name} at {place(step)}, through which goes no gradient")
+                words.append(f"{step.name} at {place(step)}, which no gradient passes through")
     unused = {facts.program.inputs[index]}
     for step in facts.program.unused:
         if not unused.isdisjoint(step.inputs):
             if step.name in LINEAR | LAYOUT:
                 unused.update(step.outputs)
             else:
-                words.append(f"{step.name} at {place(step)}, on which no output depends")
+                words.append(f"{step.name} at {place(step)}, which no output depends on")
     return words

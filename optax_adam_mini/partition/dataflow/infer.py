@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from optax_adam_mini.labels import check_only_params, check_used, compiled_rules
 from optax_adam_mini.partition.dataflow.explain import why_unread
 from optax_adam_mini.partition.dataflow.interpret import interpret
 from optax_adam_mini.partition.dataflow.matrices import Matrix, find_matrices
-from optax_adam_mini.partition.dataflow.rows import check_kept, outer_of
+from optax_adam_mini.partition.dataflow.rows import check_v, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 from optax_adam_mini.product import Spec
 
@@ -85,47 +86,36 @@ def infer_block_specs(
     """
     rules = compiled_rules("infer_block_specs: overrides", overrides)
     leaves = leaves_with_path(params)
-    if leaves and not any(
-        jnp.issubdtype(getattr(p, "dtype", float), jnp.inexact) for _, p in leaves
-    ):
-        raise TypeError(
-            f"infer_block_specs: expected the parameters after the function, got "
-            f"{jnp.result_type(leaves[0][1])} at {path_str(leaves[0][0]) or 'params'}: call "
-            "infer_block_specs(fn, params, *args)"
-        )
-    check_kept("infer_block_specs", v)
+    check_v("infer_block_specs", v)
     if unreadable is not None and not isinstance(unreadable, Spec):
         raise TypeError(
             "infer_block_specs: unreadable must be a BlockSpec such as per_element(), got "
             f"{unreadable!r} of type {type(unreadable).__name__}"
         )
-    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
-    paths = [path_str(keys) for keys, _ in leaves]
-    for rule, _ in rules:
-        check_used(f"infer_block_specs: the override {rule.pattern!r}", rule.search, rule.pattern,
-                   params)  # fmt: skip
-    is_overridden = lambda path: any(rule.search(path) for rule, _ in rules)
-    check_only_params("infer_block_specs", params, is_overridden)
-    result = interpret("infer_block_specs", fn, params, *args, **kwargs)
+    paths, treedef = [path_str(keys) for keys, _ in leaves], jax.tree.structure(params)
+    _check_params("infer_block_specs", params, rules)
+    results = interpret("infer_block_specs", fn, params, *args, **kwargs)
     specs: list[Spec] = []
     unread: list[str] = []
     for index, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
         override = next((spec for rule, spec in rules if rule.search(path)), None)
-        why = why_unread(path, leaf.shape, result, index)
+        why = why_unread(path, leaf.shape, results[index], index)
         given = override or (unreadable if why else None)
         if given is not None:
             try:
                 given.check(leaf.shape)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise ValueError(f"{path or 'params'}: {error}") from error
             note = "unreadable" if override is None else "override"
             specs.append(dataclasses.replace(given, note=note))
         elif why:
             unread.append(why)
         else:
-            specs.append((outer_of if v == "outer" else spec_of)(leaf.shape, result, index))
+            specs.append((outer_of if v == "outer" else spec_of)(leaf.shape, results[index], index))
     _refuse_unread(
-        "infer_block_specs", unread, "overrides=[(pattern, spec)], or unreadable=spec for all"
+        "infer_block_specs",
+        unread,
+        "specs: overrides=[(pattern, spec)], or unreadable=spec for all",
     )
     return jax.tree.unflatten(treedef, specs)
 
@@ -195,35 +185,51 @@ def infer_muon_dimension_numbers(
             f"Adam, got {unreadable!r} of type {type(unreadable).__name__}"
         )
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
-    for rule, _ in rules:
-        check_used(f"{name}: the override {rule.pattern!r}", rule.search, rule.pattern, params)
-    result = interpret(name, fn, params, *args, **kwargs)
-    matrices = find_matrices(result)
+    _check_params(name, params, rules)
+    results = interpret(name, fn, params, *args, **kwargs)
+    matrices = find_matrices(results)
     numbers: list[Any] = []
     unread: list[str] = []
     for index, (keys, leaf) in enumerate(leaves):
         path = path_str(keys)
         given = [found for rule, found in rules if rule.search(path)]
-        if given:
-            if given[0] is not None:
-                check_fits(path, given[0], leaf.shape)
-            numbers.append(given[0])
-        elif why := why_unread(path, leaf.shape, result, index):
+        if not given and (why := why_unread(path, leaf.shape, results[index], index)):
             unread += [why] if unreadable is ... else []
-            numbers += [] if unreadable is ... else [unreadable]
+            given = [unreadable]
+        if given:
+            if isinstance(given[0], MuonDimensionNumbers):
+                check_fits(path or "params", given[0], leaf.shape)
+            numbers.append(given[0])
         else:
             matrix = matrices[index]
             numbers.append(MuonDimensionNumbers(*matrix) if isinstance(matrix, Matrix) else None)
     _refuse_unread(
-        name, unread, "overrides=[(pattern, dimension numbers)], or unreadable=None for Adam"
+        name,
+        unread,
+        "dimension numbers: overrides=[(pattern, dimension numbers)], or unreadable=None for Adam",
     )
     return jax.tree.unflatten(treedef, numbers)
+
+
+def _check_params(name: str, params: Any, rules: Sequence[tuple[re.Pattern[str], Any]]) -> None:
+    """Refuses data in the place of parameters, overrides of nothing, and NNX's other variables."""
+    leaves = leaves_with_path(params)
+    dtypes = [getattr(leaf, "dtype", float) for _, leaf in leaves]
+    if leaves and not any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        raise TypeError(
+            f"{name}: expected the parameters after the function, got "
+            f"{jnp.result_type(leaves[0][1])} at {path_str(leaves[0][0]) or 'params'}: call "
+            f"{name}(fn, params, *args)"
+        )
+    for rule, _ in rules:
+        check_used(f"{name}: the override {rule.pattern!r}", rule.search, rule.pattern, params)
+    check_only_params(name, params, lambda path: any(rule.search(path) for rule, _ in rules))
 
 
 def _refuse_unread(name: str, unread: Sequence[str], remedy: str) -> None:
     if unread:
         raise ValueError(
-            f"{name} cannot read what these parameters, or their outputs, do:\n"
+            f"{name} cannot tell how these parameters, or their outputs, are used:\n"
             + "\n".join(unread)
-            + f"\nSay it yourself, {remedy}"
+            + f"\nGive their {remedy}"
         )

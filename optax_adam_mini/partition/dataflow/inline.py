@@ -169,6 +169,10 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
                  here.is_differentiated, has_effect)
         )  # fmt: skip
 
+    def connect(name: str, sources: Sequence[int], outputs: Sequence[int]) -> None:
+        for source, output in zip(sources, outputs, strict=True):
+            step(name, [source], [output])
+
     def results() -> list[int]:
         return [program.value(var.aval) for var in eqn.outvars]
 
@@ -180,18 +184,15 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     if name == "cond":
         outs = results()
         for branch in params["branches"]:
-            for given, out in zip(inline(branch, operands[1:]), outs, strict=True):
-                step(MERGE, [given], [out])
+            connect(MERGE, inline(branch, operands[1:]), outs)
         return outs
     if name == "while":
         consts = params["cond_nconsts"], params["body_nconsts"]
         of_cond, of_body = operands[: consts[0]], operands[consts[0] : sum(consts)]
         carry = results()
-        for given, out in zip(operands[sum(consts) :], carry, strict=True):
-            step(MERGE, [given], [out])
+        connect(MERGE, operands[sum(consts) :], carry)
         inline(params["cond_jaxpr"], [*of_cond, *carry])
-        for given, out in zip(inline(params["body_jaxpr"], [*of_body, *carry]), carry, strict=True):
-            step(MERGE, [given], [out])
+        connect(MERGE, inline(params["body_jaxpr"], [*of_body, *carry]), carry)
         return carry
     if name == "scan":
         body = params["jaxpr"]
@@ -211,25 +212,19 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
         )
         outs = results()
         carry, stacked = outs[:n_carry], outs[n_carry:]
-        for given, out in zip(initial, carry, strict=True):
-            step(MERGE, [given], [out])
+        connect(MERGE, initial, carry)
         slices = [program.value(var.aval) for var in body.jaxpr.invars[n_consts + n_carry :]]
-        for given, out in zip(stacks, slices, strict=True):
-            step("scan_slice", [given], [out])
+        connect("scan_slice", stacks, slices)
         found = inline(body, [*consts, *carry, *slices])
-        for given, out in zip(found[:n_carry], carry, strict=True):
-            step(MERGE, [given], [out])
-        for given, out in zip(found[n_carry:], stacked, strict=True):
-            step("scan_stack", [given], [out])
+        connect(MERGE, found[:n_carry], carry)
+        connect("scan_stack", found[n_carry:], stacked)
         return outs
     if name == "shard_map":
         inner = params["jaxpr"]
         shards = [program.value(var.aval) for var in inner.invars]
-        for given, out in zip(operands, shards, strict=True):
-            step("shard", [given], [out])
+        connect("shard", operands, shards)
         outs = results()
-        for given, out in zip(inline(inner, shards), outs, strict=True):
-            step("unshard", [given], [out])
+        connect("unshard", inline(inner, shards), outs)
         return outs
     if (kernel := written_out(eqn)) is not None:
         return inline(kernel, operands)

@@ -21,9 +21,9 @@ from optax_adam_mini.partition.dataflow.program import Step
 from optax_adam_mini.partition.dataflow.roles import find_roles
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Result:
-    """What was found for the parameters; each is an index into the program's inputs."""
+    """What some steps say about the parameters; each is an index into the program's inputs."""
 
     facts: Facts
     trail: Trail
@@ -39,8 +39,13 @@ class Result:
     """The inner products that couple a parameter's outputs."""
 
 
-def interpret(name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Result:
-    """What the computation says about the leaves of `params`; `name` is the public caller's.
+def interpret(
+    name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+) -> list[Result]:
+    """For each leaf of `params`, what the computation says; `name` is the public caller's.
+
+    The steps that a gradient passes through count. A frozen parameter has no use in these, so all
+    steps count for it.
 
     Raises:
         TypeError: if `fn` is not a function, or a leaf of `params` is not an array.
@@ -58,7 +63,12 @@ def interpret(name: str, fn: Callable[..., Any], params: Any, *args: Any, **kwar
         return fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
 
     closed = jax.make_jaxpr(flat)(leaves, [rest[i] for i in traced])
-    return _gathered(follow(flatten(closed), len(leaves)))
+    facts = follow(flatten(closed), len(leaves))
+    stopped = facts.program.stopped
+    found = _of_steps(facts, [part for part in facts.trail if id(part[0]) not in stopped])
+    is_frozen = [bool(stopped) and index not in found.uses for index in range(len(leaves))]
+    of_all = _of_steps(facts, facts.trail) if any(is_frozen) else found
+    return [of_all if frozen else found for frozen in is_frozen]
 
 
 _PARAMETERS_ALONE = """pass the parameters alone, and put the model together inside fn:
@@ -97,25 +107,8 @@ def _short(leaf: Any) -> str:
     return text if len(text) < 60 else text[:60] + "..."
 
 
-def _gathered(facts: Facts) -> Result:
-    """What the steps say through which a gradient passes.
-
-    A frozen parameter has no use in these, so all steps count for it.
-    """
-    stopped = facts.program.stopped
-    found = _of_steps(facts, [part for part in facts.trail if id(part[0]) not in stopped])
-    frozen = [index for index in range(facts.n_params) if index not in found.uses]
-    if frozen and stopped:
-        every = _of_steps(facts, facts.trail)
-        for index in frozen:
-            found.labels[index], found.roles[index] = every.labels[index], every.roles[index]
-            found.uses |= {index: every.uses[index]} if index in every.uses else {}
-            found.unread |= {index: every.unread[index]} if index in every.unread else {}
-            found.coupled |= {index: every.coupled[index]} if index in every.coupled else {}
-    return found
-
-
 def _of_steps(facts: Facts, trail: Trail) -> Result:
+    """What the steps of a trail say about all parameters."""
     roles = find_roles(facts, trail)  # first: it adds cuts, which the groups must have
     labels = find_groups(facts, trail)
     for step, relation in trail:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from optax_adam_mini.partition.dataflow.domain import Relation, Role
@@ -16,27 +17,28 @@ class Matrix(NamedTuple):
     outputs: tuple[int, ...]
 
 
-def find_matrices(result: Result) -> list[Matrix | str]:
-    """For every parameter, its matrix or the reason why it is none.
+def find_matrices(results: Sequence[Result]) -> list[Matrix | str]:
+    """For every parameter, its matrix or the reason why it has none.
 
     An output head is a kernel whose outputs meet no further kernel on their way to the loss.
     """
-    met = _meeting_kernels(result)
+    met = {result: _meeting_kernels(result) for result in set(results)}
     found: list[Matrix | str] = []
-    for index, roles in enumerate(result.roles):
+    for index, result in enumerate(results):
+        roles = result.roles[index]
         inputs, outputs = (
             tuple(axis for axis, found in enumerate(roles) if role in found)
             for role in (Role.REDUCTION, Role.OUTPUT)
         )
         has_one_role = all(len(axis) < 2 for axis in roles)
-        is_kernel = inputs and outputs and has_one_role  # of a kernel, an expert may be chosen
+        is_kernel = inputs and outputs and has_one_role  # an index may also choose its expert
         if not is_kernel and any(use.is_lookup for use in result.uses.get(index, ())):
-            found.append("a table, of which rows are chosen")
+            found.append("a table: an index chooses its rows")
         elif not (inputs and outputs):
-            found.append("no kernel: it has no inputs and outputs")
+            found.append("not a kernel: it lacks input or output axes")
         elif not has_one_role:
-            found.append("no one matrix: an axis is of inputs in one use and of outputs in another")
-        elif all(met.isdisjoint(step.outputs) for step in _used_in(result, index)):
+            found.append("not one matrix: an axis is an input in one use and an output in another")
+        elif all(met[result].isdisjoint(step.outputs) for step in _used_in(result, index)):
             found.append("an output head: its outputs meet no further kernel")
         else:
             found.append(Matrix(inputs, outputs))

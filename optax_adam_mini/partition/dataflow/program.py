@@ -95,7 +95,7 @@ class Program:
     stopped: set[int] = dataclasses.field(default_factory=set)
     """The ids of the steps through which no gradient passes."""
     unused: list[Step] = dataclasses.field(default_factory=list)
-    """Steps on which no output depends."""
+    """Steps that no output depends on."""
 
     consumers: dict[int, list[Step]] = dataclasses.field(default_factory=dict)
     """The steps that take in a value."""
@@ -126,10 +126,6 @@ class Program:
                 seen.update(step.outputs)
         return found
 
-    def is_kernel(self, place: int) -> bool:
-        """Whether the kernel of a convolution depends on a value."""
-        return place in self.kernels
-
     def value(self, aval: Any) -> int:
         """A new value."""
         return self.array(getattr(aval, "shape", ()))
@@ -151,7 +147,7 @@ def depending(program: Program, places: Iterable[int]) -> set[int]:
 
 
 def drop_unused(program: Program) -> None:
-    """Removes the steps on which no output depends.
+    """Removes the steps that no output depends on.
 
     The forward pass of a derivative is kept whole, because it shows what a parameter does that only
     the derivative depends on.

@@ -16,16 +16,14 @@ from optax_adam_mini.partition.dataflow.program import PLACING
 from optax_adam_mini.partition.dataflow.specs import cut_into, spec_of
 from optax_adam_mini.product import Spec, outer
 
-KEPT = ("mean", "outer")
 
-
-def check_kept(name: str, v: Any) -> None:
-    """Checks the option `v`.
+def check_v(name: str, v: Any) -> None:
+    """Refuses an option `v` that is neither "mean" nor "outer".
 
     Raises:
-        ValueError: if it is none of `KEPT`.
+        ValueError: if it is refused.
     """
-    if v not in KEPT:
+    if v not in ("mean", "outer"):
         raise ValueError(f"{name}: v must be 'mean' or 'outer', got {v!r}")
 
 

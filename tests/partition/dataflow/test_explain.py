@@ -61,8 +61,8 @@ def test_explain_names_the_finest_cut_and_uses_without_a_gradient():
     for where, said in {
         "# rows": "used in gather at {}: rows are chosen along axis 0",
         "# the head": "used in dot_general at {}: with (3, 32), axis 1 is contracted, axis 0 is free",
-        "# a metric": "passed over: sort at {}, on which no output depends",
-        "# the target": "passed over: dot_general at {}, through which goes no gradient",
+        "# a metric": "passed over: sort at {}, which no output depends on",
+        "# the target": "passed over: dot_general at {}, which no gradient passes through",
     }.items():
         pattern = re.escape(said).replace(r"\{\}", rf"\S*test_explain.py:{line_of(where)}")
         assert re.search(pattern, text), (said, text)

@@ -587,13 +587,35 @@ def test_output_heads_are_kernels_whose_outputs_meet_no_further_kernel():
     assert tuple(found["layers"]) == ((1,), (2,))
     said = {name: explain(fn, params, TOKENS, parameter=name, muon=True) for name in params}
     for name, text in {
-        "tokens": "Muon: left to Adam-mini, a table, of which rows are chosen",
+        "tokens": "Muon: left to Adam-mini, a table: an index chooses its rows",
         "head": "Muon: left to Adam-mini, an output head: its outputs meet no further kernel",
         "layers": "Muon: a matrix, axis 1 of inputs and axis 2 of outputs",
-        "gain": "Muon: left to Adam-mini, no kernel",
+        "gain": "Muon: left to Adam-mini, not a kernel",
     }.items():
         assert text in said[name]
     assert "Muon" not in explain(fn, params, TOKENS, parameter="head")
+
+
+def test_a_frozen_model_is_cut_like_a_trained_one():
+    """Frozen tables and fused kernels would take more memory, or lose their parts."""
+
+    def fn(p, tokens, frozen):
+        x = p["tokens"][tokens] @ p["qkv"]
+        q, k, v = jnp.split(x, 3, -1)
+        y = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, k)) @ v
+        y = jax.lax.stop_gradient(y) if frozen else y
+        return ((y @ p["head"]) ** 2).mean()
+
+    params = {"tokens": shape(V, D), "qkv": shape(D, 3 * D), "head": shape(D, 7)}
+    for v in ("outer", "mean"):
+        trained, frozen = (infer_block_specs(fn, params, TOKENS, is_frozen, v=v)
+                           for is_frozen in (False, True))  # fmt: skip
+        assert frozen == trained
+    assert trained["qkv"].grid((D, 3 * D)) == (1, 2 + D)
+    trained, frozen = (infer_muon_dimension_numbers(fn, params, TOKENS, is_frozen)
+                       for is_frozen in (False, True))  # fmt: skip
+    assert frozen == trained
+    assert frozen["qkv"] is not None
 
 
 @pytest.mark.parametrize(
@@ -615,7 +637,7 @@ def test_wrong_overrides_of_dimension_numbers_are_refused(overrides, error, mess
 
 def test_dimension_numbers_of_unreadable_kernels_are_refused():
     fn = lambda p, x: x @ jnp.sort(p["w"])
-    with pytest.raises(ValueError, match=r"infer_muon.* cannot read.*\n.*w \(32, 7\): goes into"):
+    with pytest.raises(ValueError, match=r"infer_muon.* cannot tell .*\n.*w \(32, 7\): goes into"):
         infer_muon_dimension_numbers(fn, {"w": shape(D, 7)}, X)
     assert infer_muon_dimension_numbers(
         fn, {"w": shape(D, 7)}, X, overrides=[("w", None)]

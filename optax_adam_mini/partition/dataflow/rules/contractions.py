@@ -22,13 +22,8 @@ Places = dict[int, int]
 """For each batch and free axis of an operand, the result's axis."""
 
 
-@rule("dot_general")
+@rule("dot_general", "scaled_dot")
 def _dot_general(facts: Facts, step: Step) -> Relation:
-    return _dot(facts, step, step.params["dimension_numbers"])
-
-
-@rule("scaled_dot")
-def _scaled_dot(facts: Facts, step: Step) -> Relation:
     return _dot(facts, step, step.params["dimension_numbers"])
 
 
@@ -85,7 +80,7 @@ def contraction(
         and all(
             value.kind <= Kind.WEIGHT
             # An array that the function closes over, with which a convolution's kernel is resized.
-            or (value.is_fixed and facts.program.is_kernel(step.outputs[0]))
+            or (value.is_fixed and step.outputs[0] in facts.program.kernels)
             for value in values
         )
         and not _is_lookup(sides)

@@ -61,14 +61,9 @@ def _across(facts: Facts, step: Step) -> Relation:
     """
     named = step.params.get("axes", ())
     gone = {axis for axis in named if isinstance(axis, int)} if isinstance(named, tuple) else set()
-    if gone:
-        links = [
-            Link(i, (a,), (place,), i)
-            for i, value in enumerate(facts.inputs(step))
-            for place, a in enumerate(a for a in range(len(value.shape)) if a not in gone)
-        ]
-        return layout(facts, step, links)
-    return layout(facts, step, [
-        link for i, value in enumerate(facts.inputs(step))
-        for link in [Link(i, (a,), (a,), i) for a in range(len(value.shape))]
-    ])  # fmt: skip
+    links = [
+        Link(i, (a,), (place,), i)
+        for i, value in enumerate(facts.inputs(step))
+        for place, a in enumerate(a for a in range(len(value.shape)) if a not in gone)
+    ]
+    return layout(facts, step, links)

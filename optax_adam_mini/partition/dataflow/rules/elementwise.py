@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Combines, Facts, Kind, Relation, Value
 from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, STOPPING, Step
-from optax_adam_mini.partition.dataflow.rules.registry import RULES, same
+from optax_adam_mini.partition.dataflow.rules.registry import rule, same
 
 MULTIPLICATIVE = {"mul", "div"}
 ELEMENTWISE = {
@@ -32,6 +32,7 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 
+@rule(*ELEMENTWISE)
 def elementwise(facts: Facts, step: Step) -> Relation:
     """The rule of all element-wise primitives."""
     ins, out = facts.inputs(step), facts.outputs(step)[0]
@@ -238,7 +239,3 @@ def _is_bias_of_a_parameter(ins: Sequence[Value], operand: int, own: Sequence[in
         for other in ins
         if len(other.shape) == len(value.shape)
     )
-
-
-for _name in ELEMENTWISE:
-    RULES[_name] = elementwise

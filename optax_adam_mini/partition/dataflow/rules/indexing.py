@@ -15,7 +15,7 @@ from optax_adam_mini.partition.dataflow.rules.registry import layout, rule, same
 
 @rule("gather")
 def _gather(facts: Facts, step: Step) -> Relation:
-    value, indices = facts.inputs(step)
+    value, _ = facts.inputs(step)
     numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
     paired = tuple(numbers.operand_batching_dims)
     inside = [
@@ -27,7 +27,7 @@ def _gather(facts: Facts, step: Step) -> Relation:
         if sizes[axis] == value.shape[axis]
     }
     known = facts.known(step, 1)
-    batch = [a for a in range(len(step_shape(facts, step))) if a not in numbers.offset_dims]
+    batch = [a for a in range(len(facts.outputs(step)[0].shape)) if a not in numbers.offset_dims]
     if (
         known is not None
         and not paired
@@ -41,7 +41,7 @@ def _gather(facts: Facts, step: Step) -> Relation:
         links.append(Link(0, (axis,), tuple(batch), positions=positions))
         return layout(facts, step, links)
     shared = {
-        axis: batch[index if index < numbers_axis(indices) else index - 1]
+        axis: batch[index]
         for axis, index in zip(paired, numbers.start_indices_batching_dims, strict=True)
     }
     return chosen(facts, step, whole, shared | _counted(facts, step, batch))
@@ -69,16 +69,6 @@ def _counted(facts: Facts, step: Step, batch: list[int]) -> dict[int, int]:
     return found if len(found) < len(axes) else {}
 
 
-def step_shape(facts: Facts, step: Step) -> tuple[int, ...]:
-    """The shape of the first result."""
-    return facts.outputs(step)[0].shape
-
-
-def numbers_axis(indices: object) -> int:
-    """The axis of `indices` that holds the coordinates: the last one."""
-    return len(indices.shape) - 1  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def chosen(
     facts: Facts, step: Step, whole: dict[int, int], shared: dict[int, int] | None = None
 ) -> Relation:
@@ -91,7 +81,7 @@ def chosen(
     shared = shared or {}
     links = [Link(0, (a,), (to,)) for a, to in (shared | whole).items()]
     indexed = [a for a in range(len(value.shape)) if a not in (shared | whole)]
-    for place in range(len(step_shape(facts, step))):  # chosen features stay features
+    for place in range(len(facts.outputs(step)[0].shape)):  # chosen features stay features
         if place not in (shared | whole).values() and not value.is_weight:
             links += [Link(0, (a,), (place,), is_lost=True) for a in indexed if value.features(a)]
     found = layout(facts, step, links)
@@ -100,7 +90,7 @@ def chosen(
     if not value.is_weight:
         return found
     rest = [(0, a) for a in range(len(value.shape)) if a not in whole and value.is_own(a)]
-    is_scalar = len(step_shape(facts, step)) == len(shared | whole) or step.name != "gather"
+    is_scalar = len(facts.outputs(step)[0].shape) == len(shared | whole) or step.name != "gather"
     is_fixed = all(index.kind == Kind.CONSTANT for index in facts.inputs(step)[1:])
     is_counted = is_scalar and is_fixed  # by a loop: one layer of a stack
     if id(step) in facts.members or is_counted:
@@ -118,7 +108,7 @@ def chosen(
 
 @rule("dynamic_slice")
 def _dynamic_slice(facts: Facts, step: Step) -> Relation:
-    value, out = facts.inputs(step)[0], step_shape(facts, step)
+    value, out = facts.inputs(step)[0], facts.outputs(step)[0].shape
     return chosen(facts, step, {a: a for a, n in enumerate(value.shape) if n == out[a]})
 
 
