@@ -27,6 +27,18 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
+    "frozen models lose their parts": Fault(
+        DATAFLOW + "interpret.py",
+        "[of_all if frozen else found for frozen in is_frozen]",
+        "[found for frozen in is_frozen]",
+        "partition/dataflow/test_layers.py::test_a_frozen_model_is_cut_like_a_trained_one",
+    ),
+    "decay rates in 16 bits": Fault(
+        "transform.py",
+        "b1, b2, eps, eps_root = map(wide, (b1, b2, eps, eps_root))",
+        "pass",
+        "test_hyperparams.py::test_decay_rates_in_16_bits_are_computed_with_in_float32",
+    ),
     "sum for mean": Fault(
         "sums.py",
         "return total / sizes",
@@ -580,8 +592,8 @@ def _pass""",
     ),
     "labels are remembered by a hash": Fault(
         "labels.py",
-        "key = (of, treedef, tuple(leaves))",
-        "key = hash((of, treedef, tuple(leaves)))",
+        "key = (of, treedef, tuple(shapes))",
+        "key = hash((of, treedef, tuple(shapes)))",
         "test_transform.py::test_one_transformation_on_two_models_of_the_same_shapes[int8]",
     ),
     "muon's functions see gradients": Fault(

@@ -154,6 +154,23 @@ def test_eps_in_float16_is_refused_only_if_it_is_0(eps):
         assert jnp.isfinite(updates["w"]).all()
 
 
+def test_decay_rates_in_16_bits_are_computed_with_in_float32():
+    """`optax.inject_hyperparams` makes them: 1 - b2**t would have two digits, and t stop at 2048."""
+    params, dtype = {"w": jnp.arange(1.0, 9)}, jnp.float16
+    tx = optax.inject_hyperparams(adam_mini, hyperparam_dtype=dtype)(1e-3, eps=1e-4,
+                                                                     block_specs=per_tensor())  # fmt: skip
+    state = tx.init(params)
+    b1, b2, eps = (float(state.hyperparams[name]) for name in ("b1", "b2", "eps"))
+    plain = adam_mini(float(dtype(1e-3)), b1, b2, eps, weight_decay=float(dtype(1e-4)),
+                      block_specs=per_tensor())  # fmt: skip
+    other = plain.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(30):
+        found, state = update(params, state, params)
+        expected, other = plain.update(params, other, params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-5)
+
+
 def test_a_mask_function_that_inject_hyperparams_calls_with_the_step_is_refused():
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     p = {"w": jnp.ones((4, 6))}
