@@ -18,15 +18,15 @@ from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.labels import (
     BlockSpecs,
-    called,
+    evaluate_specs,
     has_outer,
-    of_all,
     path_of,
     resolve_block_specs,
+    specs_for_parts,
 )
 from optax_adam_mini.messages import check_has_state
-from optax_adam_mini.product import Outer, OuterMoments, Spec, in_trees, of_parameters
-from optax_adam_mini.quantized import Codes, check_kept, in_state, of_state, read, write
+from optax_adam_mini.product import Outer, OuterMoments, Spec, pack_nu, unpack_nu
+from optax_adam_mini.quantized import Codes, check_stored_dtype, pack_mu, read, unpack_mu, write
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from optax_adam_mini.sums import widen
 from optax_adam_mini.transform import ScaleByAdamMiniState
@@ -143,8 +143,8 @@ def _convert(
     convert_leaf: Callable[..., tuple[Any, Any]],
     new_dtype: Any = None,
 ) -> Any:
-    given = of_all(block_specs, params)
-    specs = [spec for _, spec in resolve_block_specs(called(given, params), params)]
+    given = specs_for_parts(block_specs, params)
+    specs = [spec for _, spec in resolve_block_specs(evaluate_specs(given, params), params)]
     leaves = leaves_with_path(params)
     by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
     may_be_outer = has_outer(given, params)
@@ -153,7 +153,7 @@ def _convert(
         if not isinstance(node, old):
             return node
         is_int8 = isinstance(node.mu, Codes)
-        mu = of_state(node.mu, jnp.int8 if is_int8 else None)
+        mu = unpack_mu(node.mu, jnp.int8 if is_int8 else None)
         paths = [path_of(keys) for keys, _ in leaves_with_path(mu)]
         for path in paths:
             if path not in by_path:
@@ -173,11 +173,11 @@ def _convert(
                 f"the state does not match block_specs: it stores {stored}, and block_specs has "
                 f"{given_for}: pass the block_specs that the state was made with"
             )
-        nu = of_parameters(node.nu, [spec for spec, _ in found])
+        nu = unpack_nu(node.nu, [spec for spec, _ in found])
         pairs: list[tuple[Any, Any]] = []
         for path, m, v, (spec, p) in zip(paths, jax.tree.leaves(mu), nu, found, strict=True):
             if jnp.issubdtype(jnp.result_type(p), jnp.inexact):
-                check_kept("/".join(path), m, is_codes=is_int8)
+                check_stored_dtype("/".join(path), m, is_codes=is_int8)
             try:
                 pairs.append(convert_leaf(path, spec, m, v, p))
             except ValueError as error:
@@ -188,8 +188,8 @@ def _convert(
         own = [p if path_of(keys) in paths else optax.MaskedNode() for keys, p in leaves]
         part = jax.tree.unflatten(jax.tree.structure(params), own)
         is_new_outer = new is ScaleByAdamMiniState and has_outer(given, part)
-        nu = in_trees([v for _, v in pairs], mu, is_new_outer)
-        return new(node.count, in_state(new_mu, new_dtype), nu)
+        nu = pack_nu([v for _, v in pairs], mu, is_new_outer)
+        return new(node.count, pack_mu(new_mu, new_dtype), nu)
 
     check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
     return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

@@ -11,9 +11,9 @@ import numpy as np
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
+    call_noting_parts,
     is_label_function,
-    of_function,
-    of_leaves,
+    match_leaves,
     path_of,
     remembered,
     resolve_block_specs,
@@ -123,7 +123,7 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     is_one = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
     name = "muon_weight_dimension_numbers"
     if is_label_function(given):
-        given = of_function(name, given, params)
+        given = call_noting_parts(name, given, params)
         if given is None:
             raise TypeError(
                 f"{name}: the function returned None, expected a pytree of "
@@ -137,7 +137,7 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
                 f"optax.contrib.MuonDimensionNumbers, or None for Adam-mini, got {numbers!r} of "
                 f"type {type(numbers).__name__}"
             )
-    found = of_leaves(name, "entry", by_path, params)
+    found = match_leaves(name, "entry", by_path, params)
     for path, leaf, numbers in found:
         if numbers is not None:
             check_fits(path or "params", numbers, jnp.shape(leaf))

@@ -105,11 +105,11 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     check_called(block_specs)
     check_arrays(params)
     specs = spec_leaves(
-        _called(block_specs, params) if is_label_function(block_specs) else block_specs
+        _call(block_specs, params) if is_label_function(block_specs) else block_specs
     )
     found: list[tuple[str, Spec]] = []
     wrong: list[str] = []
-    for path, leaf, spec in of_leaves("block_specs", "spec", specs, params):
+    for path, leaf, spec in match_leaves("block_specs", "spec", specs, params):
         try:
             spec.check(jnp.shape(leaf))
         except ValueError as error:
@@ -124,7 +124,7 @@ def resolve_block_specs(block_specs: Any, params: Any) -> list[tuple[str, Spec]]
     return found
 
 
-def of_leaves(
+def match_leaves(
     what: str, word: str, given: Mapping[tuple[str, ...], T], params: Any
 ) -> list[tuple[str, Any, T]]:
     """What is given for every leaf of `params`, at its path or at a prefix of it.
@@ -162,8 +162,8 @@ def of_leaves(
         if path not in used and not any(_overlap(path, other) for other in empty)
     ]
     if missing or unused:
-        lacking = [f"no {word} for {some(missing)}"] if missing else []
-        surplus = [f"no parameter for the {word} at {some(unused)}"] if unused else []
+        lacking = [f"no {word} for {first_few(missing)}"] if missing else []
+        surplus = [f"no parameter for the {word} at {first_few(unused)}"] if unused else []
         hint = ""
         if missing == ["params"]:
             hint = (
@@ -230,20 +230,20 @@ def has_outer(block_specs: Any, params: Any) -> bool:
     It depends on all specs that are given, so that every group of `optax.multi_transform` gets a
     state of the same structure.
     """
-    specs = spec_leaves(called(block_specs, params))
+    specs = spec_leaves(evaluate_specs(block_specs, params))
     return any(isinstance(spec, Outer) for spec in specs.values())
 
 
-def called(block_specs: Any, params: Any) -> Any:
+def evaluate_specs(block_specs: Any, params: Any) -> Any:
     """The pytree of specs that is given, or that a label function returns for the parameters."""
     if not is_label_function(block_specs):
         return block_specs
     check_called(block_specs)
     check_arrays(params)
-    return None if is_empty(params) else _called(block_specs, params)
+    return None if is_empty(params) else _call(block_specs, params)
 
 
-def of_all(block_specs: Any, params: Any) -> Any:
+def specs_for_parts(block_specs: Any, params: Any) -> Any:
     """Block specs for parts of `params`: a user's label function is called on the whole tree.
 
     It may not expect `optax.MaskedNode`, which a part has elsewhere. The label functions of this
@@ -251,7 +251,7 @@ def of_all(block_specs: Any, params: Any) -> Any:
     """
     if not is_label_function(block_specs) or isinstance(block_specs, Label):
         return block_specs
-    return remembered(called, block_specs, *shapes_of(params))
+    return remembered(evaluate_specs, block_specs, *shapes_of(params))
 
 
 def shapes_of(params: Any) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
@@ -260,7 +260,7 @@ def shapes_of(params: Any) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     return treedef, [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves]
 
 
-def of_function(what: str, function: Callable[[Any], T], params: Any) -> T:
+def call_noting_parts(what: str, function: Callable[[Any], T], params: Any) -> T:
     """Calls a user's function; if it fails on a part of a tree, a note says that this is one."""
     try:
         return function(params)
@@ -275,9 +275,9 @@ def of_function(what: str, function: Callable[[Any], T], params: Any) -> T:
         raise
 
 
-def _called(label_fn: LabelFn, params: Any) -> Any:
+def _call(label_fn: LabelFn, params: Any) -> Any:
     """What a label function returns; refuses what cannot be specs."""
-    returned = of_function("block_specs", label_fn, params)
+    returned = call_noting_parts("block_specs", label_fn, params)
     if is_empty(returned) and not is_empty(params):
         raise TypeError(
             f"block_specs: the label function returned {returned!r}, expected a BlockSpec such as "
@@ -373,7 +373,7 @@ def check_only_params(
     is_key = lambda x: jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.extended)
     # Random keys get an error of their own, later.
     if others and not any(map(is_key, jax.tree.leaves(params))):
-        kinds = some([f"{path}, a {type(node).__name__}" for path, node in others])
+        kinds = first_few([f"{path}, a {type(node).__name__}" for path, node in others])
         raise ValueError(
             f"{what}: {kinds}: not parameters, and weight decay alone would change them: "
             "pass the parameters alone, nnx.Optimizer(model, tx, wrt=nnx.Param), "
@@ -439,7 +439,7 @@ def completed(
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
     if unmatched and default is None:
-        shown = some([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
+        shown = first_few([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
         raise ValueError(
             f"{what}: no rule matches {shown}: add a rule for it, or a default such as "
             "flax_layers() or per_element()"
@@ -493,7 +493,7 @@ def compiled_rules(
 _SHOWN = 8  # paths named in one error
 
 
-def some(paths: Sequence[str]) -> str:
+def first_few(paths: Sequence[str]) -> str:
     """The first few of `paths`, for an error message."""
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return ", ".join(paths[:_SHOWN]) + more

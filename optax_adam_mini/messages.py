@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import is_label_function, path_of, path_str, some
+from optax_adam_mini.labels import first_few, is_label_function, path_of, path_str
 from optax_adam_mini.product import Spec
 
 _CONVERT = "convert it, from_adam_state(state, params, block_specs)"
@@ -236,8 +236,8 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
     else:
         missing = [path for path in expected if path not in got]
         surplus = [path for path in got if path not in expected]
-        said = [f"got nothing for {some(missing)}"] if missing else []
-        said += [f"got {some(surplus)}, which the parameters do not have"] if surplus else []
+        said = [f"got nothing for {first_few(missing)}"] if missing else []
+        said += [f"got {first_few(surplus)}, which the parameters do not have"] if surplus else []
     if not said:
         said = [f"got {jax.tree.structure(tree)}, expected {jax.tree.structure(like)}"]
     raise ValueError(
@@ -297,7 +297,7 @@ def check_has_state(what: str, wanted: str, others: Mapping[str, str], state: An
     if wanted not in found:
         root = type(state).__name__
         inner = [name for name in dict.fromkeys(found) if name != root]
-        seen = f"a {root}" + (f" of {some(inner)}" if inner else "")
+        seen = f"a {root}" + (f" of {first_few(inner)}" if inner else "")
         hint = "".join(f": {said}" for name, said in others.items() if name in found)
         raise ValueError(
             f"{what}expected an optimizer state with a {wanted} in it, got {seen}{hint}"

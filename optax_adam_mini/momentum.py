@@ -12,13 +12,13 @@ import optax
 from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
-from optax_adam_mini.labels import path_of, path_str, some
-from optax_adam_mini.quantized import RowCodes, check_kept, read_row, write_row
+from optax_adam_mini.labels import first_few, path_of, path_str
+from optax_adam_mini.quantized import RowCodes, check_stored_dtype, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
 from optax_adam_mini.sums import widen
 
 
-def kept(
+def scale_by_muon_in_pieces(
     orthogonalize: Callable[[list[Pieces]], optax.GradientTransformation],
     pieces_of: Callable[[Any], list[Pieces]],
     mu_dtype: Any,
@@ -95,12 +95,12 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
     }
     stored = mu.codes if is_int8 else mu
     for keys, x in leaves_with_path(stored):
-        check_kept(path_str(keys), x, is_codes=is_int8)
+        check_stored_dtype(path_str(keys), x, is_codes=is_int8)
     found, expected = shapes(stored), shapes(updates)
     if found != expected:
         differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
         raise ValueError(
-            f"the state's momentum does not fit the matrices at {some(differ)}: pass the "
+            f"the state's momentum does not fit the matrices at {first_few(differ)}: pass the "
             "parameters, and the muon_weight_dimension_numbers, that init got"
         )
 

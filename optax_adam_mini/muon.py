@@ -19,10 +19,17 @@ from optax_adam_mini.hyperparams import (
     check_mu_dtype,
     check_scalar_or_schedule,
 )
-from optax_adam_mini.labels import BlockSpecs, check_called, of_all, remembered, shapes_of, some
+from optax_adam_mini.labels import (
+    BlockSpecs,
+    check_called,
+    first_few,
+    remembered,
+    shapes_of,
+    specs_for_parts,
+)
 from optax_adam_mini.messages import check_given_mask, check_gradients, check_order
-from optax_adam_mini.momentum import kept
-from optax_adam_mini.transform import adam_mini, add_decayed_weights, in_dtypes
+from optax_adam_mini.momentum import scale_by_muon_in_pieces
+from optax_adam_mini.transform import adam_mini, add_decayed_weights, cast_to_param_dtypes
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -163,9 +170,9 @@ def muon_mini(
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
 
-    matrices = lambda pieces_of: in_dtypes(
+    matrices = lambda pieces_of: cast_to_param_dtypes(
         optax.chain(
-            kept(orthogonalize, pieces_of, dtype, consistent_rms),
+            scale_by_muon_in_pieces(orthogonalize, pieces_of, dtype, consistent_rms),
             optax.identity(),  # `optax.contrib.muon` has an entry in its state here
             add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
@@ -183,7 +190,7 @@ def muon_mini(
     def both(params: Any) -> optax.GradientTransformationExtraArgs:
         found = remembered(dimension_numbers, muon_weight_dimension_numbers, *shapes_of(params))
         numbers = [each for each in found if each is not None]
-        given = of_all(block_specs, params)
+        given = specs_for_parts(block_specs, params)
 
         def pieces_of(part: Any) -> list[Pieces]:
             """The pieces of every matrix, in a tree of the matrices alone."""
@@ -249,6 +256,6 @@ def _check_gradients(updates: Any, params: Any) -> None:
     missing = [path for path, g in check_gradients(updates, params) if g is None]
     if missing:
         raise ValueError(
-            f"the gradients at {some(missing)} are None, and muon_mini needs one for every "
+            f"the gradients at {first_few(missing)} are None, and muon_mini needs one for every "
             "parameter: pass zeros, or set these parameters to None in init and in update"
         )

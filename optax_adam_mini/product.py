@@ -358,7 +358,7 @@ def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> 
     return total(nu * weights) / jnp.maximum(weight, jnp.finfo(nu.dtype).tiny)
 
 
-def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
+def unpack_nu(nu: Any, specs: Sequence[Spec]) -> list[Any]:
     """The arrays of each parameter in the `nu` of a state: one array, or two.
 
     Args:
@@ -371,7 +371,7 @@ def of_parameters(nu: Any, specs: Sequence[Spec]) -> list[Any]:
     return [(a, b) if isinstance(spec, Outer) else a for a, b, spec in pairs]
 
 
-def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
+def pack_nu(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
     """The `nu` of a state, in the parameters' boxes.
 
     The two arrays of an `outer` are in separate trees, because some containers of an optimizer
@@ -392,7 +392,7 @@ def in_trees(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:
     return OuterMoments(in_tree([a for a, _ in pairs]), in_tree([b for _, b in pairs]))
 
 
-def like_state(nu: Any, moments: Sequence[Any]) -> Any:
+def repack_nu(nu: Any, moments: Sequence[Any]) -> Any:
     """New moments in the trees and boxes of a state's `nu`."""
     if not isinstance(nu, OuterMoments):
         return jax.tree.unflatten(jax.tree.structure(nu), moments)

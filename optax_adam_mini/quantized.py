@@ -246,12 +246,12 @@ def write_row(
     return jnp.where(m < _ZERO, -code, code), largest
 
 
-def in_state(mu: Any, mu_dtype: Any) -> Any:
+def pack_mu(mu: Any, mu_dtype: Any) -> Any:
     """The `mu` of a state, made from a tree like the parameters."""
     return Codes(mu) if mu_dtype == jnp.int8 else mu
 
 
-def of_state(mu: Any, mu_dtype: Any) -> Any:
+def unpack_mu(mu: Any, mu_dtype: Any) -> Any:
     """The tree like the parameters from the `mu` of a state.
 
     Raises:
@@ -269,7 +269,7 @@ def of_state(mu: Any, mu_dtype: Any) -> Any:
     return mu.codes if isinstance(mu, Codes) else mu
 
 
-def check_kept(path: str, kept: Any, is_codes: bool) -> None:
+def check_stored_dtype(path: str, kept: Any, is_codes: bool) -> None:
     """Refuses codes that a restore has cast to floats, and floats that it has cast to codes.
 
     Args:

@@ -18,7 +18,7 @@ from optax_adam_mini.dimension_numbers import dimension_numbers, rows_of, sizes_
 from optax_adam_mini.hyperparams import check_mu_dtype
 from optax_adam_mini.labels import (
     BlockSpecs,
-    called,
+    evaluate_specs,
     has_outer,
     path_str,
     resolve_block_specs,
@@ -74,7 +74,7 @@ def block_table(
         ['kernel', '(768, 3072)', 'matrix (768 x 3072), Muon', '0', '0']
     """
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
-    given = called(block_specs, params)
+    given = evaluate_specs(block_specs, params)
     matrices, rest = _matrices(muon_weight_dimension_numbers, params)
     specs = iter([spec for _, spec in resolve_block_specs(given, rest)])
     is_outer = has_outer(given, rest)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adam_mini.boxes import kept_names, leaves_with_path
-from optax_adam_mini.labels import of_leaves, path_of, shapes_of
+from optax_adam_mini.labels import match_leaves, path_of, shapes_of
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -106,7 +106,7 @@ def _resolve(given: Any, params: Any, mesh: Mesh | AbstractMesh | None) -> list[
     by_path = {path_of(keys): one for keys, one in leaves_with_path(given, is_leaf=is_one)}
     return [
         _checked(path or "params", sharding, jnp.shape(leaf), mesh)
-        for path, leaf, sharding in of_leaves("param_shardings", "sharding", by_path, params)
+        for path, leaf, sharding in match_leaves("param_shardings", "sharding", by_path, params)
     ]
 
 

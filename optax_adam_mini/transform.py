@@ -24,8 +24,8 @@ from optax_adam_mini.hyperparams import (
 )
 from optax_adam_mini.labels import (
     BlockSpecs,
-    called,
     check_called,
+    evaluate_specs,
     has_outer,
     is_label_function,
     path_of,
@@ -45,14 +45,14 @@ from optax_adam_mini.messages import (
     leaves_as,
 )
 from optax_adam_mini.partition.flax_layers import flax_layers
-from optax_adam_mini.product import Spec, in_trees, like_state, of_parameters
+from optax_adam_mini.product import Spec, pack_nu, repack_nu, unpack_nu
 from optax_adam_mini.quantized import (
     allowed_b2,
     check_decays,
-    check_kept,
-    in_state,
-    of_state,
+    check_stored_dtype,
+    pack_mu,
     read,
+    unpack_mu,
     write,
 )
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
@@ -127,7 +127,7 @@ def scale_by_adam_mini(
         >>> print([f"{u:.3f}" for u in updates["scale"]], state.nu["scale"].shape)
         ['0.463', '0.926', '1.000'] (1,)
     """
-    return in_dtypes(
+    return cast_to_param_dtypes(
         _wide_adam_mini(
             **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
             block_specs=_check_block_specs(block_specs),
@@ -221,7 +221,7 @@ def adam_mini(
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
     check_given_mask(mask)
-    return in_dtypes(
+    return cast_to_param_dtypes(
         optax.chain(
             _wide_adam_mini(
                 **_checked(b1, b2, eps, eps_root, mu_dtype, nesterov, bounded),
@@ -247,7 +247,7 @@ def _checked(
     return {**decays, "mu_dtype": mu_dtype, "nesterov": nesterov, "bounded": bounded}
 
 
-def in_dtypes(
+def cast_to_param_dtypes(
     tx: optax.GradientTransformation, length: int | None = None, **hyperparams: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Computes everything in float32, and casts once, at the end, to the parameters' dtypes.
@@ -332,7 +332,7 @@ def _wide_adam_mini(
         check_hyperparams(are_known=True, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
         if mu_dtype == jnp.int8 and not any(isinstance(b, jax.core.Tracer) for b in (b1, b2)):
             check_decays(b1, b2)
-        specs = called(block_specs, params)
+        specs = evaluate_specs(block_specs, params)
         labels, is_outer = resolve_block_specs(specs, params), has_outer(specs, params)
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
@@ -348,12 +348,12 @@ def _wide_adam_mini(
             lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params
         )
         return ScaleByAdamMiniState(
-            jnp.zeros([], jnp.int32), in_state(mu, mu_dtype), in_trees(nu, params, is_outer)
+            jnp.zeros([], jnp.int32), pack_mu(mu, mu_dtype), pack_nu(nu, params, is_outer)
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, ScaleByAdamMiniState]:
         check_is_state(state)
-        mu_tree = of_state(state.mu, mu_dtype)
+        mu_tree = unpack_mu(state.mu, mu_dtype)
         mu, treedef = jax.tree.flatten(mu_tree)
         grads = leaves_as(mu_tree, "gradients", updates)
         like = grads if params is None else leaves_as(mu_tree, "params", params)
@@ -363,7 +363,7 @@ def _wide_adam_mini(
         ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
         labels = remembered(resolve_block_specs, block_specs, treedef, shapes)
-        nu = of_parameters(state.nu, [spec for _, spec in labels])
+        nu = unpack_nu(state.nu, [spec for _, spec in labels])
         check_grids(labels, shapes, nu)
 
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -383,7 +383,7 @@ def _wide_adam_mini(
             elif not (_is_inexact(g) and _is_inexact(shape)):  # integers are left alone
                 new.append((jnp.zeros(shape.shape, shape.dtype), m, v))
             else:
-                check_kept(path, m, is_codes=mu_dtype == jnp.int8)
+                check_stored_dtype(path, m, is_codes=mu_dtype == jnp.int8)
                 kept = m.dtype if params is None else shape.dtype
                 new.append(
                     _update_parameter(
@@ -391,8 +391,8 @@ def _wide_adam_mini(
                     )
                 )  # fmt: skip
         in_tree = lambda i: jax.tree.unflatten(treedef, [leaf[i] for leaf in new])
-        nu = like_state(state.nu, [leaf[2] for leaf in new])
-        return in_tree(0), ScaleByAdamMiniState(count, in_state(in_tree(1), mu_dtype), nu)
+        nu = repack_nu(state.nu, [leaf[2] for leaf in new])
+        return in_tree(0), ScaleByAdamMiniState(count, pack_mu(in_tree(1), mu_dtype), nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -435,10 +435,10 @@ def _update_parameter(
     # With one number for each block it is computed once for each, and then spread.
     inverse_root = lambda v: 1 / (jnp.sqrt(v / t.c2 + t.eps_root) + t.eps)
     update = m_hat * spread_product(new, g.shape, inverse_root)
-    return _held(update, t.longest) if bounded else update, kept, nu
+    return _clip_step(update, t.longest) if bounded else update, kept, nu
 
 
-def _held(update: Array, longest: Any) -> Array:
+def _clip_step(update: Array, longest: Any) -> Array:
     """Limits every coordinate to `longest`."""
     if jnp.issubdtype(update.dtype, jnp.complexfloating):
         return update * jnp.minimum(1, longest / jnp.abs(update))

@@ -604,7 +604,7 @@ def _pass""",
     ),
     "muon's functions see a part": Fault(
         "muon.py",
-        "given = of_all(block_specs, params)",
+        "given = specs_for_parts(block_specs, params)",
         "given = block_specs",
         "test_muon.py::test_label_functions_get_all_parameters[False]",
     ),

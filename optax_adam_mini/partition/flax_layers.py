@@ -28,10 +28,10 @@ from optax_adam_mini.labels import (
     check_is_params,
     check_only_params,
     check_used,
+    first_few,
     has_masked,
     label,
     path_of,
-    some,
 )
 from optax_adam_mini.product import Outer, Spec
 
@@ -301,7 +301,7 @@ def _label(
         reasons, more = list(unread.items()), len(unread) > _SHOWN
         raise ValueError(
             "flax_layers does not know how to cut\n"
-            + "".join(f"  {some(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
+            + "".join(f"  {first_few(paths)}: {why}\n" for why, paths in reasons[:_SHOWN])
             + f"  {sum(len(paths) for _, paths in reasons[_SHOWN:])} more\n" * more
             + "Use infer_block_specs(loss_fn, params, ...), or give their specs, "
             "by_path([(pattern, spec)], default=flax_layers())"

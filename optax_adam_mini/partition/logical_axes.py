@@ -15,11 +15,11 @@ from optax_adam_mini.labels import (
     check_default,
     check_is_params,
     completed,
+    first_few,
     has_masked,
     label,
     path_of,
     path_str,
-    some,
 )
 from optax_adam_mini.product import Spec
 
@@ -104,10 +104,10 @@ def _label(
         unused.discard(own)
         specs.append(per_neuron([i for i, name in enumerate(names) if name in (*stacked, *cut)]))
     if unused and not has_masked(params):
-        have = some(sorted({str(names) for names in named.values()}))
+        have = first_few(sorted({str(names) for names in named.values()}))
         raise ValueError(
-            f"by_logical_axes: no parameter has the axes {some(sorted(map(str, unused)))}; the "
-            f"parameters have {have or 'none'}"
+            "by_logical_axes: no parameter has the axes "
+            f"{first_few(sorted(map(str, unused)))}; the parameters have {have or 'none'}"
         )
 
     seen = lambda keys, _: named.get(path_of(keys), ())
@@ -126,12 +126,12 @@ def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...
         names, cut = map(tuple, rule)
         if unknown := [name for name in cut if name not in names]:
             raise ValueError(
-                f"by_logical_axes: the rule for {names} cuts {some(unknown)}, which it does not "
-                "name: name axes of the rule"
+                f"by_logical_axes: the rule for {names} cuts {first_few(unknown)}, which it does "
+                "not name: name axes of the rule"
             )
         if both := [str(name) for name in names if name in stacked]:
             raise ValueError(
-                f"by_logical_axes: the rule for {names} names {some(both)}, which is in "
+                f"by_logical_axes: the rule for {names} names {first_few(both)}, which is in "
                 "stacked and has a block at each index already: remove it from the rule"
             )
         if names in table:

@@ -16,9 +16,9 @@ from optax_adam_mini.blocks import BlockSpec, per_element, per_tensor
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
     LabelFn,
+    first_few,
     path_of,
     resolve_block_specs,
-    some,
     spec_leaves,
 )
 from optax_adam_mini.messages import check_has_state
@@ -100,7 +100,7 @@ def measure_block_specs(
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     missing = ["/".join(path_of(keys)) for keys, _ in leaves if path_of(keys) not in moments]
     if missing:
-        raise ValueError(f"measure_block_specs: adam_state has no nu for {some(missing)}")
+        raise ValueError(f"measure_block_specs: adam_state has no nu for {first_few(missing)}")
     measured: list[list[_Choice]] = []
     for index, (keys, leaf) in enumerate(leaves):
         shape, v = jnp.shape(leaf), moments[path_of(keys)]

@@ -1,7 +1,7 @@
 """Writes codes.npz: codes of the first moment in 8 bits, and what they stand for.
 
 python -m tests.golden.codes makes it anew, which a test then compares with: do so only for a new
-format, which says of the old one that it is another (`quantized.of_state`).
+format, which says of the old one that it is another (`quantized.unpack_mu`).
 """
 
 import pathlib

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import check_used, path_str, some
+from optax_adam_mini.labels import check_used, first_few, path_str
 from optax_adam_mini.partition.dataflow.backward import find_groups
 from optax_adam_mini.partition.dataflow.domain import Facts, Relation, Use
 from optax_adam_mini.partition.dataflow.interpret import Result, interpret
@@ -126,12 +126,14 @@ def why_unread(path: str, shape: Sequence[int], result: Result, index: int) -> s
     """Why it is unknown what a parameter does; empty if it is known."""
     if steps := result.unread.get(index, ()):
         where = dict.fromkeys(f"{step.name} at {place(step)}" for step in steps)
-        return f"{path or 'params'} {tuple(shape)}: goes into {some(list(where))}, without a rule"
+        return (
+            f"{path or 'params'} {tuple(shape)}: goes into {first_few(list(where))}, without a rule"
+        )
     if index not in result.uses and math.prod(shape) > 1:
         where = dict.fromkeys(f"{s.name} at {place(s)}" for s in _takers(result.facts, index))
         return (
             f"{path or 'params'} {tuple(shape)}: meets no data in fn that an output depends on; "
-            + (f"goes into {some(list(where))}" if where else "fn does not use it")
+            + (f"goes into {first_few(list(where))}" if where else "fn does not use it")
         )
     return ""
 
