@@ -106,7 +106,7 @@ def test_names_must_be_as_many_as_axes():
         (["embed"], {}, TypeError, "is a pair"),
         ([(("embed", "mlp"), "mlp")], {}, TypeError, "is a pair"),
         ([(("embed", "mlp"), ("heads",))], {}, ValueError, "cuts heads, which it does not name"),
-        ([(("layers", "mlp"), ("mlp",))], {}, ValueError, "names layers, which is stacked"),
+        ([(("layers", "mlp"), ("mlp",))], {}, ValueError, "names layers, which is in stacked"),
         ([(("mlp",), ("mlp",)), (("mlp",), ())], {}, ValueError, "two rules for"),
         ([], {"default": 3}, TypeError, "by_logical_axes: default must be"),
     ],
