@@ -30,9 +30,12 @@ def find_matrices(results: Sequence[Result]) -> list[Matrix | str]:
             tuple(axis for axis, found in enumerate(roles) if role in found)
             for role in (Role.REDUCTION, Role.OUTPUT)
         )
-        has_one_role = all(len(axis) < 2 for axis in roles)
+        is_chosen = any(use.is_lookup for use in result.uses.get(index, ()))
+        # An output axis may hold heads that each have a kernel of their own.
+        beside = {Role.BATCH} if not is_chosen else set[Role]()
+        has_one_role = all(len(axis - beside) < 2 for axis in roles)
         is_kernel = inputs and outputs and has_one_role  # an index may also choose its expert
-        if not is_kernel and any(use.is_lookup for use in result.uses.get(index, ())):
+        if not is_kernel and is_chosen:
             found.append("a table: an index chooses its rows")
         elif not (inputs and outputs):
             found.append("not a kernel: it lacks input or output axes")
@@ -71,7 +74,8 @@ def _meeting_kernels(result: Result) -> set[int]:
     found, count = set[int](), -1
     while count != (count := len(found)):
         for step, relation in reversed(result.trail):
-            if step.is_backward:
+            # All steps count for a frozen parameter, and its trail has them all.
+            if step.is_backward or (relation.is_stopped and result.trail is not result.facts.trail):
                 continue
             if _kernels(result, step, relation) or not found.isdisjoint(step.outputs):
                 found.update(step.inputs)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from optax_adam_mini.partition.dataflow.domain import Facts, Relation
+from optax_adam_mini.partition.dataflow.domain import FUNCTIONS, Facts, Kind, Relation
 from optax_adam_mini.partition.dataflow.folding import is_index
-from optax_adam_mini.partition.dataflow.program import MERGE, RESHAPES, Program, Step
+from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, RESHAPES, Program, Step
 
 # What indexing, a cast or a one-hot vector makes of an index.
 _OF_AN_INDEX = {
@@ -19,7 +19,7 @@ _OF_AN_INDEX = {
     "copy", "eq", "lt", "max", "min", "rem", "select_n", "stop_gradient", "sub",
 }  # fmt: skip
 # What lies between the rows of a kernel and what they meet.
-_MOVES = {*RESHAPES, "broadcast_in_dim", "convert_element_type", "copy", "transpose"}
+_MOVES = {*RESHAPES, "broadcast_in_dim", "transpose"}
 
 
 def find_members(facts: Facts) -> set[int]:
@@ -68,11 +68,20 @@ def find_repeats(facts: Facts) -> set[int]:
                 axis for link in relation.links if link.operand == operand for axis in link.axes
             }
             gone = [a for a, size in enumerate(value.shape) if size > 1 and a not in kept]
-            while place not in rows and place in made and made[place].name in _MOVES:
-                place = made[place].inputs[0]
+            while place not in rows and (before := _before(facts, made.get(place))) is not None:
+                place = before
             if place in rows and not all(value.is_own(axis) for axis in gone):
                 found.add(id(rows[place]))
     return found
+
+
+def _before(facts: Facts, step: Step | None) -> int | None:
+    """What a step only moves, scales, masks or applies a function to."""
+    if step is None or step.name not in _MOVES | LINEAR | FUNCTIONS:
+        return None
+    is_fixed = lambda value: value.kind == Kind.CONSTANT or value.is_fixed
+    others = [place for place in step.inputs if not is_fixed(facts.values[place])]
+    return others[0] if len(others) == 1 else None
 
 
 class _Indices:

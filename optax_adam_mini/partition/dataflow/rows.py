@@ -67,10 +67,10 @@ def _sorted(
     stacked = [axis for axis in live if roles[axis] == {Role.BATCH}]
     rest = [axis for axis in live if axis not in stacked]
     inputs = [axis for axis in rest if Role.REDUCTION in roles[axis]]
-    if not inputs:
+    if len(inputs) in (0, len(rest)):  # a table, whose rows may be dotted with activations
         looked_up = _looked_up(result, index)
-        inputs = [axis for axis in stacked if axis in looked_up]
-        stacked = [axis for axis in stacked if axis not in looked_up]
+        if found := [axis for axis in stacked if axis in looked_up]:
+            inputs, stacked = found, [axis for axis in stacked if axis not in looked_up]
     outputs = [axis for axis in rest if axis not in inputs]
     are_outputs = any(Role.OUTPUT in roles[axis] for axis in inputs)
     if not outputs and len(inputs) > 1 and are_outputs:  # inputs in one use, outputs in another

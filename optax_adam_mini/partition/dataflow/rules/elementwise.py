@@ -59,8 +59,9 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     if id(step) in facts.filters and not all(value.is_weight for value in ins):
         return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
-    if len(ins) == 1:
-        found.made = 2 if ins[0].made and step.name not in LINEAR else None
+    is_square = step.name == "mul" and step.inputs[0] == step.inputs[1]
+    if found.kind < Kind.DATA and (step.name not in LINEAR or is_square):
+        found.made = 2 if any(value.made for value in ins) else None
     if not _keeps_one_hot(facts, step, ins):
         found.ends |= Indices.ONE_HOT
     found.drops = step.name not in LINEAR
