@@ -331,7 +331,9 @@ def test_adamws_state_is_refused_with_the_way_to_convert_it():
     specs = {"kernel": per_neuron(), "bias": per_tensor()}
     tx = adam_mini(1e-3, block_specs=specs)
     adams = optax.adamw(1e-3).init(PARAMS)
-    text = r"optax.adam or optax.adamw[:,] convert it, from_adam_state\(state, params, block_specs\)"
+    text = (
+        r"optax.adam or optax.adamw[:,] convert it, from_adam_state\(state, params, block_specs\)"
+    )
     for tx_of in (tx, adam_mini(1e-3, block_specs=per_element())):  # of the same shapes too
         with pytest.raises(ValueError, match=rf"update: got the state of {text}"):
             jax.jit(tx_of.update)(PARAMS, adams, PARAMS)

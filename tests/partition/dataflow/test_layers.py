@@ -618,6 +618,77 @@ def test_a_frozen_model_is_cut_like_a_trained_one():
     assert frozen["qkv"] is not None
 
 
+@pytest.mark.parametrize("function", [jnp.tanh, jax.nn.relu, jax.nn.relu6, jnp.square])
+def test_a_function_of_parameters_makes_a_layer_of_them(function):
+    """`relu` is `max(x, 0)`, which has two operands. Inputs made by a network have its neurons."""
+
+    def fn(p, x):
+        queries = function(p["e"] @ p["w1"]) @ p["w2"]
+        weights = jax.nn.softmax(jnp.einsum("td,bsd->bts", queries, x @ p["k"]))
+        return jnp.tanh(weights @ x @ p["v"]) @ p["o"]
+
+    params = {"e": shape(3, 5), "w1": shape(5, 7), "w2": shape(7, D), "k": shape(D, D),
+              "v": shape(D, 12), "o": shape(12, 3)}  # fmt: skip
+    specs = infer_block_specs(fn, params, X, v="mean")
+    assert specs["w1"].grid((5, 7)) == (1, 7)
+    assert infer_muon_dimension_numbers(fn, params, X)["w2"] == MuonDimensionNumbers((0,), (1,))
+
+
+@pytest.mark.parametrize("name", ["as it is", "masked", "chosen", "exponential"])
+def test_a_toeplitz_matrix_is_cut_per_coordinate_whatever_is_done_to_it(name):
+    steps = np.arange(T)
+    causal = np.tril(np.ones((T, T), "float32"))[..., None]
+    done = {"as it is": lambda m: m, "masked": lambda m: m * causal, "exponential": jnp.exp,
+            "chosen": lambda m: jnp.where(causal > 0, m, 0)}[name]  # fmt: skip
+
+    def fn(p, x):
+        kernel = done(p["w"][steps[:, None] - steps + T - 1])
+        return jnp.tanh(jnp.einsum("tsd,bsd->btd", kernel, x))
+
+    params = {"w": shape(2 * T - 1, D)}
+    assert infer_block_specs(fn, params, X, v="mean")["w"].grid((2 * T - 1, D)) == (2 * T - 1, D)
+
+
+def test_a_table_whose_rows_are_dotted_with_activations_has_rows_and_columns():
+    """A table of items is often the largest parameter: Adam's `v` of it would stay."""
+
+    def fn(p, x, items):
+        return (p["items"][items] * (jnp.tanh(x[:, 0] @ p["a"]) @ p["b"])).sum(-1)
+
+    params = {"items": shape(100, 8), "a": shape(D, 12), "b": shape(12, 8)}
+    found = infer_block_specs(fn, params, X, jax.ShapeDtypeStruct(X.shape[:1], "int32"))
+    assert found["items"].size((100, 8)) == 108
+
+
+@pytest.mark.parametrize("name", ["stopped", "compared", "chosen"])
+def test_an_output_head_stays_one_if_its_logits_go_on_without_a_gradient(name):
+    onward = {"stopped": lambda p, y: jax.lax.stop_gradient(y) @ p["w"],
+              "compared": lambda p, y: jnp.where(y > 0, 1.0, 0.0) @ p["w"],
+              "chosen": lambda p, y: p["e"][y.argmax(-1)] @ p["w"]}[name]  # fmt: skip
+
+    def fn(p, x):
+        logits = jnp.tanh(x @ p["a"]) @ p["head"]
+        return -jax.nn.log_softmax(logits)[..., 0].mean() + (onward(p, logits) ** 2).mean()
+
+    params = {"a": shape(D, 12), "head": shape(12, 11), "w": shape(11, 5), "e": shape(11, 11)}
+    found = infer_muon_dimension_numbers(fn, params, X, unreadable=None)
+    assert found["head"] is None
+    assert found["a"] is not None
+
+
+def test_a_kernel_whose_heads_are_read_by_kernels_of_their_own_is_a_matrix():
+    def fn(p, x):
+        heads = (x @ p["u"]).reshape(*x.shape[:2], 4, 8)
+        return (
+            jnp.tanh(jnp.einsum("bthn,hnm->bthm", heads, p["w"]).reshape(*x.shape[:2], D)) @ p["o"]
+        )
+
+    params = {"u": shape(D, D), "w": shape(4, 8, 8), "o": shape(D, 5)}
+    found = infer_muon_dimension_numbers(fn, params, X)
+    assert found["u"] == MuonDimensionNumbers((0,), (1,))
+    assert found["w"] == MuonDimensionNumbers((1,), (2,))
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
