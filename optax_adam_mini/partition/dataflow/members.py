@@ -77,8 +77,8 @@ def find_repeats(facts: Facts) -> set[int]:
 
 def _before(facts: Facts, step: Step | None) -> int | None:
     """What a step only moves, scales, masks or applies a function to."""
-    if step is None or step.name not in _MOVES | LINEAR | FUNCTIONS:
-        return None
+    if step is None or step.name not in _MOVES | LINEAR | FUNCTIONS or step.name == MERGE:
+        return None  # through MERGE, a loop would never end
     is_fixed = lambda value: value.kind == Kind.CONSTANT or value.is_fixed
     others = [place for place in step.inputs if not is_fixed(facts.values[place])]
     return others[0] if len(others) == 1 else None
