@@ -2,7 +2,7 @@
 
 Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree; their metadata is part of the
 tree's structure. The optimizer state is in the same boxes, so that Flax places it on a mesh like
-the parameters. The package does not import Flax: it recognises a box by its attributes.
+the parameters. The package does not import Flax: it looks whether it was imported.
 
 One rule places an array of the state, here and in `opt_state_shardings`: **along an axis where the
 array has the parameter's size, it has the parameter's axis name (or mesh axes); along any other
@@ -12,6 +12,7 @@ axis it has none.**
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -65,6 +66,8 @@ def axis_names(box: Any) -> tuple[Any, ...] | None:
 
     Linen's boxes have them in `names`, NNX's variables in their metadata.
     """
+    if not _is_box(box):
+        return None
     names = getattr(box, "names", None) if hasattr(box, "unbox") else None
     if names is None:
         metadata = _metadata(box)
@@ -109,7 +112,10 @@ def has_names(x: Any) -> bool:
 
 
 def _is_box(x: Any) -> bool:
-    return hasattr(x, "unbox") or hasattr(x, "get_metadata")
+    # Where Flax was never imported, nothing can be of it. Other classes may have such methods.
+    found = [("flax.core.meta", "AxisMetadata"), ("flax.nnx", "Variable")]
+    types = (getattr(sys.modules.get(module), name, None) for module, name in found)
+    return isinstance(x, tuple(type for type in types if type is not None))
 
 
 def _metadata(box: Any) -> dict[str, Any]:

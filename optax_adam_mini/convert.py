@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -78,7 +79,7 @@ def from_adam_state(
         if v.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
-        nu: Any = spec.block_mean(v.astype(widen(v.dtype)))
+        nu: Any = spec.block_mean(jnp.real(v).astype(widen(jnp.real(v).dtype)))
         # Updates count from 1, so no later step uses the random numbers of step 0.
         seed = rounding_seed(0, salt_of(path))
         v = spec.factors(nu, m.shape)
@@ -119,9 +120,15 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
-        nu = spec.spread(v, jnp.shape(param))
         mu = read(m, spec.factors(v, m.shape)) if m.dtype == jnp.int8 else m
-        return mu, nu.astype(widen(nu.dtype))
+        # `optax.adamw` has complex numbers in both moments of complex parameters.
+        of_real = widen(jax.tree.leaves(v)[0].dtype)
+        dtype = jnp.promote_types(of_real, m.dtype) if jnp.iscomplexobj(m) else of_real
+        spread = lambda v: spec.spread(v, jnp.shape(param)).astype(dtype)
+        if isinstance(mu, jax.Array) and not isinstance(mu, jax.core.Tracer):
+            # A large array: it is sharded as mu from the start.
+            return mu, jax.jit(spread, out_shardings=mu.sharding)(v)
+        return mu, spread(v)
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert

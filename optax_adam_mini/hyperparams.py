@@ -123,10 +123,34 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
             f"{named}({', '.join(takes.parameters)}): if this function makes a schedule, call it "
             "and pass what it returns"
         ) from None
-    try:
-        returned: Any = schedule(jnp.zeros([], jnp.int32))
-    except Exception:  # the first update raises it
+    returned: list[Any] = []
+
+    def first(step: Any) -> None:
+        returned.append(schedule(step))
+
+    try:  # with an abstract step: optimizers may be built before jax.distributed.initialize
+        jax.eval_shape(first, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception:  # the first update raises it, or it takes no abstract step
         return value
+    _check_returned(name, returned[0])
+    return value
+
+
+def check_first_values(**schedules: Any) -> None:
+    """Refuses schedules whose value at step 0 is out of range.
+
+    Raises:
+        TypeError, ValueError: as `check_hyperparams`.
+    """
+    for name, schedule in schedules.items():
+        try:
+            returned = schedule(jnp.zeros([], jnp.int32))
+        except Exception:  # the first update raises it
+            continue
+        _check_returned(name, returned)
+
+
+def _check_returned(name: str, returned: Any) -> None:
     if callable(returned):
         raise TypeError(
             f"{name}: expected a schedule, a function count -> number, got one that returns the "
@@ -138,7 +162,6 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
             "is a function count -> number"
         )
     _checked(f"{name}: what the schedule returns for step 0", returned, math.inf, "a number", True)
-    return value
 
 
 def check_mu_dtype(mu_dtype: Any) -> np.dtype | None:

@@ -54,8 +54,7 @@ def is_label_function(block_specs: Any) -> bool:
     A tree that is callable itself, such as an Equinox module with specs for its arrays, is a tree:
     its leaves are looked at, as Optax does for masks.
     """
-    leaves = jax.tree.leaves(block_specs)
-    return bool(leaves) and all(map(callable, leaves))
+    return callable(block_specs) and all(map(callable, jax.tree.leaves(block_specs)))
 
 
 _TO_BE_CALLED = {

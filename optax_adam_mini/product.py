@@ -117,7 +117,7 @@ class Outer:
         """
         (a, b), both = self.grid(shape), _grid(self.runs(shape))
         longer = [any(size > 1 for _, size in runs) for runs in self.runs(shape)]
-        is_vector = (sum(longer) < 2 and a != b) or sum(size > 1 for size in shape) < 2
+        is_vector = (sum(longer) == 1 and a != b) or sum(size > 1 for size in shape) < 2
         if is_vector or both not in (a, b):  # blocks with less than two axes are vectors
             return
         inner, other = ("b", "a") if both == a else ("a", "b")
@@ -230,7 +230,8 @@ class Outer:
         # Without the barrier, XLA would multiply by the inverse instead of dividing, and numbers
         # near float32's largest have the inverse 0.
         v_ab = jax.lax.optimization_barrier(sums.spread(v_ab, _counts(b, both), nu[1].shape))
-        return [Factor(jnp.maximum(nu[0], tiny), a), Factor(jnp.maximum(nu[1] / v_ab, tiny), b)]
+        ratio = _ratio(nu[1], v_ab)
+        return [Factor(jnp.maximum(nu[0], tiny), a), Factor(jnp.maximum(ratio, tiny), b)]
 
     def __repr__(self) -> str:
         """The call that makes an equal spec."""
@@ -299,6 +300,19 @@ def outer(a: BlockSpec, b: BlockSpec, *, stacked: int | Sequence[int] = ()) -> O
     """
     spec = Outer(a, b)
     return dataclasses.replace(spec, a=stacked_along(a, stacked), b=stacked_along(b, stacked))
+
+
+@jax.custom_jvp
+def _ratio(x: Array, y: Array) -> Array:
+    """`x / y`, with a derivative that does not overflow if `y**-2` does."""
+    return x / y
+
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    ratio = _ratio(x, y)
+    return ratio, (dx - ratio * dy) / y
 
 
 @functools.cache

@@ -233,10 +233,12 @@ def write_row(
     """
     magnitude = jnp.abs(m)
     # Enlarged by as much as bfloat16 may round down.
-    largest = (jnp.max(magnitude, axes, keepdims=True) * (1 + 2.0**-8)).astype(jnp.bfloat16)
+    top = jnp.max(magnitude, axes, keepdims=True, initial=0)
+    largest = (top * (1 + 2.0**-8)).astype(jnp.bfloat16)
     top = largest.astype(m.dtype)
     # A row whose largest entry is too small to have an inverse is stored as 0.
-    square = magnitude * jnp.where(top > _TINY * _LAST**2, _LAST**2 / top, 0)
+    is_small = top <= _TINY * _LAST**2
+    square = magnitude * jnp.where(is_small, 0, _LAST**2 / jnp.where(is_small, 1, top))
     square = without_derivative(square, _NO_CODES)
     code = jnp.floor(jnp.sqrt(square))
     # Round to code**2 or (code + 1)**2 at random, in proportion.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32, UInt32
@@ -24,10 +25,19 @@ def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
     return mixed(mixed(jnp.asarray(count, jnp.uint32)) + jnp.asarray(salt, jnp.uint32))
 
 
-@jax.jit
 def rounding_seeds(count: Int32[Array, ""], salts: list[Any]) -> list[UInt32[Array, ""]]:
     """The seeds for a step and for several arrays."""
+    # Under `vmap` over an axis of an explicit mesh, JAX cannot trace the loop.
+    meshes = jax.sharding.get_abstract_mesh(), jax.typeof(count).sharding.mesh
+    is_explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+    return _rounding_seeds(is_explicit, count, salts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rounding_seeds(is_explicit: bool, count: Array, salts: list[Any]) -> list[Array]:
     each = lambda salts: [rounding_seed(count, salt) for salt in salts]
+    if is_explicit:
+        return each(salts)
 
     def carried(salts: list[Any]) -> list[Any]:
         # A loop of one iteration. XLA's CPU compiler compiles equal kernels once, and kernels that

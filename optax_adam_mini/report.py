@@ -155,6 +155,7 @@ def _printable_table() -> type[Table]:
     """A table class that fits its terminal, also with `print`. Rich is slow to import."""
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
     class BlockTable(Table):
         def __str__(self) -> str:
@@ -175,7 +176,8 @@ def _printable_table() -> type[Table]:
                     head, width=width, overflow="fold", justify="right" if is_number else "left"
                 )
             for section, row in zip(self.rows, zip(*columns, strict=True), strict=True):
-                fitted.add_row(*row, end_section=section.end_section)
+                # Names are text, even if they look like markup.
+                fitted.add_row(*map(Text, row), end_section=section.end_section)
             yield from fitted.__rich_console__(console, options)
 
     return BlockTable

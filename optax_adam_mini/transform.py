@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import (
+    check_first_values,
     check_hyperparams,
     check_is_bool,
     check_mu_dtype,
@@ -255,12 +256,15 @@ def cast_to_param_dtypes(
     Args:
         tx: what computes it.
         length: of the chain that `tx` is, if it is one.
-        hyperparams: its numbers and schedules. `init` refuses arrays that are out of range.
+        hyperparams: its numbers and schedules. `init` refuses arrays, and first values of
+            schedules, that are out of range.
     """
-    numbers = {name: value for name, value in hyperparams.items() if not callable(value)}
+    schedules = {name: value for name, value in hyperparams.items() if callable(value)}
+    numbers = {name: value for name, value in hyperparams.items() if name not in schedules}
 
     def init_fn(params: Any) -> Any:
         check_hyperparams(are_known=True, **numbers)
+        check_first_values(**schedules)
         return tx.init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -441,7 +445,8 @@ def _update_parameter(
 def _clip_step(update: Array, longest: Any) -> Array:
     """Limits every coordinate to `longest`."""
     if jnp.issubdtype(update.dtype, jnp.complexfloating):
-        return update * jnp.minimum(1, longest / jnp.abs(update))
+        length = jnp.abs(jnp.where(update == 0, 1, update))  # at 0 it has no derivative
+        return update * jnp.minimum(1, longest / length)
     return jnp.clip(update, -longest, longest)
 
 
@@ -470,8 +475,8 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     b2**i`. Then `m**2 <= sum(a_i**2 / b_i) v`. Nesterov's momentum adds `g_weight` to the weight of
     the newest gradient.
     """
-    # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2)
-    log_r = 2 * _log(b1) - jnp.maximum(_log(b2), -1e30)
+    # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2); with b2 = 0 it is infinite from i = 1 on
+    log_r = jnp.minimum(2 * _log(b1) - jnp.maximum(_log(b2), -1e30), 80.0)
     t = count.astype(jnp.float32)
     is_one = jnp.abs(log_r) < 1e-6
     below_one = jnp.where(is_one, -1.0, log_r)
@@ -496,8 +501,11 @@ def _log(decay: Any) -> Any:
 
 def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:
     """Zeros like `block`; with explicit sharding, on the devices of the parameter."""
+    if not isinstance(block.sharding, NamedSharding):
+        # Not like `block`: with some axes manual, JAX makes no zeros like a ShapeDtypeStruct.
+        return jnp.zeros_like(param, block.dtype, block.shape)
     mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
-    if not (isinstance(block.sharding, NamedSharding) and isinstance(mesh, Mesh)):
+    if not isinstance(mesh, Mesh):
         return jnp.zeros_like(block)
     return jnp.zeros_like(block, device=NamedSharding(mesh, block.sharding.spec))
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from optax_adam_mini import (
+    adam_mini,
     fused,
     outer,
     per_element,
@@ -124,3 +125,23 @@ def test_complex_updates_keep_their_direction():
     (found, _), (expected, _) = (t.update(g, t.init(g)) for t in (tx, free))
     np.testing.assert_allclose(found[0], (3 + 4j) / 5, rtol=1e-4)
     np.testing.assert_allclose(found[1:], expected[1:])
+
+
+def test_without_memory_of_squares_the_first_step_is_adams():
+    """With b2 = 0 the later steps have no bound."""
+    tx, params = scale_by_adam_mini(b2=0.0, block_specs=per_tensor()), {"w": jnp.zeros((1, 4))}
+    with jax.debug_nans(True):
+        updates, _ = tx.update({"w": jnp.array([[1.0, 0, 0, 0]])}, tx.init(params))
+    np.testing.assert_allclose(updates["w"], [[1, 0, 0, 0]], rtol=1e-4)
+
+
+def test_a_complex_gradient_of_zero_has_a_derivative():
+    tx = adam_mini(1e-3, eps_root=1e-8, block_specs=per_element())
+    params = {"w": jnp.ones(2, complex)}
+
+    def moved(tx, scale):
+        updates, _ = tx.update({"w": scale * jnp.array([1 + 1j, 0])}, tx.init(params), params)
+        return jnp.sum(jnp.abs(updates["w"] + 1) ** 2)
+
+    expected = jax.grad(functools.partial(moved, optax.adamw(1e-3, eps_root=1e-8)))(1.0)
+    np.testing.assert_allclose(jax.grad(functools.partial(moved, tx))(1.0), expected, atol=1e-8)

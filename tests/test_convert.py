@@ -12,6 +12,7 @@ from optax_adam_mini import (
     by_path,
     flax_layers,
     from_adam_state,
+    per_neuron,
     per_tensor,
     stochastic_rounding,
     to_adam_state,
@@ -261,3 +262,14 @@ def test_to_adam_state_refuses_other_block_specs():
     state = adam_mini(0.1, block_specs=per_tensor()).init(params())
     with pytest.raises(ValueError, match=r"bias: the state is not of these params: .* grid"):
         to_adam_state(state, params(), BLOCK_SPECS)
+
+
+def test_conversion_of_complex_parameters_keeps_the_dtypes_of_both_optimizers():
+    params = {"w": jnp.ones((3, 4), complex)}
+    adamw, mini = optax.adamw(0.1), adam_mini(0.1, block_specs=per_neuron())
+    dtypes = lambda state: jax.tree.map(lambda x: x.dtype, (state[0].mu, state[0].nu))
+    found = from_adam_state(adamw.init(params), params, per_neuron())
+    assert dtypes(found) == dtypes(mini.init(params))
+    assert dtypes(to_adam_state(mini.init(params), params, per_neuron())) == dtypes(
+        adamw.init(params)
+    )

@@ -724,3 +724,19 @@ def test_code_of_the_page_restores_batch_statistics_and_counters():
     assert names["rest"]["dropout"]["rngs"]["count"][...] == 4  # three steps, and one after
     assert jnp.any(names["rest"]["norm"]["mean"][...] != 0)
     assert names["opt_state"][0].count == 4
+
+
+def test_a_model_with_methods_of_the_names_of_flaxs_boxes_is_no_box():
+    class Model(eqx.Module):
+        w: jax.Array
+        v: jax.Array
+
+        def unbox(self):
+            return self
+
+        def get_metadata(self):
+            return "v1"
+
+    model = Model(jnp.ones((8, 6)), jnp.ones((8, 6)))
+    state = adam_mini(1e-3, block_specs=Model(per_element(), per_tensor())).init(model)
+    assert (state[0].nu.w.shape, state[0].nu.v.shape) == ((8, 6), (1, 1))

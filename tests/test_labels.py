@@ -123,6 +123,12 @@ def eighths(p):
     return jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), p)
 
 
+def nan_state(params):
+    adamw = optax.adamw(0.1)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    return adamw.update(grads, adamw.init(params), params)[1]
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -161,6 +167,8 @@ def eighths(p):
         (lambda p: flax_layers(default="x"), "flax_layers: default must be a BlockSpec or an outer, got 'x'"),
         (lambda p: explain(jnp.sum, p["w"], parameter=None), "parameter=None matches no parameter"),
         (lambda p: explain(lambda p: p["w"].sum(), {**p, "b": optax.MaskedNode()}, parameter="b"), "no parameter at 'b'"),
+        (lambda p: adam_mini(0.1, block_specs={"w": per_neuron, "b": per_element}), "b: expected a BlockSpec such as .*, got <function per_element"),
+        (lambda p: measure_block_specs(nan_state(p), p), "^b: nu of adam_state is not finite"),
         (lambda p: adam_mini(0.1, mask=np.bool_(True)), "mask: expected a pytree of booleans or a function"),
         (lambda p: adam_mini(0.1, mu_dtype=jnp.int8, block_specs=per_tensor()).init(jnp.ones(3, complex)), "^params: mu_dtype=int8 keeps real numbers"),
         (lambda p: to_adam_state(adam_mini(0.1, block_specs=per_tensor()).init(p["b"]), p, per_tensor()), "^params: the state has moments for this parameter"),
@@ -179,6 +187,13 @@ def eighths(p):
 def test_wrong_inputs_are_one_clear_error(use, message):
     with pytest.raises((TypeError, ValueError), match=message):
         use({"w": jnp.ones((3, 4)), "b": jnp.ones(4)})
+
+
+def test_a_partial_of_a_label_function_is_one():
+    state = adam_mini(0.1, block_specs=jax.tree_util.Partial(flax_layers())).init(
+        {"kernel": jnp.ones((3, 4))}
+    )
+    assert state[0].nu["kernel"].shape == (1, 4)
 
 
 class Attention(NamedTuple):

@@ -95,3 +95,13 @@ def test_public_interface():
         "per_neuron", "per_tensor", "per_token", "scale_by_adam_mini", "stochastic_rounding",
         "to_adam_state",
     ]  # fmt: skip
+
+
+def test_an_optimizer_may_be_built_before_the_processes_of_jax_are_joined():
+    """As `optax.adamw` may, in a module of configurations: a schedule is not computed."""
+    code = (
+        "import jax, optax; from optax_adam_mini import adam_mini;"
+        "tx = adam_mini(optax.cosine_decay_schedule(1e-3, 10));"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -305,3 +305,17 @@ def test_a_state_of_other_specs_is_refused():
         state = adam_mini(0.1, block_specs=made).init(p)
         with pytest.raises(ValueError, match=r"w: the state's nu has shape .* other block specs"):
             adam_mini(0.1, block_specs=used).update(p, state, p)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1.0])
+def test_derivatives_of_an_outer_are_finite_where_gradients_are_tiny(size):
+    """A factor of LoRA that begins at 0 has such gradients: `v_ab**-2` would overflow."""
+    params, grads = {"w": jnp.ones((3, 4))}, {"w": size * jnp.arange(12.0).reshape(3, 4)}
+    tx = adam_mini(1e-3, eps_root=1e-8, block_specs=outer(per_neuron(axis=0), per_neuron()))
+    moved = lambda grads: jnp.sum(tx.update(grads, tx.init(params), params)[0]["w"])
+    derivative = jax.grad(moved)(grads)["w"]
+    assert jnp.isfinite(derivative).all()
+    if size == 1.0:
+        step = 1e-2 * jnp.ones((3, 4)) / 4
+        by_difference = (moved({"w": grads["w"] + step}) - moved({"w": grads["w"] - step})) / 2
+        np.testing.assert_allclose((derivative * step).sum(), by_difference, rtol=0.05, atol=1e-7)

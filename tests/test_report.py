@@ -185,3 +185,9 @@ def test_paths_that_join_alike_have_specs_of_their_own():
     params = {"a/b": jnp.ones((4, 6)), "a": {"b": jnp.ones((4, 6))}}
     table = block_table(params, {"a/b": per_neuron(), "a": {"b": per_tensor()}})
     assert [*table.columns[3].cells][-1] == "7"
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are():
+    params = {"[/x]": jnp.ones((3, 4)), "a[b]": jnp.ones((3, 4)), "q:heart:z": jnp.ones(3)}
+    printed = str(block_table(params, per_neuron()))
+    assert all(name in printed for name in params)

@@ -25,8 +25,10 @@ from optax_adam_mini import (
     fused,
     opt_state_shardings,
     outer,
+    per_element,
     per_head,
     per_neuron,
+    to_adam_state,
 )
 from tests import sharded_training as training
 
@@ -522,3 +524,41 @@ def test_the_state_may_be_in_host_memory():
     assert state[0].mu["norm"].sharding.memory_kind == "pinned_host"
     expected, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+
+
+def test_a_state_converted_to_adams_is_sharded_like_the_parameters():
+    """`nu` would be whole on every device."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    of_params = {"w": NamedSharding(mesh, P("fsdp"))}
+    params = jax.device_put({"w": jnp.ones((64, 16))}, of_params)
+    tx = adam_mini(1e-3, block_specs=per_neuron())
+    of_state = opt_state_shardings(tx, params, of_params)
+    state = jax.jit(tx.init, out_shardings=of_state)(params)
+    found = to_adam_state(state, params, per_neuron())[0]
+    for moment in (found.mu, found.nu):
+        assert moment["w"].addressable_shards[0].data.shape == (8, 16)
+
+
+def test_init_works_where_some_axes_of_the_mesh_are_manual():
+    """As in pipelines: `jax.shard_map` with `axis_names`."""
+    mesh = jax.make_mesh((4, 2), ("pp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    tx = adam_mini(1e-3, block_specs=per_element())
+    update = lambda p: tx.update(p, tx.init(p), p)[0]
+    params = jnp.ones((8, 4, 4))
+    of_stages = jax.shard_map(
+        update, mesh=mesh, in_specs=P("pp"), out_specs=P("pp"), axis_names={"pp"}
+    )
+    updates = jax.jit(of_stages)(params)
+    np.testing.assert_allclose(updates, update(params), rtol=1e-6)
+
+
+def test_members_on_an_axis_of_an_explicit_mesh_are_rounded():
+    mesh = jax.make_mesh((8,), ("seed",), axis_types=(AxisType.Explicit,))
+    tx = adam_mini(1e-3, block_specs=per_neuron(), mu_dtype=jnp.int8)
+    params = jnp.ones((8, 4, 4)) * jnp.arange(1.0, 9)[:, None, None]
+    alone = jax.vmap(tx.update)(params, jax.vmap(tx.init)(params), params)[0]
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(params, P("seed"))
+        state = jax.tree.map(lambda x: jax.device_put(x, P("seed")), jax.vmap(tx.init)(on_mesh))
+        updates, _ = jax.jit(jax.vmap(tx.update))(on_mesh, state, on_mesh)
+    np.testing.assert_allclose(updates, alone, rtol=1e-6)

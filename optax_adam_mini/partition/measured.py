@@ -109,6 +109,11 @@ def measure_block_specs(
                 f"{'/'.join(path_of(keys))}: the state is not of these params: nu has shape "
                 f"{jnp.shape(v)}, the parameter {shape}"
             )
+        if not bool(jnp.isfinite(v).all()):
+            raise ValueError(
+                f"{'/'.join(path_of(keys)) or 'params'}: nu of adam_state is not finite: measure a "
+                "state before the gradient that overflowed or was NaN"
+            )
         specs = [(name, labels[index][1]) for name, labels in by_name.items()]
         found = [_Choice(name, s, s.size(shape), float(_spread(s, v))) for name, s in specs]
         measured.append(sorted(found, key=lambda choice: choice.size))

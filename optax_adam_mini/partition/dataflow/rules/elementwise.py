@@ -60,7 +60,7 @@ def elementwise(facts: Facts, step: Step) -> Relation:
         return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     is_square = step.name == "mul" and step.inputs[0] == step.inputs[1]
-    if found.kind < Kind.DATA and (step.name not in LINEAR or is_square):
+    if found.kind != Kind.DATA and (step.name not in LINEAR or is_square):
         found.made = 2 if any(value.made for value in ins) else None
     if not _keeps_one_hot(facts, step, ins):
         found.ends |= Indices.ONE_HOT
