@@ -624,7 +624,7 @@ def _pass""",
         "labels.py",
         "key = (of, treedef, tuple(shapes))",
         "key = hash((of, treedef, tuple(shapes)))",
-        "test_transform.py::test_one_transformation_on_two_models_of_the_same_shapes[int8]",
+        "test_transform.py::test_two_models_of_the_same_shapes_keep_their_specs_apart[int8]",
     ),
     "muon's functions see gradients": Fault(
         "muon.py",

@@ -85,7 +85,7 @@ def test_imports_point_one_way():
         assert other < own, f"{name} imports {found}"
 
 
-def test_public_interface():
+def test_no_public_name_appears_or_disappears():
     """Name by name."""
     assert sorted(optax_adam_mini.__all__) == [
         "BlockSpec", "BlockSpecs", "ScaleByAdamMiniState", "StochasticRoundingState", "adam_mini", "block_table", "by_logical_axes",

@@ -252,7 +252,7 @@ def test_the_state_has_one_number_for_each_row_and_column():
     assert (cells[3][1], cells[4][1]) == ("3,840", "15,360")
 
 
-def test_blocks_are_the_common_coarsening():
+def test_v_ab_is_the_mean_over_the_blocks_that_both_grids_share():
     assert rows_by_head(4).runs((6, 8)) == (((1, 6),), ((4, 2),))
     numbers = block_numbers(rows_by_head(2), (2, 4))
     assert numbers.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]

@@ -116,7 +116,7 @@ def test_coarse_nu_is_the_weighted_mean_of_fine_nu(case, seed):
 
 @given(shapes_and_specs(max_rank=2, min_side=1), DTYPES, SEEDS)
 @pytest.mark.slow
-def test_jit_changes_nothing(case, dtype, seed):
+def test_jit_and_eager_updates_agree(case, dtype, seed):
     shape, spec, _ = case
     tx = adam_mini(optax.linear_schedule(0.1, 0.0, 5), block_specs=spec)
     p, g = (jnp.asarray(draw_array(shape, BENIGN, seed + i)).astype(dtype) for i in range(2))

@@ -543,7 +543,7 @@ def largest_ratio(b1, b2):
     ("b1", "b2"),
     [*DECAYS[:4], *(pytest.param(*decays, marks=pytest.mark.slow) for decays in DECAYS[4:])],
 )
-def test_the_worst_gradients_are_not_clipped(b1, b2, spec):
+def test_the_largest_moments_fit_into_the_codes(b1, b2, spec):
     """Gradients of one coordinate that grow by b2 / b1 bring the moment closest to its bound."""
     shape, steps = (4, 4), 60
     sizes = 1e-3 * (b2 / b1) ** np.arange(steps) if b1 else np.eye(steps)[-1]
@@ -722,14 +722,14 @@ def check_displacements(spec, case, dtype=jnp.float32):
         for index, name in enumerate(HARD)
     ],
 )
-def test_parameters_move_as_with_float32(name):
+def test_parameters_move_in_8_bits_as_with_float32(name):
     check_displacements(per_token(), HARD[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("spec", [MATRIX, per_tensor(), per_element()], ids=str)
-def test_parameters_move_as_with_float32_in_other_blocks(name, spec):
+def test_parameters_move_in_8_bits_as_with_float32_in_other_blocks(name, spec):
     check_displacements(spec, HARD[name])
 
 
@@ -754,7 +754,7 @@ def test_parameters_of_16_bits_move_as_with_float32(dtype):
     ],
     ids=str,
 )
-def test_small_and_empty_parameters(shape):
+def test_small_and_empty_parameters_are_updated_in_8_bits(shape):
     g = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     specs = [per_tensor(), per_element()] + [MATRIX] * (len(shape) == 2)
     for spec in specs:

@@ -182,7 +182,7 @@ def test_float16_gradients_do_not_overflow():
 
 
 @pytest.mark.parametrize("shape", [(1 << 20,), (1 << 10, 1 << 10), (1 << 20, 1)])
-def test_mean_of_a_large_bfloat16_block(shape):
+def test_the_mean_of_a_large_bfloat16_block_loses_no_terms(shape):
     grads = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, size=shape), jnp.bfloat16)
     tx = scale_by_adam_mini(b2=0.0, block_specs=per_tensor())
     _, state = tx.update(grads, tx.init(grads))
@@ -222,7 +222,7 @@ def test_float64_parameters_have_float64_moments():
 # --- Compiled ------------------------------------------------------------------------------------
 
 
-def test_extra_args_are_accepted():
+def test_extra_args_of_other_transformations_are_accepted():
     tx = adam_mini(1e-3)
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0, obj_fn=lambda x: x)
 
@@ -230,7 +230,7 @@ def test_extra_args_are_accepted():
 # --- Structure -----------------------------------------------------------------------------------
 
 
-def test_state_is_small_and_plain():
+def test_state_has_only_count_mu_and_nu_of_the_right_sizes():
     tx = adam_mini(1e-3)
     (state, *rest) = tx.init(PARAMS)
     assert isinstance(state, ScaleByAdamMiniState)
@@ -239,7 +239,7 @@ def test_state_is_small_and_plain():
     assert optax.tree.get(tx.init(PARAMS), "count") == 0
 
 
-def test_init_from_abstract_params():
+def test_init_works_on_shapes():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     abstract = jax.eval_shape(adam_mini(1e-3).init, shapes)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, adam_mini(1e-3).init(PARAMS))
@@ -388,7 +388,7 @@ def test_a_state_that_was_cast_to_bfloat16_does_not_stand_still():
     assert {x.dtype for x in jax.tree.leaves(state[0].nu)} == {jnp.dtype("float32")}
 
 
-def test_no_state_is_refused():
+def test_none_instead_of_a_state_is_refused():
     with pytest.raises(ValueError, match=r"expected the state that init made, .* got a NoneType"):
         adam_mini(1e-3).update(PARAMS, None, PARAMS)
 
@@ -401,7 +401,7 @@ def test_a_state_of_other_block_specs_is_refused():
 
 
 @pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
-def test_one_transformation_on_two_models_of_the_same_shapes(mu_dtype):
+def test_two_models_of_the_same_shapes_keep_their_specs_apart(mu_dtype):
     """JAX's hash of a tree's structure ignores names, so it must not be what specs are cached by."""
     models = [{"head": {"kernel": jnp.ones((8, 8))}}, {"embed": {"embedding": jnp.ones((8, 8))}}]
     make = lambda: adam_mini(1e-3, weight_decay=0.0, mu_dtype=mu_dtype)

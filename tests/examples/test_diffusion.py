@@ -115,13 +115,13 @@ def test_parameter_counts_are_the_published_ones(config, size, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
-def test_nano_is_small():
+def test_nano_has_fewer_than_a_million_parameters():
     _, params = abstract(Config().architecture, 8)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) < 1_000_000
 
 
 @pytest.mark.parametrize("name", ["cifar10", pytest.param("celeba", marks=pytest.mark.slow)])
-def test_levels_halve_and_return(name):
+def test_each_level_of_the_unet_has_the_papers_shapes(name):
     """The shape of what every layer of the way down and up gives, as in the paper's appendix B."""
     size, config = {"cifar10": 32, "celeba": 64}[name], CONFIGS[name]
     graph, params = abstract(config, size)
@@ -431,7 +431,7 @@ def test_samples_stay_within_the_images_range():
 # The optimizers
 
 
-def test_partition_of_the_cifar10_model():
+def test_the_cifar10_model_has_the_blocks_of_the_page():
     config = Config(model="cifar10", data=DiffusionImages("cifar10"), v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
@@ -488,7 +488,7 @@ def batch_of(config: Config, step: int = 1) -> Batch:
     ],
     ids=lambda options: "+".join(options),
 )
-def test_steps_with_every_option(tiny, options):
+def test_a_step_with_every_option_trains(tiny, options):
     hyper = OptimizerConfig(1e-2, warmup_steps=0)
     config = Config(**{"steps": 10, "batch_size": 16, "ema_decay": 0.6, "hyper": hyper, **options})
     program = make_program(config, config.optimizer or "adam_mini")
@@ -540,7 +540,7 @@ def test_loss_is_that_of_the_paper(tiny):
     np.testing.assert_allclose(total, expected, rtol=1e-3)
 
 
-def test_seed_is_that_of_weights_and_batches(tiny):
+def test_another_seed_changes_weights_and_batches(tiny):
     first, other = (
         (paths(jax.jit(program.init)().params)["conv_in/kernel"], batch_of(config))
         for config in (Config(seed=seed) for seed in (3, 4))
@@ -597,7 +597,7 @@ def test_held_out_batches_are_the_same_for_every_run():
     np.testing.assert_array_equal(shown, test)
 
 
-def test_measured_loss_is_a_mean(tiny):
+def test_the_held_out_loss_is_a_mean_over_all_noises(tiny):
     task = load_task(Config(eval_images=70), Path())
     program = task.make_program("adamw")
     # With weights of zero, no noise is predicted.
@@ -631,7 +631,7 @@ def test_comparison_leaves_everything_in_the_run_folder(whole):
             assert picture.width > picture.height > 100
 
 
-def test_sample_of_a_finished_run(tiny, whole, tmp_path, capsys):
+def test_a_finished_run_can_be_sampled(tiny, whole, tmp_path, capsys):
     shutil.copytree(whole.folder, tmp_path / "run")
     picture = tmp_path / "run" / "samples.png"
     before = picture.read_bytes()

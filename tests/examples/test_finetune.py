@@ -251,7 +251,7 @@ def test_adapters_add_a_product_to_the_kernels(config):
 
 
 @all_models
-def test_partition_of_the_adapters(config):
+def test_adapters_have_the_blocks_of_the_page(config):
     program = make_program(Config(lora_rank=3, v="mean"), "adam_mini", pretrained(config))
     found = shapes(second_moment(jax.eval_shape(program.init, *program.inputs).opt_state))
     assert all("lora" in path for path in found)
@@ -436,7 +436,7 @@ def test_the_newest_run_is_taken_and_written_down(run, sums_file, tmp_path, monk
     assert stored["run"] == str(newest)
 
 
-def test_families_are_told_apart(tmp_path, capsys):
+def test_a_run_is_loaded_as_the_model_it_trained(tmp_path, capsys):
     for index, config in enumerate(MODELS):
         folder = tmp_path / str(index)
         folder.mkdir()

@@ -320,7 +320,7 @@ def has_nu(value) -> bool:
     ],
     ids=["gcn", "gat"],
 )
-def test_partition_of_gcn_and_gat(options, expected):
+def test_gcn_and_gat_have_the_blocks_of_the_page(options, expected):
     state = jax.eval_shape(make_program(Config(**options, v="mean"), "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
     assert {path: leaf.shape for path, leaf in paths(nu).items()} == expected

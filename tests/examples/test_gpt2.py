@@ -166,7 +166,7 @@ def test_block_computes_what_the_formulas_say():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_partition_of_gpt2(scan):
+def test_gpt2_has_the_blocks_of_the_page(scan):
     data = TextConfig(tokenizer="bpe", vocab_size=50257)
     config = Config(model="gpt2", scan=scan, data=data, v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
@@ -213,7 +213,7 @@ def test_only_matrices_and_embeddings_decay(scan):
     ],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_one_step_of_every_option(options):
+def test_a_step_with_every_option_trains(options):
     options = {"optimizer": "adam_mini", **options}
     config = Config(
         **TINY_OPTIONS, batch_size=4, steps=10, hyper=OptimizerConfig(1e-2, 1), **options
@@ -367,7 +367,7 @@ def test_resume_after_sigkill_at_random_moments(corpus, tmp_path):
 # The text
 
 
-def test_split_is_by_document_and_does_not_depend_on_order():
+def test_no_document_is_both_trained_on_and_held_out_whatever_their_order():
     found = [Document(f"{index}.py", b"x") for index in range(100)]
     training, held_out = text.split(found)
     assert len(held_out) == 10

@@ -32,7 +32,7 @@ def test_neurons_of_the_mlp_hold_more_than_chance(mlp):
         assert row.before.chance == row.after.chance
 
 
-def test_what_is_reported(mlp):
+def test_the_report_has_each_layer_and_its_shares(mlp):
     rows, _, (line,) = mlp
     before, after = (float(word) for word in line.split() if word[:1].isdigit() and "." in word)
     assert after < before / 3

@@ -235,7 +235,7 @@ def tinyllama(**options) -> Config:
 
 
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_partition_of_tinyllama(scan):
+def test_tinyllama_has_the_blocks_of_the_page(scan):
     state = jax.eval_shape(make_program(tinyllama(scan=scan, v="mean"), "adam_mini").init)
     nu = second_moment(state.opt_state)
     layer, lead = ("layers", (22,)) if scan else ("layers/21", ())
@@ -258,7 +258,7 @@ def test_partition_of_tinyllama(scan):
     assert numbers == 2 * 32000 + 1 + 22 * per_layer
 
 
-def test_memory_of_tinyllama():
+def test_tinyllamas_state_takes_half_of_adamws_memory():
     adamw, adam_mini = (
         optimizers.state_bytes(
             jax.eval_shape(make_program(tinyllama(scan=True), name).init).opt_state
@@ -294,7 +294,7 @@ def test_options_of_the_architecture():
 
 
 @pytest.mark.slow
-def test_one_step_with_every_option():
+def test_a_step_with_every_option_trains():
     options = {"scan": True, "remat": True, "dtype": "bfloat16", "accumulate": 2}
     options |= {"parameters": ParameterConfig("bfloat16")}
     options |= {"kv_heads": 1, "batch_size": 4, "steps": 10, "hyper": OptimizerConfig(1e-2, 1)}

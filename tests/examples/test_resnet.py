@@ -277,7 +277,7 @@ def test_stem_and_head_compute_what_the_formulas_say(stem):
 
 
 @pytest.mark.parametrize("cut", ["channel", "tensor"])
-def test_partition_of_resnet18(cut):
+def test_resnet18_has_the_blocks_of_the_page(cut):
     config = Config(model="resnet18", conv=cut, data=ImageConfig("imagenet"), v="mean")
     state = jax.eval_shape(make_program(config, "adam_mini").init)
     (nu,) = (leaf.nu for leaf in jax.tree.leaves(state.opt_state, is_leaf=has_nu) if has_nu(leaf))
@@ -325,7 +325,7 @@ def digits(count: int = 8) -> Batch:
     [{}, {"dtype": "bfloat16", "conv": "tensor"}, {"model": "resnet50", "width": 2}],
     ids=lambda options: "+".join(options) or "plain",
 )
-def test_one_step_of_every_option(tiny, monkeypatch, options):
+def test_a_step_with_every_option_trains(tiny, monkeypatch, options):
     shallow = dataclasses.replace(CONFIGS["resnet50"], stage_sizes=(1, 1))
     monkeypatch.setitem(CONFIGS, "resnet50", shallow)
     config = Config(steps=10, hyper=OptimizerConfig(1e-2, 1), **options)
@@ -358,7 +358,7 @@ def test_bfloat16_computes_in_bfloat16(tiny):
     assert {output.dtype for output in outputs} == {jnp.dtype("bfloat16")}
 
 
-def test_seed_is_that_of_weights_and_batches(tiny, tmp_path):
+def test_another_seed_changes_weights_and_batches(tiny, tmp_path):
     kernels, labels = [], []
     for seed in (0, 0, 1):
         task = load_task(Config(seed=seed), tmp_path)

@@ -19,7 +19,7 @@ def test_the_most_that_fits_is_found_in_few_tries(most, total):
     assert len(tries) == len(set(tries)) <= 14
 
 
-def test_what_a_compiler_asks_for_is_read():
+def test_the_memory_in_a_compilers_error_is_parsed():
     error = "Used 15.77G of 15.75G hbm.\n\nTotal hbm usage >= 16.03G:\n    reserved        258.00M"
     assert used(error) == pytest.approx(16.03 * 2**30 - RESERVED)
     assert used("required for HLO temporaries (8.00T) exceeds") == 8 * 2**40 - RESERVED
@@ -27,7 +27,7 @@ def test_what_a_compiler_asks_for_is_read():
         used("another error")
 
 
-def test_topologies_are_read():
+def test_topologies_on_the_command_line_are_parsed():
     assert chip_of("v5p:2x2x1").bandwidth == 2765e9
     for wrong in ("v5e", "v5e:", "cpu:8", "v5e:2x"):
         with pytest.raises(ConfigError, match="CHIP:SHAPE"):

@@ -39,7 +39,7 @@ def test_several_results_of_one_collective_count():
         ("nano:4x2@v5e:2x4", Case("nano", 4, 2, "v5e:2x4")),
     ],
 )
-def test_cases_are_read(text, expected):
+def test_cases_on_the_command_line_are_parsed(text, expected):
     assert Case.parse(text) == expected
     for wrong in ("nano", "nano:4", "unknown:4x2", "nano:4x", "nano:4x2@"):
         with pytest.raises(ConfigError, match="MODEL:FSDPxTENSOR"):
@@ -57,7 +57,7 @@ def test_a_step_that_gathers_a_matrix_is_refused():
         row_of(case, "outer", {**found, "outer": mini._replace(largest=mini.smallest_matrix)})
 
 
-def test_published_numbers_of_parameters():
+def test_models_have_the_published_numbers_of_parameters():
     for name, expected in (("llama3-70b", 70_553_706_496), ("llama3-405b", 405_853_388_800)):
         params, _ = abstract_llama(MODELS[name])
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected

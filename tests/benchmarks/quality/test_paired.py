@@ -138,7 +138,7 @@ def test_a_known_rate_is_not_walked(trained, tmp_path):
     assert {one[2] for one in trained} == {1e-3}
 
 
-def test_intervals_are_scipys():
+def test_intervals_equal_scipys_t_intervals():
     differences = [0.3, -0.1, 0.4, 0.2, 0.05]
     found = intervals.paired(differences)
     expected = scipy.stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
@@ -159,7 +159,7 @@ def test_differences_are_paired_and_have_the_sign_of_the_value():
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), LlamaConfig()], ids=["gpt2", "llama"])
-def test_variants_fit_the_models_and_are_what_they_say(config):
+def test_the_specs_of_each_variant_are_those_of_its_name(config):
     _, params = abstract_model(config)
     specs = block_specs(config)
     size = {}
@@ -177,7 +177,7 @@ def test_variants_fit_the_models_and_are_what_they_say(config):
     assert size["gains in one block"] < size["outer"]
 
 
-def test_other_scalings_are_what_they_say():
+def test_the_updates_of_other_orders_are_those_of_their_names():
     specs = {"kernel": outer(per_neuron(axis=0), per_neuron())}
     config = OptimizerConfig(weight_decay=0.0)
     grads = [{"kernel": jax.random.normal(jax.random.key(i), (4, 6)) ** 3} for i in range(3)]

@@ -144,7 +144,7 @@ def test_quick_results_are_not_mixed_with_whole_ones(trainings, tmp_path):
         study("gpt2", tmp_path)
 
 
-def test_settings_leave_out_only_what_does_not_matter():
+def test_runs_with_other_settings_are_not_taken_for_the_same():
     config = WORKLOADS["gpt2"].config
     for changes in (
         {"width": 64},
