@@ -1,1 +1,1 @@
-"""Measurements behind the README's claims, one folder per claim, each run with `python -m`."""
+"""Measurements of memory, loss and speed behind the README's claims, each run with `python -m`."""

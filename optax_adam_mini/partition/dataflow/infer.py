@@ -68,9 +68,11 @@ def infer_block_specs(
             rule, such as your own kernel, or if a parameter meets no data. The
             message names all such parameters, and the lines of your code. Also
             if an override is not a regular expression, matches no parameter,
-            or does not fit the parameter's shape.
-        TypeError: if an override is not a pair of a pattern and a spec,
-            `unreadable` is not a spec, or a leaf of `params` is not an array.
+            or does not fit the parameter's shape, if `v` is another word, or
+            if `params` has NNX variables that are not parameters.
+        TypeError: if `fn` is not a function, an override is not a pair of a
+            pattern and a spec, `unreadable` is not a spec, or a leaf of
+            `params` is not an array.
 
     Examples:
         >>> def attention(p, x):
@@ -152,15 +154,16 @@ def infer_muon_dimension_numbers(
     Returns:
         A pytree of `optax.contrib.MuonDimensionNumbers` with the structure of
         `params`, and with `None` for parameters that are left to Adam because
-        they are not matrices. These are gains, biases, embeddings, output heads
-        (kernels whose outputs meet no further kernel on their way to the
-        loss), grouped convolutions, and parameters with an axis that is an input in one use
-        and an output in another.
+        they are not matrices. These are gains, biases, embeddings, output
+        heads (kernels whose outputs meet no further kernel on their way to the
+        loss), grouped convolutions, and parameters with an axis that is an
+        input in one use and an output in another.
 
     Raises:
         ValueError: if a parameter or its outputs go into a primitive without a
-            rule, if a parameter meets no data, or if an override is not a
-            regular expression or matches no parameter.
+            rule, if a parameter meets no data, if an override is not a
+            regular expression, matches no parameter or does not fit its
+            shape, or if `params` has NNX variables that are not parameters.
         TypeError: if an override is not a pair of a pattern and dimension
             numbers or `None`, if `unreadable` is neither, or if a leaf of
             `params` is not an array.
