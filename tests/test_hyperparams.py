@@ -40,11 +40,6 @@ from optax_adam_mini import adam_mini, per_tensor
             ValueError,
             "learning_rate: what the schedule returns for step 0 must be at least 0, got -0.001",
         ),
-        (
-            {"weight_decay": lambda count: jnp.nan * count},
-            ValueError,
-            "weight_decay: what the schedule returns for step 0 must be at least 0",
-        ),
         ({"learning_rate": lambda count: "fast"}, TypeError, "must be a number, got 'fast'"),
         ({"mask": jnp.float32}, TypeError, "mask: expected a pytree of booleans or a function"),
         (
@@ -82,6 +77,15 @@ def test_wrong_hyperparameters_are_refused_when_the_optimizer_is_built(kwargs, e
     with pytest.raises(error) as raised:
         adam_mini(**{"learning_rate": 1e-3, **kwargs})
     assert text in str(raised.value)
+
+
+def test_a_schedule_that_begins_out_of_range_is_refused_by_init():
+    """Not before: JAX may compute nothing when an optimizer is built."""
+    tx = adam_mini(1e-3, weight_decay=lambda count: jnp.nan * count, block_specs=per_tensor())
+    with pytest.raises(
+        ValueError, match=r"weight_decay: what the schedule returns for step 0 must"
+    ):
+        tx.init({"w": jnp.ones(3)})
 
 
 @pytest.mark.parametrize(
