@@ -373,6 +373,7 @@ def fused(
         (1, 792)
     """
     _check_int("axis", axis)
+    parts = tuple(parts)
     for part in parts:
         is_pair = isinstance(part, Sequence) and len(part) == 2
         if not (is_pair and isinstance(part[1], BlockSpec)):

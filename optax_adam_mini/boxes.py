@@ -2,7 +2,7 @@
 
 Linen's `nn.Partitioned` and NNX's variables are nodes of a pytree; their metadata is part of the
 tree's structure. The optimizer state is in the same boxes, so that Flax places it on a mesh like
-the parameters. The package does not import Flax: it looks whether it was imported.
+the parameters. The package does not import Flax: it only checks whether Flax was imported.
 
 One rule places an array of the state, here and in `opt_state_shardings`: **along an axis where the
 array has the parameter's size, it has the parameter's axis name (or mesh axes); along any other

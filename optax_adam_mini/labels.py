@@ -168,7 +168,7 @@ def match_leaves(
         hint = ""
         if missing == ["params"]:
             hint = (
-                ": params is one array, as inside optax.flatten: leave that out, or give one spec"
+                f": params is one array, as inside optax.flatten: leave it out, or give one {word}"
             )
         raise ValueError(
             f"{what} must have the structure of the parameters, or be a prefix of it: "

@@ -98,7 +98,8 @@ def muon_mini(
         adam_learning_rate: its `learning_rate`; None for the learning rate of the matrices.
         muon_weight_dimension_numbers: which axes of a matrix are inputs and outputs: a pytree of
             `optax.contrib.MuonDimensionNumbers` like the parameters or a prefix of it, with `None`
-            for what goes to Adam-mini, or a function of the parameters that returns one;
+            for what goes to Adam-mini, or a function of the parameters (their shapes and dtypes)
+            that returns one and is called once;
             [`infer_muon_dimension_numbers`][] infers them from the loss. With None, all parameters
             with two axes are matrices.
         consistent_rms: with a number, `scale = sqrt(max(inputs, outputs)) * consistent_rms`

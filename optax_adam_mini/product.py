@@ -224,8 +224,8 @@ class Outer:
         a, b, both = self.a.runs(shape), self.b.runs(shape), self.runs(shape)
         tiny = float(jnp.finfo(nu[0].dtype).tiny)
         # The mean ignores rows that have overflowed or are NaN, so that only such a row and its
-        # column stop. Every factor is above 0: infinity times it is infinity, the step is 0, and
-        # nothing becomes NaN.
+        # column are lost. Every factor is above 0: infinity times it is infinity, so that after an
+        # overflow the step is 0, and not NaN.
         v_ab = jnp.maximum(_mean_of_finite(nu[0], a, both), tiny)
         # Without the barrier, XLA would multiply by the inverse instead of dividing, and numbers
         # near float32's largest have the inverse 0.

@@ -46,7 +46,7 @@ def opt_state_shardings(
             `NamedSharding`s, or of `PartitionSpec`s and `None` (replicated)
             together with `mesh`. Flax's `nnx.get_partition_spec`,
             `nn.get_partition_spec` and `nn.get_sharding` make such trees.
-        mesh: the mesh, if there are `PartitionSpec`s.
+        mesh: the mesh, if there are `PartitionSpec`s or no parameters.
 
     Returns:
         A pytree like `tx.init(params)`, for `jax.jit(tx.init,
@@ -74,7 +74,7 @@ def opt_state_shardings(
     if len(meshes) != 1:
         raise ValueError(
             f"opt_state_shardings: param_shardings has {len(meshes)} meshes: put all parameters on "
-            "one mesh, and give mesh= if there are none"
+            "one mesh; if there are no parameters, give mesh="
         )
     replicated = NamedSharding(meshes.pop(), PartitionSpec())
 
@@ -104,6 +104,13 @@ def _resolve(given: Any, params: Any, mesh: Mesh | AbstractMesh | None) -> list[
     """The checked sharding of every parameter."""
     is_one = lambda x: x is None or isinstance(x, (jax.sharding.Sharding, PartitionSpec))
     by_path = {path_of(keys): one for keys, one in leaves_with_path(given, is_leaf=is_one)}
+    paths = [path_of(keys) for keys, _ in leaves_with_path(params)]
+    # None of a parameter that is not here, as Flax's trees have it, asks for nothing.
+    by_path = {
+        path: one
+        for path, one in by_path.items()
+        if one is not None or any(own[: len(path)] == path for own in paths)
+    }
     return [
         _checked(path or "params", sharding, jnp.shape(leaf), mesh)
         for path, leaf, sharding in match_leaves("param_shardings", "sharding", by_path, params)

@@ -197,7 +197,8 @@ def adam_mini(
 
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in
-            `init` for block specs that do not fit the parameters; in `update`
+            `init` for schedules that begin out of range, and for block specs
+            that do not fit the parameters; in `update`
             if weight decay needs `params` and got none.
 
     Examples:

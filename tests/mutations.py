@@ -65,8 +65,14 @@ FAULTS = {
     ),
     "heads with kernels of their own have no kernel": Fault(
         DATAFLOW + "matrices.py",
-        "{Role.BATCH} if not is_chosen else set[Role]()",
+        "set[Role]() if is_chosen or is_grouped else {Role.OUTPUT, Role.BATCH}",
         "set[Role]()",
+    ),
+    "grouped convolutions are matrices": Fault(
+        DATAFLOW + "matrices.py",
+        "is_chosen or is_grouped else",
+        "is_chosen else",
+        "partition/dataflow/test_layers.py::test_a_grouped_convolution_is_no_matrix",
         "partition/dataflow/test_layers.py::test_a_kernel_whose_heads_are_read_by_kernels_of_their_own_is_a_matrix",
     ),
     "sum for mean": Fault(

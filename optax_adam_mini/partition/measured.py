@@ -70,9 +70,10 @@ def measure_block_specs(
 
     Raises:
         TypeError, ValueError: if `adam_state` contains no `ScaleByAdamState`,
-            has made no step yet, or does not belong to `params`; if a
-            candidate does not fit them; or if the cheapest candidates exceed
-            the budget.
+            has made no step yet, is not finite, or does not belong to
+            `params`; if a candidate does not fit them; if the cheapest
+            candidates exceed the budget; or if `budget` or `tolerance` is out
+            of range.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 6))}

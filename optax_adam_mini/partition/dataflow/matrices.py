@@ -9,6 +9,8 @@ from optax_adam_mini.partition.dataflow.domain import Relation, Role
 from optax_adam_mini.partition.dataflow.interpret import Result
 from optax_adam_mini.partition.dataflow.program import Step
 
+_GROUPS = ("feature_group_count", "batch_group_count")  # of a convolution
+
 
 class Matrix(NamedTuple):
     """The axes of a parameter that are inputs and outputs; other axes stack several matrices."""
@@ -30,10 +32,12 @@ def find_matrices(results: Sequence[Result]) -> list[Matrix | str]:
             tuple(axis for axis, found in enumerate(roles) if role in found)
             for role in (Role.REDUCTION, Role.OUTPUT)
         )
-        is_chosen = any(use.is_lookup for use in result.uses.get(index, ()))
+        uses = result.uses.get(index, ())
+        is_chosen = any(use.is_lookup for use in uses)
+        is_grouped = any(use.step.params.get(name, 1) > 1 for use in uses for name in _GROUPS)
         # An output axis may hold heads that each have a kernel of their own.
-        beside = {Role.BATCH} if not is_chosen else set[Role]()
-        has_one_role = all(len(axis - beside) < 2 for axis in roles)
+        of_heads = set[Role]() if is_chosen or is_grouped else {Role.OUTPUT, Role.BATCH}
+        has_one_role = all(len(axis) < 2 or axis == of_heads for axis in roles)
         is_kernel = inputs and outputs and has_one_role  # an index may also choose its expert
         if not is_kernel and is_chosen:
             found.append("a table: an index chooses its rows")

@@ -676,6 +676,22 @@ def test_an_output_head_stays_one_if_its_logits_go_on_without_a_gradient(name):
     assert found["a"] is not None
 
 
+def test_a_grouped_convolution_is_no_matrix():
+    """Its groups would be mixed. It is no output head either: a kernel follows."""
+
+    def fn(p, x):
+        conv = lambda x, w, groups: jnp.tanh(jax.lax.conv_general_dilated(
+            x, w, (1,), "SAME", feature_group_count=groups,
+            dimension_numbers=("NWC", "WIO", "NWC")))  # fmt: skip
+        return conv(conv(x, p["first"], 1), p["grouped"], 4) @ p["mixer"] @ p["head"]
+
+    params = {"first": shape(3, D, 16), "grouped": shape(3, 4, 16), "mixer": shape(16, 16),
+              "head": shape(16, 5)}  # fmt: skip
+    found = infer_muon_dimension_numbers(fn, params, X)
+    assert found["grouped"] is None
+    assert found["first"] == MuonDimensionNumbers((0, 1), (2,))
+
+
 def test_a_kernel_whose_heads_are_read_by_kernels_of_their_own_is_a_matrix():
     def fn(p, x):
         heads = (x @ p["u"]).reshape(*x.shape[:2], 4, 8)
