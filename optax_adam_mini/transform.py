@@ -198,8 +198,8 @@ def adam_mini(
     Raises:
         TypeError, ValueError: here for hyper-parameters out of range; in
             `init` for schedules that begin out of range, and for block specs
-            that do not fit the parameters; in `update`
-            if weight decay needs `params` and got none.
+            that do not fit the parameters; in `update` if weight decay needs
+            `params` and got none.
 
     Examples:
         >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
