@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
@@ -117,6 +118,7 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         >>> to_adam_state(state, params, flax_layers())[0].nu["kernel"].shape
         (4, 6)
     """
+    programs: dict[Any, Any] = {}
 
     def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
@@ -125,10 +127,14 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         of_real = widen(jax.tree.leaves(v)[0].dtype)
         dtype = jnp.promote_types(of_real, m.dtype) if jnp.iscomplexobj(m) else of_real
         spread = lambda v: spec.spread(v, jnp.shape(param)).astype(dtype)
-        if isinstance(mu, jax.Array) and not isinstance(mu, jax.core.Tracer):
-            # A large array: it is sharded as mu from the start.
-            return mu, jax.jit(spread, out_shardings=mu.sharding)(v)
-        return mu, spread(v)
+        sharding = None if isinstance(mu, jax.core.Tracer) else getattr(mu, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return mu, spread(v)
+        # A large array: it is sharded as mu from the start. Equal layers share a program.
+        program = spec, jnp.shape(param), dtype, sharding
+        if program not in programs:
+            programs[program] = jax.jit(spread, out_shardings=sharding)
+        return mu, programs[program](v)
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert

@@ -70,9 +70,9 @@ def explain(
     check_used(
         f"explain: parameter={parameter!r}", lambda path: path == parameter, str(parameter), params
     )
-    results = interpret("explain", fn, params, *args, **kwargs)
     if parameter not in paths:  # there are none, or others are in another part of the tree
         raise ValueError(f"explain: params have no parameter at {parameter!r}")
+    results = interpret("explain", fn, params, *args, **kwargs)
     result = results[index := paths.index(parameter)]
     shape = leaves[index][1].shape
     grid = " x ".join(map(str, spec_of(shape, result, index).grid(shape)))
