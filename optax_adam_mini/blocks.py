@@ -70,6 +70,8 @@ class BlockSpec:
                     _check_int("the size of a part", part[0], minimum=0)
             elif cut is not None:
                 _check_int("the number of blocks", cut, minimum=1)
+        if self.rest is not None:
+            _check_int("rest", self.rest, minimum=1)
         axes = [axis for axis, _ in self.cuts]
         if len(set(axes)) < len(axes):
             raise ValueError(f"a block spec names each axis once, got axes {axes}")

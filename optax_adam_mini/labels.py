@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -467,7 +467,7 @@ def compiled_rules(
     """
     compiled: list[tuple[re.Pattern[str], T]] = []
     is_pair = isinstance(rules, tuple) and len(rules) == 2 and isinstance(rules[0], str)
-    if isinstance(rules, (str, Mapping)) or is_pair:
+    if not isinstance(rules, Iterable) or isinstance(rules, (str, Mapping)) or is_pair:
         raise TypeError(
             f"{what}: expected a sequence of pairs [(pattern, spec), ...], got {rules!r}"
         )

@@ -132,6 +132,10 @@ def flax_layers(
             raise ValueError(f"flax_layers: {name} must be one of {allowed}, got {given!r}")
     if default is not None and not isinstance(default, Spec):
         raise TypeError(f"flax_layers: default must be a BlockSpec or an outer, got {default!r}")
+    if stacked is not None and not isinstance(stacked, Mapping):
+        raise TypeError(
+            f'flax_layers: stacked must be a dict such as {{"layers": 0}}, got {stacked!r}'
+        )
     stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
     options = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "query_key": query_key,
