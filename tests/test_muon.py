@@ -172,9 +172,8 @@ def test_muon_mini_takes_specs_and_a_decay_mask_of_the_whole_tree():
     assert moved == {name: name == "table" for name in SHAPES}
 
 
-@pytest.mark.parametrize(
-    "mu_dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (None, jnp.int8)), jnp.float32]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mu_dtype", [None, jnp.int8, jnp.float32])
 def test_updates_of_bfloat16_parameters_are_close_to_float32(mu_dtype):
     params = make_params(jnp.bfloat16)
     tx = mini(mu_dtype=mu_dtype, weight_decay=0.1)
@@ -697,6 +696,7 @@ def test_label_functions_get_all_parameters(parts):
     assert len(calls) == 2  # once for the tree, and once above
 
 
+@pytest.mark.slow
 def test_dimension_numbers_in_an_equinox_or_nnx_model_are_not_called():
     """Such a tree is callable, as the model is."""
 
@@ -728,6 +728,7 @@ def test_dimension_numbers_in_an_equinox_or_nnx_model_are_not_called():
     nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, nnx.grad(loss)(model, x))
 
 
+@pytest.mark.slow
 def test_a_restored_state_of_numpy_arrays_gives_the_same_bits():
     """Flax's msgpack gives such.
 

@@ -552,6 +552,7 @@ def test_init_works_where_some_axes_of_the_mesh_are_manual():
     np.testing.assert_allclose(updates, update(params), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_members_on_an_axis_of_an_explicit_mesh_are_rounded():
     mesh = jax.make_mesh((8,), ("seed",), axis_types=(AxisType.Explicit,))
     tx = adam_mini(1e-3, block_specs=per_neuron(), mu_dtype=jnp.int8)

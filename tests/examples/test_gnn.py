@@ -607,6 +607,7 @@ def test_planetoid_files_are_read(tmp_path, dataset, missing):
     assert list(zip(graph.receivers, graph.senders, strict=True)) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_trains_on_planetoid_files(tmp_path):
     data = Planetoid(tmp_path / "cora")
     options = {"optimizer": "adam_mini", "steps": 4}

@@ -83,6 +83,7 @@ def test_parameter_counts_are_the_published_ones(name, scan, count):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 def test_initial_weights_have_the_right_distribution():
     config = GPT2Config(vocab_size=512, context=64, layers=2, heads=4, width=128)
     for scan in (False, True):
@@ -326,6 +327,7 @@ def test_parameters_in_bfloat16_resume_bit_for_bit_and_write_samples(corpus, tmp
     assert "adam_mini_int8, step 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_in_bfloat16_begin_with_the_same_weights_rounded(corpus):
     options = {**TINY_OPTIONS, "seed": 3}
     narrow = Config(**options, parameters=ParameterConfig("bfloat16"))

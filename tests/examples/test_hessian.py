@@ -42,6 +42,7 @@ def test_the_report_has_each_layer_and_its_shares(mlp):
     assert cells[6][1] == f"{rows[1].after.ratio:.1f}"
 
 
+@pytest.mark.slow
 def test_hessians_are_those_of_finite_differences():
     problem = digits()._replace(measured=20)
     loss = make_loss(problem.model)

@@ -358,6 +358,7 @@ def test_bfloat16_computes_in_bfloat16(tiny):
     assert {output.dtype for output in outputs} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_another_seed_changes_weights_and_batches(tiny, tmp_path):
     kernels, labels = [], []
     for seed in (0, 0, 1):

@@ -103,6 +103,7 @@ def test_a_run_goes_on_with_measured_specs_after_conversion():
     assert loss(p) < 0.8 * before
 
 
+@pytest.mark.slow
 def test_specs_are_measured_in_partitioned_bfloat16_states():
     grads = {"w": ROW * COLUMN, "conv": jnp.ones((3, 3, 2, 4)), "s": jnp.ones(()), "b": jnp.ones(5)}
     grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)

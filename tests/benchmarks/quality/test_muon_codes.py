@@ -20,6 +20,7 @@ def test_the_mean_of_many_codes_is_the_number(name):
     np.testing.assert_allclose(values.mean(0), m, atol=0.01)
 
 
+@pytest.mark.slow
 def test_errors_are_of_updates():
     found = errors(noise(np.random.default_rng(0), (16, 64)), (16, 64), 40)
     assert list(found) == list(CODES)

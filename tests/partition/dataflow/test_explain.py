@@ -166,6 +166,7 @@ def test_unreadable_kernels_have_the_given_dimension_numbers():
         infer_muon_dimension_numbers(fn, params, X, unreadable="adam")
 
 
+@pytest.mark.slow
 def test_a_callable_tree_of_specs_is_not_called():
     params, static = eqx.partition(MLP, eqx.is_inexact_array)
     loss = lambda p, x: jnp.tanh(jax.vmap(eqx.combine(p, static))(x)).sum()
