@@ -122,19 +122,17 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
 
     def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
-        mu = read(m, spec.factors(v, m.shape)) if m.dtype == jnp.int8 else m
         # `optax.adamw` has complex numbers in both moments of complex parameters.
         of_real = widen(jax.tree.leaves(v)[0].dtype)
         dtype = jnp.promote_types(of_real, m.dtype) if jnp.iscomplexobj(m) else of_real
-        spread = lambda v: spec.spread(v, jnp.shape(param)).astype(dtype)
-        sharding = None if isinstance(mu, jax.core.Tracer) else getattr(mu, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
-            return mu, spread(v)
-        # A large array: it is sharded as mu from the start. Equal layers share a program.
-        program = spec, jnp.shape(param), dtype, sharding
-        if program not in programs:
-            programs[program] = jax.jit(spread, out_shardings=sharding)
-        return mu, programs[program](v)
+        spread: Any = lambda v: spec.spread(v, jnp.shape(param)).astype(dtype)
+        sharding = None if isinstance(m, jax.core.Tracer) else getattr(m, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            # A large array: it is sharded as mu from the start. Equal layers share a program.
+            program = spec, jnp.shape(param), dtype, sharding
+            spread = programs.setdefault(program, jax.jit(spread, out_shardings=sharding))
+        nu = spread(v)  # first, because it refuses a grid of other specs
+        return read(m, spec.factors(v, m.shape)) if m.dtype == jnp.int8 else m, nu
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert

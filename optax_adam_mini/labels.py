@@ -192,16 +192,39 @@ def remembered(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any]
         treedef: the structure of the parameters.
         shapes: the parameters, as `jax.ShapeDtypeStruct`s.
     """
-    make = lambda: of(given, jax.tree.unflatten(treedef, shapes))
+    params = jax.tree.unflatten(treedef, shapes)
+    memory = _memory(given, treedef)
+    if memory is None:
+        return of(given, params)
+    key = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
+    if key not in memory:
+        same = (of, _paths(params), tuple(shapes))
+        memory[key] = memory[same] if same in memory else of(given, params)
+    return memory[key]
+
+
+def remember(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any], found: T) -> None:
+    """Stores what `of` found in `init`, for every tree with the same paths and shapes.
+
+    `nnx.Optimizer` passes variables to `init`, and arrays without their metadata to `update`.
+    """
+    memory = _memory(given, treedef)
+    if memory is not None:
+        memory.pop((of, treedef, tuple(shapes)), None)
+        memory[of, _paths(jax.tree.unflatten(treedef, shapes)), tuple(shapes)] = found
+
+
+def _memory(given: Any, treedef: Any) -> dict[Any, Any] | None:
+    """What was found with a function; None where nothing can be stored beside it."""
     try:
-        found = _REMEMBERED.setdefault(given, {}) if callable(given) else {}
-        key = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
-        hash(key)
+        hash(treedef)
+        return _REMEMBERED.setdefault(given, {}) if callable(given) else None
     except TypeError:  # not hashable, or no weak reference to it
-        return make()
-    if key not in found:
-        found[key] = make()
-    return found[key]
+        return None
+
+
+def _paths(params: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(path_of(keys) for keys, _ in leaves_with_path(params))
 
 
 def check_arrays(params: Any) -> None:

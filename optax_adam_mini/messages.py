@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path
-from optax_adam_mini.labels import first_few, is_label_function, path_of, path_str
+from optax_adam_mini.labels import first_few, is_empty, is_label_function, path_of, path_str
 from optax_adam_mini.product import Spec
 
 _CONVERT = "convert it, from_adam_state(state, params, block_specs)"
@@ -78,6 +78,11 @@ def check_is_chain(state: Any, length: int) -> None:
     if type(state) in (tuple, list) and len(state) == length:
         return
     of_others = f" of {len(state)}" if type(state) in (tuple, list) else ""
+    if of_others == " of 2" and length == 3 and hasattr(state[0], "mu"):
+        of_others += (
+            " (optax.adam has no weight decay: its state continues in optax.chain("
+            "scale_by_adam_mini(...), optax.scale_by_learning_rate(...)))"
+        )
     raise ValueError(
         f"update: expected the state that init made, a tuple of {length}, got a "
         f"{type(state).__name__}{of_others}: call tx.update(grads, state, params), in this order, "
@@ -198,6 +203,8 @@ def check_mask(mask: Any, params: Any) -> None:
     Raises:
         ValueError: if the structure differs.
     """
+    if is_empty(params):  # such as the placeholder of `optax.tree.map_params`
+        return
     if is_label_function(mask):
         mask = mask(params)
         check_mask_leaves(mask)

@@ -39,7 +39,7 @@ def scale_by_muon_in_pieces(
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if mu_dtype == jnp.int8:
             rows = [
-                jnp.zeros(rows_of(p.shape, piece.numbers)[1], jnp.bfloat16)
+                jnp.zeros_like(p, jnp.bfloat16, rows_of(p.shape, piece.numbers)[1])
                 for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
             ]
             mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))

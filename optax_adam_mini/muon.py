@@ -161,12 +161,12 @@ def muon_mini(
     check_is_bool(nesterov=nesterov, adaptive=adaptive, parts=parts)
     if preconditioning not in (known := get_args(Preconditioning)):
         raise ValueError(f"preconditioning must be one of {known}, got {preconditioning!r}")
-    ns_coeffs = _checked_coefficients(ns_coeffs, ns_steps)
+    _check_coefficients(ns_coeffs, ns_steps)
     check_called(muon_weight_dimension_numbers)
 
     def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
-            ns_coeffs, ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
+            _coefficients(ns_coeffs), ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
             preconditioning=preconditioning,
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
@@ -222,31 +222,38 @@ def muon_mini(
     )
 
 
-def _checked_coefficients(given: Any, steps: int) -> Any:
+def _coefficients(given: Any) -> Any:
     """The coefficients, in an array that no state shares and no donation deletes."""
     from optax.contrib import muon
 
-    coefficients = given
     if isinstance(given, str):  # a preset: Optax's state has its numbers
         with jax.ensure_compile_time_eval():
-            state = muon(1.0, given).init(jnp.zeros((1, 1)))
-            coefficients = optax.tree.get(state, "ns_coeffs")
-    is_traced = isinstance(given, jax.core.Tracer)
-    found: Any = given if is_traced else np.asarray(coefficients)
+            given = optax.tree.get(muon(1.0, given).init(jnp.zeros((1, 1))), "ns_coeffs")
+    return given if isinstance(given, jax.core.Tracer) else np.asarray(given)
+
+
+def _check_coefficients(given: Any, steps: int) -> None:
+    from optax.contrib import muon
+
+    found: Any = given
+    if isinstance(given, str):  # optimizers may be built before jax.distributed.initialize
+        state = jax.eval_shape(muon(1.0, given).init, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+        found = optax.tree.get(state, "ns_coeffs")
+    elif not isinstance(given, jax.core.Tracer):
+        found = np.asarray(given)
     is_number = jnp.issubdtype(found.dtype, jnp.number)
     if found.ndim not in (1, 2) or found.shape[-1] != 3 or not found.size or not is_number:
         raise ValueError(
             f"ns_coeffs must be three numbers, or three for each step, got {given!r} of shape "
             f"{found.shape}"
         )
-    if not is_traced and not np.isfinite(found).all():
+    if isinstance(found, np.ndarray) and not np.isfinite(found).all():
         raise ValueError(f"ns_coeffs must be finite, got {given!r}")
-    if found.ndim == 2 and len(found) > steps:
+    if found.ndim == 2 and found.shape[0] > steps:
         raise ValueError(
-            f"ns_coeffs has coefficients for {len(found)} steps, and ns_steps is {steps}: give as "
-            "many steps"
+            f"ns_coeffs has coefficients for {found.shape[0]} steps, and ns_steps is {steps}: give "
+            "as many steps"
         )
-    return found
 
 
 def _check_gradients(updates: Any, params: Any) -> None:

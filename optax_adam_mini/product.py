@@ -382,7 +382,9 @@ def unpack_nu(nu: Any, specs: Sequence[Spec]) -> list[Any]:
     if not isinstance(nu, OuterMoments):
         return jax.tree.leaves(nu)
     pairs = zip(jax.tree.leaves(nu.a), jax.tree.leaves(nu.b), specs, strict=True)
-    return [(a, b) if isinstance(spec, Outer) else a for a, b, spec in pairs]
+    # A second array that is used says that the state was made with an `outer` there.
+    is_used = lambda b, spec: isinstance(spec, Outer) or jnp.size(b) != 1
+    return [(a, b) if is_used(b, spec) else a for a, b, spec in pairs]
 
 
 def pack_nu(moments: Sequence[Any], params: Any, is_outer: bool) -> Any:

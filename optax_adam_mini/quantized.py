@@ -137,6 +137,9 @@ def write(
         >>> write(m, v, jnp.dtype("int8"), rounding_seed(1, 0))
         Array([ 92,   0, -12], dtype=int8)
     """
+    if dtype == jnp.float16:  # an infinite moment would stay infinite
+        most = float(jnp.finfo(dtype).max)
+        m = jnp.clip(m, -most, most)
     if dtype != jnp.int8:
         return m.astype(dtype)
     # A root too small to have an inverse gives the code 0.

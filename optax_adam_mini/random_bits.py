@@ -27,16 +27,17 @@ def rounding_seed(count: Any, salt: Any) -> UInt32[Array, ""]:
 
 def rounding_seeds(count: Int32[Array, ""], salts: list[Any]) -> list[UInt32[Array, ""]]:
     """The seeds for a step and for several arrays."""
-    # Under `vmap` over an axis of an explicit mesh, JAX cannot trace the loop.
+    # JAX cannot trace the loop under `vmap` over an axis of an explicit mesh, nor in `shard_map` if
+    # devices have counts of their own.
     meshes = jax.sharding.get_abstract_mesh(), jax.typeof(count).sharding.mesh
-    is_explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
-    return _rounding_seeds(is_explicit, count, salts)
+    is_auto = all({*mesh.axis_types} <= {AxisType.Auto} for mesh in meshes)
+    return _rounding_seeds(is_auto, count, salts)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rounding_seeds(is_explicit: bool, count: Array, salts: list[Any]) -> list[Array]:
+def _rounding_seeds(is_auto: bool, count: Array, salts: list[Any]) -> list[Array]:
     each = lambda salts: [rounding_seed(count, salt) for salt in salts]
-    if is_explicit:
+    if not is_auto:
         return each(salts)
 
     def carried(salts: list[Any]) -> list[Any]:

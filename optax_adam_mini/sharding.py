@@ -67,8 +67,14 @@ def opt_state_shardings(
         >>> found[0].mu["kernel"].spec, found[0].nu["kernel"].spec, found[0].count.spec
         (P('fsdp', None), P(None, None), P())
     """
-    shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves_with_path(params)}
-    shardings = dict(zip(shapes, _resolve(param_shardings, params, mesh), strict=True))
+    found = _resolve(param_shardings, params, mesh)
+    # The parameters' own shardings are ignored: only `param_shardings` counts.
+    bare = jax.tree.unflatten(*shapes_of(params))
+    state = jax.eval_shape(tx.init, bare)
+    if isinstance(bare, optax.LookaheadParams):  # the inner state is of the fast ones alone
+        bare, found = bare.fast, found[: len(found) // 2]
+    shapes = {path_of(keys): leaf.shape for keys, leaf in leaves_with_path(bare)}
+    shardings = dict(zip(shapes, found, strict=True))
     meshes = {sharding.mesh for sharding in shardings.values()}
     meshes |= {mesh} if mesh is not None and not meshes else set()  # there are no parameters
     if len(meshes) != 1:
@@ -94,9 +100,6 @@ def opt_state_shardings(
         found = [of_leaf(path_of(keys), leaf) for keys, leaf in leaves_with_path(node)]
         return jax.tree.unflatten(jax.tree.structure(node), found)
 
-    # The parameters' own shardings are ignored: only `param_shardings` counts.
-    bare = jax.tree.unflatten(*shapes_of(params))
-    state = jax.eval_shape(tx.init, bare)
     return jax.tree.map(of_node, state, is_leaf=is_like_params)
 
 

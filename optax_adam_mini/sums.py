@@ -121,7 +121,8 @@ def spread_product(
 
 def widen(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype to compute in: float32, or `dtype` itself if it is wider or complex."""
-    return jnp.promote_types(dtype, jnp.float32)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
 def _is_whole(runs: Runs) -> bool:

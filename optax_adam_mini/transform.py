@@ -28,10 +28,13 @@ from optax_adam_mini.labels import (
     check_called,
     evaluate_specs,
     has_outer,
+    is_empty,
     is_label_function,
     path_of,
+    remember,
     remembered,
     resolve_block_specs,
+    shapes_of,
     spec_leaves,
 )
 from optax_adam_mini.messages import (
@@ -295,26 +298,34 @@ def _with_gradients(updates: Any, params: Any) -> Any:
 
 def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` for numbers and schedules, with errors that say what to do."""
-    if not isinstance(weight_decay, jax.Array) and not callable(weight_decay) and weight_decay == 0:
-        return optax.identity()  # so that params may be left out of update
-
+    is_number = not isinstance(weight_decay, jax.Array) and not callable(weight_decay)
     rate: Any = weight_decay
-    decay = optax.add_decayed_weights(rate, mask)
+
+    def decay(params: Any) -> optax.GradientTransformation:
+        # Optax would call the function with the updates, whose dtypes are not the parameters'.
+        is_called = is_label_function(mask) and not is_empty(params)
+        return optax.add_decayed_weights(rate, mask(params) if is_called else mask)
 
     def init_fn(params: Any) -> Any:
         check_mask(mask, params)
-        return decay.init(params)
+        return decay(params).init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if is_number and weight_decay == 0:  # params may be left out
+            return updates, state
         if params is None:
             raise ValueError(
                 f"weight decay (weight_decay={weight_decay}) needs the parameters, and update got "
                 "none: call tx.update(grads, state, params), or set weight_decay=0.0"
             )
-        decayed, state = decay.update(updates, state, params)
         # Integers do not decay, and a parameter without a gradient does not move.
+        is_none = lambda u: u is None
         keep = lambda u, p, d: d if u is not None and _is_inexact(p) else u
-        return jax.tree.map(keep, updates, params, decayed, is_leaf=lambda u: u is None), state
+        kept = lambda tree: jax.tree.map(
+            lambda x, p: x if x is None or _is_inexact(p) else 0.0, tree, params, is_leaf=is_none
+        )
+        decayed, state = decay(params).update(kept(updates), state, kept(params))
+        return jax.tree.map(keep, updates, params, decayed, is_leaf=is_none), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -339,6 +350,7 @@ def _wide_adam_mini(
             check_decays(b1, b2)
         specs = evaluate_specs(block_specs, params)
         labels, is_outer = resolve_block_specs(specs, params), has_outer(specs, params)
+        remember(resolve_block_specs, block_specs, *shapes_of(params), labels)
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
         # Zeros like the results of update, with the same shapes, dtypes and shardings.
@@ -386,7 +398,7 @@ def _wide_adam_mini(
             if g is None:
                 new.append((None, m, v))
             elif not (_is_inexact(g) and _is_inexact(shape)):  # integers are left alone
-                new.append((jnp.zeros(shape.shape, shape.dtype), m, v))
+                new.append((jnp.zeros(shape.shape, widen(shape.dtype)), m, v))
             else:
                 check_stored_dtype(path, m, is_codes=mu_dtype == jnp.int8)
                 kept = m.dtype if params is None else shape.dtype
@@ -481,7 +493,7 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     t = count.astype(jnp.float32)
     is_one = jnp.abs(log_r) < 1e-6
     below_one = jnp.where(is_one, -1.0, log_r)
-    ratio = jnp.expm1(t * below_one) / jnp.expm1(below_one)
+    ratio = jnp.expm1(jnp.minimum(t * below_one, 80.0)) / jnp.expm1(below_one)
     total = jnp.where(is_one, t, ratio) * (1 - b1) ** 2
     total = mu_weight**2 * total + g_weight * (2 * mu_weight * (1 - b1) + g_weight)
     longest = jnp.sqrt(c2 * total / (1 - b2))

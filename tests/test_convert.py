@@ -12,12 +12,15 @@ from optax_adam_mini import (
     by_path,
     flax_layers,
     from_adam_state,
+    per_head,
     per_neuron,
     per_tensor,
+    scale_by_adam_mini,
     stochastic_rounding,
     to_adam_state,
 )
 from tests.by_hand import BLOCK_SPECS, OUTER_SPECS, gradients, params
+from tests.params import slow_but
 
 each_in_turn = pytest.mark.parametrize(
     "specs",
@@ -49,13 +52,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "multi_steps" else pytest.param(name, marks=pytest.mark.slow)
-        for name in WRAPPERS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but("multi_steps", of=WRAPPERS))
 @pytest.mark.parametrize(
     "specs",
     [
@@ -76,15 +73,7 @@ def test_adamws_state_converts_to_8_bits_in_any_wrapper(name, specs):
     train(mini, p, converted, range(4, 6))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("masked", "two", "multi_steps")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in WRAPPERS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but("masked", "two", "multi_steps", of=WRAPPERS))
 @each_in_turn
 def test_adamws_state_converts_in_any_wrapper(name, specs):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
@@ -273,3 +262,23 @@ def test_conversion_of_complex_parameters_keeps_the_dtypes_of_both_optimizers():
     assert dtypes(to_adam_state(mini.init(params), params, per_neuron())) == dtypes(
         adamw.init(params)
     )
+
+
+def test_to_adam_state_in_8_bits_refuses_other_heads():
+    p = {"layer": {"kernel": jnp.ones((4, 6))}}
+    state = adam_mini(0.1, block_specs=per_head(3), mu_dtype=jnp.int8).init(p)
+    with pytest.raises(
+        ValueError, match=r"layer/kernel: the state is not of these params: .* grid"
+    ):
+        to_adam_state(state, p, per_head(2))
+
+
+def test_the_state_of_adam_continues_without_weight_decay():
+    p = params()
+    state = from_adam_state(optax.adam(0.1).init(p), p, BLOCK_SPECS)
+    tx = optax.chain(scale_by_adam_mini(block_specs=BLOCK_SPECS), optax.scale_by_learning_rate(0.1))
+    chex.assert_trees_all_equal_structs(tx.update(p, state, p)[1], state)
+    with pytest.raises(
+        ValueError, match=r"its state continues in optax\.chain\(scale_by_adam_mini"
+    ):
+        adam_mini(0.1, block_specs=BLOCK_SPECS).update(p, state, p)

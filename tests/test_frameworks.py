@@ -29,6 +29,7 @@ from optax_adam_mini import (
 )
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
+from tests.params import slow_but
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "frameworks.md"
 
@@ -641,13 +642,7 @@ def losses_in_a_dict(digits):
 
 
 @pytest.mark.parametrize(
-    "container",
-    [
-        name
-        if name in ("list_of_tuples", "dataclass_of_namedtuples")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in CONTAINERS
-    ],
+    "container", slow_but("list_of_tuples", "dataclass_of_namedtuples", of=CONTAINERS)
 )
 def test_parameters_in_any_container_train_alike(container, digits, losses_in_a_dict):
     pack, paths = CONTAINERS[container]

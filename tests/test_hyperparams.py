@@ -196,3 +196,26 @@ def test_gradients_of_another_shape_name_the_parameter():
         ValueError, match=r"w: got a gradient of shape \(6, 4\), but the state was made for a "
     ):
         tx.update({"w": jnp.ones((6, 4))}, tx.init(p), p)
+
+
+def test_a_moment_that_overflows_in_float16_recovers():
+    tx = adam_mini(1e-2, b2=0.95, mu_dtype=jnp.float16, block_specs=per_tensor())
+    p = {"w": jnp.ones(4)}
+    update = jax.jit(tx.update)
+    _, state = update({"w": jnp.ones(4).at[0].set(-1e6)}, tx.init(p), p)
+    for _ in range(200):
+        updates, state = update({"w": jnp.ones(4)}, state, p)
+    assert (updates["w"] < 0).all()
+
+
+def test_derivatives_by_decay_rates_are_finite():
+    p, g = {"w": jnp.ones(4)}, {"w": jnp.array([1.0, 2.0, -1.0, 0.5])}
+
+    def moved(b1, b2):
+        tx = adam_mini(1e-2, b1, b2, block_specs=per_tensor())
+        state = tx.init(p)
+        state = (state[0]._replace(count=jnp.int32(300), mu=g, nu={"w": jnp.ones(1)}), *state[1:])
+        return tx.update(g, state, p)[0]["w"].sum()
+
+    found = jax.jit(jax.grad(moved, (0, 1)))(0.9, 0.5)
+    assert np.isfinite(found).all()

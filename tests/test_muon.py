@@ -34,6 +34,7 @@ from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.quantized import RowCodes, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seed
 from tests import sharded_training as training
+from tests.params import slow_but
 
 SHAPES = {"kernel": (8, 12), "heads": (3, 12, 2, 4), "conv": (3, 3, 2, 5), "table": (20, 8),
           "bias": (12,)}  # fmt: skip
@@ -95,13 +96,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name not in ("default", "heavy ball", "a preset")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in OPTIONS
-    ],
+    "name", slow_but("Moonlight's scale, decay, two rates", "schedule", of=OPTIONS)
 )
 def test_muon_mini_per_element_equals_optax_contrib_muon(name):
     rate = optax.linear_schedule(0.05, 0.0, 40) if name == "schedule" else 0.02
@@ -202,13 +197,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("multi_steps", "partition") else pytest.param(name, marks=pytest.mark.slow)
-        for name in WRAPPERS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but("multi_steps", of=WRAPPERS))
 def test_wrapped_muon_mini_equals_wrapped_optax_contrib_muon(name):
     found, expected = (
         train(WRAPPERS[name](make(0.02, **more)), make_params(), 5)[0]
@@ -234,7 +223,8 @@ def test_injected_hyperparameters_take_effect(mu_dtype):
     assert np.any(updates["kernel"])
 
 
-@pytest.mark.parametrize("mu_dtype", IN_8_BITS_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("mu_dtype", [None, "int8"])
 def test_jit_and_eager_updates_agree(mu_dtype):
     # Without `jax.jit` each operation is compiled for each shape: one leaf of each kind.
     some = ("heads", "table", "bias")
@@ -361,10 +351,7 @@ def apart(x, parts):
     return pieces
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "stacked" else pytest.mark.slow) for name in FUSED],
-)
+@pytest.mark.parametrize("name", slow_but("stacked", of=FUSED))
 def test_each_part_of_a_fused_kernel_is_a_matrix_of_its_own(name):
     shape, numbers, parts = FUSED[name]
     make = functools.partial(muon_mini, 0.02, weight_decay=0.1,
@@ -457,6 +444,7 @@ def test_codes_round_to_a_neighbour_and_are_right_on_average():
     np.testing.assert_allclose(read_row(codes[0], largest[0]), values[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_codes_keep_nan_infinity_and_zeros():
     for bad in (np.nan, np.inf):
         m = jnp.ones((2, 5)).at[0, 2].set(bad)
@@ -580,6 +568,7 @@ WRONG_NUMBERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_function_of_dimension_numbers_is_called_once_and_not_at_every_step():
     """It may trace the loss, as `infer_muon_dimension_numbers` does."""
     params, calls = make_params(), []

@@ -14,6 +14,7 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     flax_layers,
+    muon_mini,
     outer,
     per_element,
     per_neuron,
@@ -27,6 +28,7 @@ from tests.by_hand import (
     outer_by_hand,
     params,
 )
+from tests.params import slow_but
 
 OURS = functools.partial(adam_mini, bounded=False, block_specs=BLOCK_SPECS)
 each_spec = pytest.mark.parametrize("specs", [BLOCK_SPECS, OUTER_SPECS], ids=["mean", "outer"])
@@ -83,10 +85,7 @@ QUICK = ("chain_clip", "masked", "multi_transform", "partition_two_rates", "appl
          "conditionally_mask")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WRAPPERS],
-)
+@pytest.mark.parametrize("name", slow_but(*QUICK, of=WRAPPERS))
 @pytest.mark.parametrize(
     ("jit", "specs"),
     [
@@ -135,13 +134,7 @@ def test_lookahead_equals_one_written_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("partition_two_rates", "multi_steps", "schedule_free")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in WRAPPERS
-    ],
+    "name", slow_but("partition_two_rates", "multi_steps", "schedule_free", of=WRAPPERS)
 )
 @pytest.mark.parametrize(
     "specs",
@@ -305,6 +298,7 @@ def test_integer_leaves_are_left_alone(specs):
         "kernel": jnp.ones((2, 3)),
         "w": 1000 * jnp.arange(6).reshape(2, 3),
         "b": jnp.array([True]),
+        "embedding": jnp.ones((2, 3), jnp.int4),
     }
     loss = lambda p: jnp.sum(p["kernel"] ** 2)
     grads = jax.grad(loss, allow_int=True)(p)  # of float0 where the parameter is an integer
@@ -419,3 +413,41 @@ def test_the_state_keeps_its_type_in_micro_steps_in_bfloat16():
             chex.assert_trees_all_equal_shapes_and_dtypes((updates, new), (p, state))
             state = new
         assert state.total_notfinite == 1
+
+
+@pytest.mark.parametrize("given", [{"kernel": True, "bias": False}, mask])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda given: OURS(0.1, weight_decay=0.1, mask=given),
+        lambda given: muon_mini(0.1, weight_decay=0.1, weight_decay_mask=given),
+    ],
+)
+def test_map_params_works_with_a_mask(make, given):
+    """It calls `init` with a placeholder for the parameters."""
+    tx = make(given)
+    state = tx.init(params())
+    seen = []
+    mapped = optax.tree.map_params(tx, lambda x: seen.append(x.shape) or x, state)
+    chex.assert_trees_all_equal(mapped, state)
+    assert params()["kernel"].shape in seen
+
+
+def test_a_run_without_weight_decay_continues_with_it():
+    p = params()
+    old, new = (OURS(0.1, weight_decay=decay, mask=mask) for decay in (0.0, 0.1))
+    _, state = old.update(p, old.init(p))
+    chex.assert_trees_all_equal_structs(state, new.init(p))
+    updates, _ = new.update(p, state, p)
+    without, _ = old.update(p, state, p)
+    assert (updates["kernel"] != without["kernel"]).any()
+    chex.assert_trees_all_equal(updates["bias"], without["bias"])
+
+
+def test_a_mask_function_sees_the_dtypes_of_parameters():
+    p = {"kernel": jnp.full((4, 6), 8.0, jnp.bfloat16), "bias": jnp.full(6, 8.0)}
+    narrow = lambda tree: jax.tree.map(lambda x: x.dtype == jnp.bfloat16, tree)
+    tx = OURS(0.1, weight_decay=0.5, mask=narrow)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)
+    np.testing.assert_allclose(updates["kernel"].astype(float), -0.4, rtol=1e-2)
+    assert not updates["bias"].any()

@@ -47,7 +47,7 @@ LAYERS = [
     ["report"],
 ]  # fmt: skip
 # Within dataflow, module by module.
-DATAFLOW = ["kernels", "folding", "program", "indices", "inline", "groups", "axes", "domain", "taps", "members", "rules", "forward", "backward",
+DATAFLOW = ["kernels", "folding", "program", "indices", "products", "inline", "groups", "axes", "domain", "taps", "members", "rules", "forward", "backward",
             "roles", "interpret", "matrices", "specs", "rows", "explain", "infer"]  # fmt: skip
 RULES = ["registry", "elementwise", "layout", "linalg", "inner_products",
          "contractions", "reductions", "indexing",
@@ -100,8 +100,8 @@ def test_no_public_name_appears_or_disappears():
 def test_an_optimizer_may_be_built_before_the_processes_of_jax_are_joined():
     """As `optax.adamw` may, in a module of configurations: a schedule is not computed."""
     code = (
-        "import jax, optax; from optax_adam_mini import adam_mini;"
-        "tx = adam_mini(optax.cosine_decay_schedule(1e-3, 10));"
+        "import jax, optax; from optax_adam_mini import adam_mini, muon_mini;"
+        "adam_mini(optax.cosine_decay_schedule(1e-3, 10)); muon_mini(1e-3, 'dion');"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -194,7 +194,6 @@ WAYS = {
 }
 # The way, the mesh and the optimizer: the others go through the same functions.
 QUICK = {
-    ("nnx, eager", "auto", "mean"),
     ("nnx, eager", "auto", "outer, int8"),
     ("linen", "auto", "outer, int8"),
     ("linen", "auto", "two groups"),

@@ -319,3 +319,10 @@ def test_derivatives_of_an_outer_are_finite_where_gradients_are_tiny(size):
         step = 1e-2 * jnp.ones((3, 4)) / 4
         by_difference = (moved({"w": grads["w"] + step}) - moved({"w": grads["w"] - step})) / 2
         np.testing.assert_allclose((derivative * step).sum(), by_difference, rtol=0.05, atol=1e-7)
+
+
+def test_a_state_of_rows_and_columns_is_refused_for_rows_alone():
+    p = {"kernel": jnp.ones((4, 6))}
+    state = adam_mini(1e-2, block_specs=outer(per_neuron(axis=0), per_neuron())).init(p)
+    with pytest.raises(ValueError, match="kernel: the state's nu has shape"):
+        adam_mini(1e-2, block_specs=per_neuron(axis=0)).update(p, state, p)

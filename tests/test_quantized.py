@@ -42,6 +42,7 @@ from optax_adam_mini.product import Outer
 from optax_adam_mini.quantized import Codes, allowed_b2, read, write
 from optax_adam_mini.random_bits import rounding_seed, salt_of
 from tests import numpy_adam_mini
+from tests.params import slow_but
 from tests.strategies import given, shapes_and_specs
 from tests.test_product import MATRIX, product, rows_by_head
 
@@ -370,11 +371,11 @@ def test_updates_are_close_to_those_with_float32(n, decays, options, limit):
 @pytest.mark.parametrize(
     ("decays", "options", "limit"),
     [
-        ((0.9, 0.999), {}, 0.05),
         ((0.9, 0.999), {"sigma": 1.5}, 0.12),
         *(
             pytest.param(decays, options, limit, marks=pytest.mark.slow)
             for decays, options, limit in (
+                ((0.9, 0.999), {}, 0.05),
                 ((0.99, 0.9995), {}, 0.15),
                 ((0.99, 0.9995), LONG, 0.215),
                 ((0.9, 0.95), {"sigma": 1.5}, 0.12),
@@ -715,13 +716,7 @@ def check_displacements(spec, case, dtype=jnp.float32):
         assert error < of_one
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if index < 3 else pytest.param(name, marks=pytest.mark.slow)
-        for index, name in enumerate(HARD)
-    ],
-)
+@pytest.mark.parametrize("name", slow_but("rows that are rarely touched", of=HARD))
 def test_parameters_move_in_8_bits_as_with_float32(name):
     check_displacements(per_token(), HARD[name])
 
@@ -733,7 +728,7 @@ def test_parameters_move_in_8_bits_as_with_float32_in_other_blocks(name, spec):
     check_displacements(spec, HARD[name])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but("bfloat16", of=("bfloat16", "float16")))
 def test_parameters_of_16_bits_move_as_with_float32(dtype):
     check_displacements(MATRIX, HARD["plain"], jnp.dtype(dtype))
 

@@ -36,6 +36,7 @@ from optax_adam_mini import (
 from optax_adam_mini.quantized import write
 from optax_adam_mini.random_bits import round_to_bfloat16, rounding_seed, salt_of
 from tests import test_optax_contract as contract
+from tests.params import slow_but
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 LARGEST, TINY = float(jnp.finfo(BF16).max), float(np.finfo(np.float32).tiny)
@@ -359,7 +360,7 @@ INNER = {
 }  # fmt: skip
 
 
-OFTEN = ["adamw", "adam_mini int8", "multi_steps", "multi_transform", "inject_hyperparams"]
+OFTEN = ["adamw", "adam_mini int8", "inject_hyperparams"]
 
 
 @pytest.mark.parametrize(
@@ -423,13 +424,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("masked", "inject_hyperparams", "multi_steps")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in OUTSIDE
-    ],
+    "name", slow_but("masked", "inject_hyperparams", "multi_steps", of=OUTSIDE)
 )
 def test_a_wrapper_outside_leaves_the_rounded_update_as_it_is(name):
     """The update is in float32 where the parameters are in bfloat16, and must stay so."""
@@ -580,6 +575,7 @@ AliasTest = pytest.mark.slow(
 # --- Training frameworks, meshes, checkpoints -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flax_adds_the_update_as_optax_does():
     tx = stochastic_rounding(MINI(0.01, mu_dtype=jnp.int8))
     p, grads = tree(), tree(1)

@@ -23,6 +23,7 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     fused,
+    muon_mini,
     opt_state_shardings,
     outer,
     per_element,
@@ -31,6 +32,7 @@ from optax_adam_mini import (
     to_adam_state,
 )
 from tests import sharded_training as training
+from tests.params import slow_but
 
 MESH = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 SHAPES = {"query": {"kernel": (16, 24)}, "mlp": {"kernel": (16, 64), "bias": (64,)}, "norm": (16,)}
@@ -154,7 +156,7 @@ WRAPPED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", slow_but("MultiSteps", "int8", of=WRAPPED))
 def test_wrapped_optimizers_train_with_their_shardings(name):
     make, find = WRAPPED[name]
     tx = make()
@@ -550,6 +552,33 @@ def test_init_works_where_some_axes_of_the_mesh_are_manual():
     )
     updates = jax.jit(of_stages)(params)
     np.testing.assert_allclose(updates, update(params), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [adam_mini, muon_mini])
+def test_members_of_shard_map_train_in_8_bits(make):
+    """Each device has a count of its own."""
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
+    params = jnp.ones((8, 4, 6)) * jnp.arange(1.0, 9)[:, None, None]
+    tx = make(1e-2, mu_dtype=jnp.int8, block_specs=per_neuron())
+
+    def train(p, state):
+        def step(carry, _):
+            updates, state = tx.update(carry[0], carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(step, (p, state), length=2)[0][0]
+
+    each = lambda *args: train(*jax.tree.map(lambda x: x[0], args))[None]
+    mapped = jax.shard_map(each, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
+    args = params, jax.vmap(tx.init)(params)
+    np.testing.assert_allclose(jax.jit(mapped)(*args), jax.jit(jax.vmap(train))(*args), rtol=1e-5)
+
+
+def test_the_state_of_lookahead_is_sharded_as_the_fast_parameters():
+    params = optax.LookaheadParams.init_synced({"kernel": jnp.ones((8, 4))})
+    tx = optax.lookahead(adam_mini(1e-3, block_specs=per_neuron()), 3, 0.5)
+    found = opt_state_shardings(tx, params, NamedSharding(MESH, P("fsdp")))
+    assert optax.tree.get(found, "mu")["kernel"].spec[0] == "fsdp"
 
 
 @pytest.mark.slow

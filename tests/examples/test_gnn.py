@@ -206,7 +206,8 @@ def test_isolated_nodes_are_no_division_by_zero(options):
         assert np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("gcn", marks=pytest.mark.slow), "gat"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gcn", "gat"])
 def test_dropout_is_for_training_alone(kind):
     _, *edges = random_graph()
     x = jnp.ones((9, 5))
@@ -335,6 +336,7 @@ def test_only_kernels_decay():
 # Training
 
 
+@pytest.mark.slow
 def test_losses_are_of_the_right_nodes(tmp_path):
     """The loss of a step, and what is measured, against the logits of the whole graph."""
     config = tiny_config(tmp_path, dropout=0.0)

@@ -62,6 +62,7 @@ def test_hessians_are_those_of_finite_differences():
         np.testing.assert_allclose(found[column], expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_seed_alone():
     problem = digits()
     params = problem.model.init(jax.random.key(0), problem.inputs[:1])["params"]

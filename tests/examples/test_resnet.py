@@ -370,6 +370,7 @@ def test_another_seed_changes_weights_and_batches(tiny, tmp_path):
         assert not np.array_equal(other, first)
 
 
+@pytest.mark.slow
 def test_training_moves_the_averages_and_evaluation_uses_them(tiny):
     program = make_program(Config(hyper=OptimizerConfig(1e-2, 1)), "adamw")
     batch = digits()

@@ -114,3 +114,19 @@ def test_names_must_be_as_many_as_axes():
 def test_wrong_rules_are_refused(rules, options, error, message):
     with pytest.raises(error, match=message):
         by_logical_axes(rules, **options)
+
+
+def test_an_nnx_optimizer_trains_with_the_names_of_axes():
+    """It passes variables to `init`, and arrays without metadata to `update`."""
+    kernel_init = nnx.with_partitioning(
+        nnx.initializers.lecun_normal(), ("embed", "mlp"), eager_sharding=False
+    )
+    model = nnx.Linear(8, 12, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+    specs = by_logical_axes([(("embed", "mlp"), ("mlp",))], default=per_element())
+    optimizer = nnx.Optimizer(model, adam_mini(1e-2, block_specs=specs), wrt=nnx.Param)
+    loss = lambda model: jnp.mean((model(jnp.ones((4, 8))) - 1) ** 2)
+    before = loss(model)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model))
+    assert optimizer.opt_state[0].nu["kernel"].shape == (1, 12)
+    assert loss(model) < before

@@ -41,11 +41,11 @@ from optax_adam_mini.partition.dataflow.program import (
     LAYOUT,
     LINEAR,
     PLACING,
+    Axes,
     Program,
     Step,
+    depending,
 )
-
-Axes = tuple[int, ...]
 
 # Nonlinear element-wise functions that may follow a layer.
 FUNCTIONS = {
@@ -263,6 +263,8 @@ class Facts:
     """For each sum and each product in it, by id: the contraction, as a step of its own."""
     data: set[int] = dataclasses.field(default_factory=set)
     """The values that depend on more than parameters."""
+    learned: set[int] = dataclasses.field(default_factory=set)
+    """The values that depend on parameters."""
     filters: set[int] = dataclasses.field(default_factory=set)
     """The ids of the products in filters that are written as sums of shifted products."""
     taps: set[int] = dataclasses.field(default_factory=set)
@@ -300,6 +302,38 @@ class Facts:
         The function must apply to the value itself: a sum of the value and data is not followed.
         """
         return bool(self.program.goes_into(place, self.data) & FUNCTIONS)
+
+    def weights_others(self, place: int) -> bool:
+        """Whether activations that do not depend on a value are multiplied by what it becomes."""
+        after = depending(self.program, [place])
+        others = (self.data & self.learned) - after
+        return any(
+            step.name in ("mul", "dot_general")
+            and not step.is_backward
+            and not after.isdisjoint(step.inputs)
+            and not others.isdisjoint(step.inputs)
+            for step in self.program.steps
+        )
+
+    def is_linear(self, place: int, uses: Iterable[int]) -> bool:
+        """Whether a value is a linear function of what one of these uses makes."""
+        sources = {out for number in uses for out in self.uses[number].step.outputs}
+        after = depending(self.program, sources)
+        made = {out: step for step in self.program.steps for out in step.outputs}
+        seen, todo = {place}, [place]
+        while todo:
+            if (place := todo.pop()) in sources:
+                return True
+            step = made[place]
+            before = [i for i in step.inputs if i in after]
+            # A value times a function of itself (silu), or chosen by its own sign (relu).
+            is_function = step.name in ("mul", "div", "select_n") and (
+                len(before) > 1 if step.name != "select_n" else step.inputs[0] in after
+            )
+            if step.name in LINEAR | LAYOUT and not is_function:
+                todo += set(before) - seen
+                seen.update(before)
+        return False
 
     def put_together(self, place: int) -> set[int]:
         """The steps that place a value, or a linear function of it, beside other arrays.

@@ -53,6 +53,7 @@ def _followed(
     values = [Value(shape) for shape in program.shapes]
     facts = Facts(program, n_params, values, members=members, repeats=repeats)
     facts.data = depending(program, program.inputs[n_params:])
+    facts.learned = depending(program, program.inputs[:n_params])
     facts.filters, facts.taps = find_taps(program, facts.data)
     for index, place in enumerate(program.inputs):
         value = facts.values[place]
@@ -153,7 +154,7 @@ def _result(facts: Facts, step: Step, relation: Relation, result: int) -> Value:
     value.params = frozenset[int]().union(*(ins[operand].params for operand in kept))
     value.is_plain = relation.is_plain
     made = max((ins[operand].made for operand in relation.keeps), default=0)
-    value.made = made if relation.made is None else max(made, relation.made)
+    value.made = made if relation.made is None else relation.made and max(made, relation.made)
     value.is_summary = relation.is_summary
     value.is_fixed = bool(ins) and all(v.is_fixed or v.kind == Kind.CONSTANT for v in ins)
     for v in ins:

@@ -11,6 +11,7 @@ import numpy as np
 from optax_adam_mini.partition.dataflow.folding import folded, is_index
 from optax_adam_mini.partition.dataflow.indices import one_axis_at_a_time, take
 from optax_adam_mini.partition.dataflow.kernels import written_out
+from optax_adam_mini.partition.dataflow.products import split_products
 from optax_adam_mini.partition.dataflow.program import (
     LAYOUT,
     LINEAR,
@@ -47,6 +48,7 @@ def flatten(closed: ClosedJaxpr) -> Program:
     program.outputs = _inline(program, closed, program.inputs, _Callers())
     is_loss = closed.out_avals[:1] and not closed.out_avals[0].shape
     program.losses = program.outputs[:1] if is_loss else program.outputs
+    split_products(program)
     drop_unused(program)
     program.stopped = without_gradient(program)
     for step in program.steps:

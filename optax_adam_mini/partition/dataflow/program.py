@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
+
+Axes = tuple[int, ...]
 
 MERGE = "merge"
 """A step that sets a value to one of several alternatives."""
@@ -41,7 +44,7 @@ SUMS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce", "dot_general", "psum",
     "pmax", "pmin",
 }  # fmt: skip
-_ADDING = {"add", "add_any", "sub"}
+ADDING = {"add", "add_any", "sub"}
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
 
 
@@ -113,7 +116,7 @@ class Program:
             for step in self.consumers.get(place, ()):
                 if step.is_backward or id(step) in self.stopped:
                     continue
-                others = data & set(step.inputs) if step.name in _ADDING else ()
+                others = data & set(step.inputs) if step.name in ADDING else ()
                 if not seen.issuperset(others):
                     continue
                 sums_nothing = step.name == "reduce_sum" and all(
@@ -181,3 +184,28 @@ def _reached(steps: Sequence[Step], outputs: Sequence[int], with_implied: bool =
                 reached.update(step.inputs)
                 reached.update(step.outputs)
     return reached
+
+
+def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
+    """The smallest groups of axes that a reshape turns into one another, without size 1."""
+    if math.prod(old) == 0:
+        return []
+    a = [i for i, size in enumerate(old) if size != 1]
+    b = [i for i, size in enumerate(new) if size != 1]
+    groups: list[tuple[Axes, Axes]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        left, right = [a[i]], [b[j]]
+        i, j = i + 1, j + 1
+        m, n = old[left[0]], new[right[0]]
+        while m != n:
+            if m < n and i < len(a):
+                left.append(a[i])
+                m, i = m * old[a[i]], i + 1
+            elif j < len(b):
+                right.append(b[j])
+                n, j = n * new[b[j]], j + 1
+            else:
+                break
+        groups.append((tuple(left), tuple(right)))
+    return groups

@@ -41,6 +41,7 @@ class Product(NamedTuple):
 def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
     """The ids of the products in such filters, and of the steps that take their taps."""
     made = {place: step for step in program.steps for place in step.outputs}
+    roots = _roots(program)
     families: dict[tuple[int, int, str], list[Product]] = {}
     for step in program.steps:
         if step.name not in ("mul", "dot_general") or step.is_backward:
@@ -48,7 +49,7 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
         for weight, other in (step.inputs, step.inputs[::-1]):
             taken = _taken(program, made, weight) if weight not in data and other in data else []
             if taken:
-                root = _root(program, made, other)
+                root = roots.get(other, other)
                 origin = _origin(made, taken[-1].inputs[0])
                 found = families.setdefault((origin, root, step.name), [])
                 found.append(Product(step, taken, other, root))
@@ -116,14 +117,16 @@ def _origin(made: dict[int, Step], place: int) -> int:
     return place
 
 
-def _root(program: Program, made: dict[int, Step], place: int) -> int:
-    """The value that was shifted, padded or sliced to make this one."""
-    step = made.get(place)
-    if step is None or step.name not in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
-        return place
-    operands = step.inputs if step.name in ("concatenate", "stack") else step.inputs[:1]
-    roots = {_root(program, made, i) for i in operands if i not in program.zeros}
-    return roots.pop() if len(roots) == 1 else place
+def _roots(program: Program) -> dict[int, int]:
+    """For values that were shifted, padded or sliced, what they were made from."""
+    found: dict[int, int] = {}
+    for step in program.steps:
+        if step.name in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
+            operands = step.inputs if step.name in ("concatenate", "stack") else step.inputs[:1]
+            roots = {found.get(i, i) for i in operands if i not in program.zeros}
+            if len(roots) == 1:
+                found |= dict.fromkeys(step.outputs, roots.pop())
+    return found
 
 
 def _summed_in(program: Program, step: Step) -> set[int]:

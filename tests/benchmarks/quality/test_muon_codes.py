@@ -7,6 +7,7 @@ from benchmarks.quality.muon_codes import CODES, errors, noise
 from optax_adam_mini.random_bits import rounding_seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODES)
 def test_the_mean_of_many_codes_is_the_number(name):
     codes = CODES[name]

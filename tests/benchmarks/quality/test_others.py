@@ -37,6 +37,7 @@ def _decay(rate):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(others.SCALES) - {"came"}))
 def test_a_compared_optimizer_equals_optaxs_own(name):
     key = jax.random.key(0)

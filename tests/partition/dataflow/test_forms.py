@@ -307,6 +307,13 @@ def shifted(x, i):
     return jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :T]
 
 
+def rolled(x, i):
+    """By one place at a time."""
+    for _ in range(i):
+        x = jnp.roll(x, 1, 1)
+    return x
+
+
 def summed_in_a_loop(x, w):
     padded = jnp.pad(x, ((0, 0), (TAPS - 1, 0), (0, 0)))
     step = lambda i, y: y + lax.dynamic_slice_in_dim(padded, TAPS - 1 - i, T, 1) * w[i]
@@ -340,6 +347,7 @@ FILTERS = {
     ),
     "shifts": lambda x, w: sum(shifted(x, i) * w[i] for i in range(TAPS)),
     "rolls": lambda x, w: sum(jnp.roll(x, i, 1) * w[i] for i in range(TAPS)),
+    "rolls of rolls": lambda x, w: sum(rolled(x, i) * w[i] for i in range(TAPS)),
     "a loop": summed_in_a_loop,
     "added in place": added_in_place,
     "a map": summed_after_a_map,

@@ -125,6 +125,16 @@ def of_heads(make):
     return lambda p, x: jnp.einsum("bthn,bshn->bhts", make(p["a"], x), make(p["b"], x))
 
 
+def updated(layer):
+    """A hidden layer, whose neurons go into a kernel of their own in each head."""
+
+    def forward(p, x):
+        y = jax.nn.relu(x @ p["u"]).reshape(-1, H, 1, N)
+        return jax.vmap(lambda y, p: layer(y, p), (1, 0), 1)(y, {k: p[k] for k in "wab"})
+
+    return forward
+
+
 # The parameters, the data, the grids, and the ways.
 ALIKE = {
     "neurons": (shapes(w=(D, 7)), [ROWS], {"w": (1, 7)}, [
@@ -224,6 +234,72 @@ ALIKE = {
             lambda p, x: jnp.einsum("bhn,hn->bh", jnp.einsum("bd,dhn->bhn", x, p["w"]), p["a"]),
             lambda p, x: (jnp.tensordot(x, p["w"], 1) * p["a"]).sum(-1),
             lambda p, x: jax.vmap(lambda w, a: x @ w @ a, (1, 0), 1)(p["w"], p["a"]),
+        ],
+    ),
+    "critics of one hidden layer": (
+        shapes(w=(3, D, 7), a=(3, 7)), [ROWS], {"w": (3, 1, 7), "a": (3, 1)}, [
+            lambda p, x: jnp.stack([jax.nn.relu(x @ p["w"][e]) @ p["a"][e] for e in range(3)]),
+            lambda p, x: jax.vmap(lambda w, a: jax.nn.relu(x @ w) @ a)(p["w"], p["a"]),
+            lambda p, x: jax.vmap(lambda w, a: jax.nn.silu(x @ w) @ a)(p["w"], p["a"]),
+            lambda p, x: jnp.einsum(
+                "ben,en->be", jax.nn.leaky_relu(jnp.einsum("bd,edn->ben", x, p["w"])), p["a"]
+            ),
+        ],
+    ),
+    "four kernels": (
+        shapes(a=(D, 7), b=(7, 2), c=(2, 5), d=(5, 6)), [ROWS],
+        {"a": (1, 7), "b": (1, 2), "c": (1, 5), "d": (1, 6)}, [
+            lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["d"],
+            lambda p, x: x @ (p["a"] @ p["b"] @ p["c"] @ p["d"]),
+            lambda p, x: x @ ((p["a"] @ p["b"]) @ (p["c"] @ p["d"])),
+            lambda p, x: x @ jnp.linalg.multi_dot([p[name] for name in "abcd"]),
+        ],
+    ),
+    "a low-rank update of a kernel of heads": (
+        shapes(u=(D, H * N), w=(H, N, 5), a=(H, N, 2), b=(H, 2, 5)), [ROWS],
+        {"u": (1, H * N), "w": (H, 1, 5), "a": (H, 1, 2), "b": (H, 1, 5)}, [
+            updated(lambda y, p: y @ p["w"] + y @ p["a"] @ p["b"]),
+            updated(lambda y, p: y @ (p["w"] + p["a"] @ p["b"])),
+            updated(lambda y, p: y @ (2.0 * (p["a"] @ p["b"]) + p["w"])),
+        ],
+    ),
+    "kernels of groups, summed": (
+        shapes(w=(D, 6), c=(6, 5)), [ROWS], {"w": (1, 6), "c": (2, 5)}, [
+            lambda p, x: jnp.einsum(
+                "bgv,gvn->bgn", jax.nn.softmax(x @ p["w"]).reshape(-1, 2, 3), p["c"].reshape(2, 3, 5)
+            ),
+            lambda p, x: (jax.nn.softmax(x @ p["w"])[..., None] * p["c"])
+            .reshape(-1, 2, 3, 5)
+            .sum(2),
+        ],
+    ),
+    "a kernel of each example": (
+        shapes(u=(D, 6), z=(D, 30), o=(5, 3)), [ROWS, ROWS],
+        {"u": (1, 6), "z": (1, 30), "o": (1, 3)}, [
+            lambda p, x, y: jnp.einsum(
+                "bi,bio->bo", jax.nn.relu(x @ p["u"]), (y @ p["z"]).reshape(-1, 6, 5)
+            ) @ p["o"],
+            lambda p, x, y: jnp.einsum(
+                "boi,bi->bo", (y @ p["z"]).reshape(-1, 5, 6), jax.nn.relu(x @ p["u"])
+            ) @ p["o"],
+        ],
+    ),
+    "experts weighted by a router": (
+        shapes(w=(D, 15), r=(D, 3)), [ROWS], {"w": (1, 15), "r": (1, 3)}, [
+            lambda p, x: jnp.einsum(
+                "bef,be->bf", (x @ p["w"]).reshape(-1, 3, 5), jax.nn.softmax(x @ p["r"])
+            ),
+            lambda p, x: jnp.einsum(
+                "bfe,be->bf", (x @ p["w"]).reshape(-1, 5, 3), jax.nn.softmax(x @ p["r"])
+            ),
+        ],
+    ),
+    "heads that are split after the product": (
+        shapes(a=(D, 8), b=(D, 8)), [ROWS, ROWS], {"a": (1, 2), "b": (1, 2)}, [
+            lambda p, x, y: ((x @ p["a"]) * (y @ p["b"])).reshape(-1, 2, 4).sum(-1),
+            lambda p, x, y: jnp.einsum(
+                "bhn,bhn->bh", (x @ p["a"]).reshape(-1, 2, 4), (y @ p["b"]).reshape(-1, 2, 4)
+            ),
         ],
     ),
     "attention": (DENSE, [X], DENSE_GRIDS, [

@@ -90,7 +90,7 @@ def contraction(
     else:
         _of_a_parameter(facts, step, found, sides, places)
     if any(side.is_kernel for side in sides) or all(v.kind == Kind.DATA for v in values):
-        if is_inner_product(facts, *sides):
+        if is_inner_product(facts, step, *sides):
             found.couplings += [
                 (operand, side.contracted)
                 for operand, side in enumerate(sides)
@@ -184,7 +184,7 @@ def _of_parameters(found: Relation, sides: Sequence[Side], places: Sequence[Plac
             return None
     found.made = 1
     are_two = sides[0].value.params != sides[1].value.params
-    if are_two and not all(side.value.made for side in sides):
+    if are_two:
         found.chain = tuple(
             (operand, side.contracted, tuple(place[axis] for axis in side.free if axis in place))
             for operand, (side, place) in enumerate(zip(sides, places, strict=True))
@@ -318,7 +318,9 @@ def _conv(facts: Facts, step: Step) -> Relation:
         found.partner[1] = 0
         return found
     sides = [Side(data, (channels,), (), (batch,)), Side(kernel, (inputs,), (), (outputs,))]
-    if not found.in_groups and is_inner_product(facts, *sides):
+    # A sum over positions as well is a mean of many products.
+    is_pointwise = all(kernel.shape[axis] == 1 for axis in numbers.rhs_spec[2:])
+    if is_pointwise and not found.in_groups and is_inner_product(facts, step, *sides):
         found.couplings += [(0, (channels,)), (1, (inputs,))]
     else:
         found.is_mixture = True

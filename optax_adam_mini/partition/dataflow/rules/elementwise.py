@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 from optax_adam_mini.partition.dataflow.axes import Indices
 from optax_adam_mini.partition.dataflow.domain import Combines, Facts, Kind, Relation, Value
-from optax_adam_mini.partition.dataflow.program import LINEAR, MERGE, STOPPING, Step
+from optax_adam_mini.partition.dataflow.program import (
+    ADDING,
+    LINEAR,
+    MERGE,
+    STOPPING,
+    Step,
+)
 from optax_adam_mini.partition.dataflow.rules.registry import rule, same
 
 MULTIPLICATIVE = {"mul", "div"}
@@ -62,6 +68,8 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     is_square = step.name == "mul" and step.inputs[0] == step.inputs[1]
     if found.kind != Kind.DATA and (step.name not in LINEAR or is_square):
         found.made = 2 if any(value.made for value in ins) else None
+    if step.name in ADDING and any(_is_kernel(value, out) for value in ins):
+        found.made = 0  # a product that is added to a kernel (LoRA) makes another kernel
     if not _keeps_one_hot(facts, step, ins):
         found.ends |= Indices.ONE_HOT
     found.drops = step.name not in LINEAR
@@ -70,6 +78,12 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     if step.name == "mul" and len(ins[0].shape) == len(ins[1].shape):
         found.is_product = _is_new_product(ins, found)
     return found
+
+
+def _is_kernel(value: Value, out: Value) -> bool:
+    """Whether it is a parameter along all axes, and no product of parameters."""
+    is_kernel = value.kind == Kind.WEIGHT and not value.made and value.shape == out.shape
+    return is_kernel and all(value.is_own(axis) for axis, n in enumerate(out.shape) if n > 1)
 
 
 def _tap(found: Relation, ins: Sequence[Value]) -> Relation:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from optax_adam_mini.partition.dataflow.axes import Part
 from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Value
+from optax_adam_mini.partition.dataflow.program import Step
 
 
 @dataclasses.dataclass
@@ -61,11 +62,17 @@ class Side:
         )
 
 
-def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
+def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
     """Whether the contracted coordinates act through one number, and so are coupled.
 
     An inner product leaves no features but those of heads and of positions. If one side keeps
     others, the contraction is a layer whose weights are computed.
+
+    Args:
+        facts: what is known.
+        step: the contraction.
+        a: its first operand.
+        b: its second operand.
     """
     # A sum over examples or positions as well is a mean of many products.
     summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
@@ -76,8 +83,9 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
             return False
     if a.is_kernel or b.is_kernel:
         kernel, data = (a, b) if a.is_kernel else (b, a)
-        # Either a layer without outputs, one number per head, as in GAT's attention; or queries
-        # that are computed from parameters alone.
+        place = step.inputs[1 if a.is_kernel else 0]
+        # Either a layer without outputs, one number per head, as in GAT's attention, and not the
+        # last layer of each net of an ensemble; or queries computed from parameters alone.
         has_outputs = any(
             kernel.value.is_own(axis) or kernel.value.shape[axis] == 1 for axis in kernel.free
         )
@@ -88,6 +96,11 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
                 fast.keys() & slow.keys() and _are_slower(slow, fast)
                 for slow in map(data.value.features, data.batch)
                 for fast in map(data.value.features, data.contracted)
+            )
+            and (
+                has_outputs
+                or facts.weights_others(step.outputs[0])
+                or facts.is_linear(place, data.uses(data.contracted))
             )
         )
     if _meet(a, b):
@@ -121,8 +134,14 @@ def is_inner_product(facts: Facts, a: Side, b: Side) -> bool:
         return not kept
     # One side keeps features. They are heads that share the other side if they are the slower axes
     # of the same parameter. (If they were the faster axes, blocks would be strided.)
+    # Without positions on either side, it is a layer whose kernel is computed for each example.
     ((side, axes),) = kept
-    return all(
+    has_positions = any(
+        one.value.shape[axis] > 1 and not (one is side and axis in axes)
+        for one in (a, b)
+        for axis in one.free
+    )
+    return has_positions and all(
         slow.keys() == fast.keys() and _are_slower(slow, fast)
         for slow in map(side.value.features, axes)
         for fast in map(side.value.features, side.featured(side.contracted))

@@ -6,14 +6,13 @@ or the result is joined from several arrays, it also says which index goes where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from optax_adam_mini.partition.dataflow.axes import Indices
-from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Link, Relation
-from optax_adam_mini.partition.dataflow.program import Step
+from optax_adam_mini.partition.dataflow.domain import Facts, Kind, Link, Relation
+from optax_adam_mini.partition.dataflow.program import Step, reshaped
 from optax_adam_mini.partition.dataflow.rules.registry import layout, rule
 
 
@@ -39,31 +38,6 @@ def _broadcast(facts: Facts, step: Step) -> Relation:
 def _reshape(facts: Facts, step: Step) -> Relation:
     value, out = facts.inputs(step)[0], facts.outputs(step)[0]
     return layout(facts, step, [Link(0, *pair) for pair in reshaped(value.shape, out.shape)])
-
-
-def reshaped(old: Sequence[int], new: Sequence[int]) -> list[tuple[Axes, Axes]]:
-    """The smallest groups of axes that a reshape turns into one another, without size 1."""
-    if math.prod(old) == 0:
-        return []
-    a = [i for i, size in enumerate(old) if size != 1]
-    b = [i for i, size in enumerate(new) if size != 1]
-    groups: list[tuple[Axes, Axes]] = []
-    i = j = 0
-    while i < len(a) and j < len(b):
-        left, right = [a[i]], [b[j]]
-        i, j = i + 1, j + 1
-        m, n = old[left[0]], new[right[0]]
-        while m != n:
-            if m < n and i < len(a):
-                left.append(a[i])
-                m, i = m * old[a[i]], i + 1
-            elif j < len(b):
-                right.append(b[j])
-                n, j = n * new[b[j]], j + 1
-            else:
-                break
-        groups.append((tuple(left), tuple(right)))
-    return groups
 
 
 @rule("slice")
