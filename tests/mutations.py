@@ -322,7 +322,7 @@ FAULTS = {
         "muon.py",
         "else np.asarray(given)",
         "else jnp.asarray(given)",
-        "test_muon.py::test_a_donated_state_leaves_others_their_coefficients[dion]",
+        "test_muon.py::test_a_donated_state_leaves_others_their_coefficients[ns_coeffs1]",
     ),
     "the old bound for the new moment": Fault(
         "transform.py",
