@@ -793,9 +793,10 @@ def test_a_sum_of_gated_outputs_is_a_layer_and_joins_no_neurons():
 def test_outputs_of_members_that_are_summed_with_weights_are_not_joined():
     def forward(p, x):
         y = jnp.tanh(jnp.einsum("btd,edf->ebtf", x, p["w"]))
-        return jnp.einsum("ebtf,ef->btf", y, p["g"]) @ p["o"]
+        gate = jax.nn.sigmoid(x @ p["u"])
+        return (gate * jnp.einsum("ebtf,ef->btf", y, p["g"])) @ p["o"]
 
-    params = shapes(w=(3, D, F), g=(3, F), o=(F, 5))
+    params = shapes(w=(3, D, F), g=(3, F), u=(D, F), o=(F, 5))
     assert found(forward, params, X, "mean")["w"] == (3, 1, F)
 
 
