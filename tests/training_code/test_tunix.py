@@ -43,6 +43,12 @@ def mu_dtype(request):
 
 
 @pytest.fixture(scope="module")
+def on_mesh(mu_dtype):
+    """One way with each dtype: the other two are no other code, and take minutes."""
+    return mu_dtype is not None
+
+
+@pytest.fixture(scope="module")
 def on_one_device(code, mu_dtype):
     losses, _ = code.train(code.make(None), optimizers(code.specs, mu_dtype)[1], 8, None)
     return losses
@@ -73,7 +79,6 @@ def test_training_is_the_same_on_a_mesh(code, mu_dtype, on_one_device):
     assert bytes_on_a_device(trainer.optimizer.opt_state) == pytest.approx(ours, rel=0.005)
 
 
-@pytest.mark.parametrize("on_mesh", [True, False], ids=["mesh", "one device"])
 def test_a_run_that_is_resumed_goes_on(code, mu_dtype, on_one_device, on_mesh, tmp_path):
     mesh, tx = code.mesh if on_mesh else None, optimizers(code.specs, mu_dtype)[1]
     first, _ = code.train(code.make(mesh), tx, 3, mesh, str(tmp_path))
@@ -82,7 +87,6 @@ def test_a_run_that_is_resumed_goes_on(code, mu_dtype, on_one_device, on_mesh, t
     np.testing.assert_allclose([*first, *second], on_one_device, rtol=1e-4)
 
 
-@pytest.mark.parametrize("on_mesh", [True, False], ids=["mesh", "one device"])
 def test_a_job_of_adamw_switches(tunix, code, mu_dtype, on_mesh, tmp_path):
     mesh, (adamw, tx) = code.mesh if on_mesh else None, optimizers(code.specs, mu_dtype)
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
@@ -96,7 +100,6 @@ def test_a_job_of_adamw_switches(tunix, code, mu_dtype, on_mesh, tmp_path):
     assert int(trainer.optimizer.step[...]) == 10
 
 
-@pytest.mark.parametrize("on_mesh", [True, False], ids=["mesh", "one device"])
 def test_gradients_are_accumulated(code, mu_dtype, on_mesh):
     mesh, tx = code.mesh if on_mesh else None, optimizers(code.specs, mu_dtype)[1]
     losses, trainer = code.train(code.make(mesh), tx, 4, mesh, gradient_accumulation_steps=2)
