@@ -199,7 +199,9 @@ def remembered(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any]
     key = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
     if key not in memory:
         same = (of, _paths(params), tuple(shapes))
-        memory[key] = memory[same] if same in memory else of(given, params)
+        if same in memory:  # not stored: another init may find something else
+            return memory[same]
+        memory[key] = of(given, params)
     return memory[key]
 
 
@@ -210,8 +212,9 @@ def remember(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any], 
     """
     memory = _memory(given, treedef)
     if memory is not None:
-        memory.pop((of, treedef, tuple(shapes)), None)
-        memory[of, _paths(jax.tree.unflatten(treedef, shapes)), tuple(shapes)] = found
+        paths = _paths(jax.tree.unflatten(treedef, shapes))
+        for like in (treedef, paths):
+            memory[of, like, tuple(shapes)] = found
 
 
 def _memory(given: Any, treedef: Any) -> dict[Any, Any] | None:

@@ -130,3 +130,17 @@ def test_an_nnx_optimizer_trains_with_the_names_of_axes():
         optimizer.update(model, nnx.grad(loss)(model))
     assert optimizer.opt_state[0].nu["kernel"].shape == (1, 12)
     assert loss(model) < before
+
+
+def test_two_models_with_the_same_paths_keep_their_own_specs():
+    specs = by_logical_axes([(("in", "out"), ("out",)), (("out", "in"), ("out",))])
+    tx = adam_mini(1e-2, block_specs=specs)
+
+    def model(*names):
+        box = lambda names: nn.Partitioned(jnp.ones((4, 4)), names)
+        return {"w": box(names), "u": box(names[::-1])}
+
+    models = [model("in", "out"), model("out", "in")]
+    pairs = [(params, tx.init(params)) for params in models]
+    found = [tx.update(params, state, params)[1][0].nu["w"].value.shape for params, state in pairs]
+    assert found == [(1, 4), (4, 1)]
