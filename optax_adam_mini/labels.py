@@ -54,9 +54,9 @@ def is_label_function(block_specs: Any) -> bool:
     A tree that is callable itself, such as an Equinox module with specs for its arrays, is a tree:
     its leaves are looked at, as Optax does for masks.
     """
-    leaves = jax.tree.leaves(block_specs)
-    is_partial = isinstance(block_specs, functools.partial)  # jax.tree_util.Partial is a tree
-    return callable(block_specs) and (bool(leaves) or is_partial) and all(map(callable, leaves))
+    if isinstance(block_specs, functools.partial):  # jax.tree_util.Partial is a tree
+        return True
+    return callable(block_specs) and all(map(callable, jax.tree.leaves(block_specs)))
 
 
 _TO_BE_CALLED = {

@@ -193,10 +193,32 @@ def test_wrong_inputs_are_one_clear_error(use, message):
         use({"w": jnp.ones((3, 4)), "b": jnp.ones(4)})
 
 
-def test_a_partial_of_a_label_function_is_one():
-    state = adam_mini(0.1, block_specs=jax.tree_util.Partial(flax_layers())).init(
-        {"kernel": jnp.ones((3, 4))}
-    )
+@jax.tree_util.register_pytree_node_class
+class WithoutLeaves:
+    """A label function that is a pytree, as an Equinox module is."""
+
+    def __call__(self, params):
+        return flax_layers()(params)
+
+    def tree_flatten(self):
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jax.tree_util.Partial(flax_layers()),
+        jax.tree_util.Partial(lambda _, params: flax_layers()(params), jnp.ones(3)),
+        WithoutLeaves(),
+    ],
+    ids=["partial", "partial with an array", "tree without leaves"],
+)
+def test_a_label_function_may_be_a_pytree(function):
+    state = adam_mini(0.1, block_specs=function).init({"kernel": jnp.ones((3, 4))})
     assert state[0].nu["kernel"].shape == (1, 4)
 
 
