@@ -20,11 +20,9 @@ from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.labels import (
     BlockSpecs,
-    evaluate_specs,
     has_outer,
     path_of,
     resolve_block_specs,
-    specs_for_parts,
 )
 from optax_adam_mini.messages import check_has_state
 from optax_adam_mini.product import Outer, OuterMoments, Spec, pack_nu, unpack_nu
@@ -76,7 +74,10 @@ def from_adam_state(
     """
     dtype = check_mu_dtype(mu_dtype)
 
-    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
+    def convert(
+        path: Any, spec: Spec, m: Any, v: Any, param: Any, is_codes: bool
+    ) -> tuple[Any, Any]:
+        del is_codes
         if v.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
@@ -120,7 +121,9 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
     """
     programs: dict[Any, Any] = {}
 
-    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
+    def convert(
+        path: Any, spec: Spec, m: Any, v: Any, param: Any, is_codes: bool
+    ) -> tuple[Any, Any]:
         del path
         # `optax.adamw` has complex numbers in both moments of complex parameters.
         of_real = widen(jax.tree.leaves(v)[0].dtype)
@@ -132,7 +135,7 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
             program = spec, jnp.shape(param), dtype, sharding
             spread = programs.setdefault(program, jax.jit(spread, out_shardings=sharding))
         nu = spread(v)  # first, because it refuses a grid of other specs
-        return read(m, spec.factors(v, m.shape)) if m.dtype == jnp.int8 else m, nu
+        return read(m, spec.factors(v, m.shape)) if is_codes else m, nu
 
     return _convert(
         state, params, block_specs, ScaleByAdamMiniState, optax.ScaleByAdamState, convert
@@ -154,11 +157,9 @@ def _convert(
     convert_leaf: Callable[..., tuple[Any, Any]],
     new_dtype: Any = None,
 ) -> Any:
-    given = specs_for_parts(block_specs, params)
-    specs = [spec for _, spec in resolve_block_specs(evaluate_specs(given, params), params)]
+    specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
     leaves = leaves_with_path(params)
     by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
-    may_be_outer = has_outer(given, params)
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
@@ -174,6 +175,7 @@ def _convert(
                 )
         found = [by_path[path] for path in paths]
         is_outer = any(isinstance(spec, Outer) for spec, _ in found)
+        may_be_outer = has_outer(block_specs, [spec for spec, _ in found])
         has_rows = isinstance(node.nu, OuterMoments)
         # The state of a group without rows has two trees if the specs of all groups were given.
         if old is ScaleByAdamMiniState and not is_outer <= has_rows <= may_be_outer:
@@ -190,15 +192,14 @@ def _convert(
             if jnp.issubdtype(jnp.result_type(p), jnp.inexact):
                 check_stored_dtype("/".join(path), m, is_codes=is_int8)
             try:
-                pairs.append(convert_leaf(path, spec, m, v, p))
+                is_own = is_int8 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+                pairs.append(convert_leaf(path, spec, m, v, p, is_own))
             except ValueError as error:
                 raise ValueError(
                     f"{'/'.join(path) or 'params'}: the state is not of these params: {error}"
                 ) from None
         new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
-        own = [p if path_of(keys) in paths else optax.MaskedNode() for keys, p in leaves]
-        part = jax.tree.unflatten(jax.tree.structure(params), own)
-        is_new_outer = new is ScaleByAdamMiniState and has_outer(given, part)
+        is_new_outer = new is ScaleByAdamMiniState and may_be_outer
         nu = pack_nu([v for _, v in pairs], mu, is_new_outer)
         return new(node.count, pack_mu(new_mu, new_dtype), nu)
 

@@ -12,12 +12,12 @@ import numpy as np
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import (
     call_noting_parts,
+    is_empty,
     is_label_function,
     match_leaves,
     path_of,
     remembered,
     resolve_block_specs,
-    shapes_of,
 )
 from optax_adam_mini.product import Outer, Spec
 
@@ -66,13 +66,12 @@ class Pieces(NamedTuple):
         return pieces[0]
 
 
-def specs_of(block_specs: Any, params: Any) -> list[Spec]:
+def specs_of(block_specs: Any, params: Any, is_init: bool) -> list[Spec]:
     """The specs of the matrices, which say which parts have separate rows."""
-    treedef, shapes = shapes_of(params)
     labels = [] if block_specs is None else remembered(
-        resolve_block_specs, block_specs, treedef, shapes)  # fmt: skip
+        resolve_block_specs, block_specs, params, is_init=is_init)  # fmt: skip
     specs = [spec for _, spec in labels]
-    if shapes and not any(isinstance(spec, Outer) for spec in specs):
+    if not is_empty(params) and not any(isinstance(spec, Outer) for spec in specs):
         raise ValueError(
             "parts=True splits a kernel where its outer spec has separate rows, and block_specs "
             "has no outer for any matrix: pass block_specs=infer_block_specs(loss_fn, params, "
@@ -141,7 +140,13 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     for path, leaf, numbers in found:
         if numbers is not None:
             check_fits(path or "params", numbers, jnp.shape(leaf))
-    return [numbers for _, _, numbers in found]
+    return [numbers if numbers is None else _with_ints(numbers) for _, _, numbers in found]
+
+
+def _with_ints(numbers: MuonDimensionNumbers) -> MuonDimensionNumbers:
+    """The same with Python's integers: Optax takes no others."""
+    plain = lambda axes: tuple(map(int, axes)) if isinstance(axes, Sequence) else int(axes)
+    return type(numbers)(*map(plain, numbers))
 
 
 def check_fits(path: str, numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> None:

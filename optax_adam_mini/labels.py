@@ -56,7 +56,8 @@ def is_label_function(block_specs: Any) -> bool:
     """
     if isinstance(block_specs, functools.partial):  # jax.tree_util.Partial is a tree
         return True
-    return callable(block_specs) and all(map(callable, jax.tree.leaves(block_specs)))
+    leaves = jax.tree.leaves(block_specs, is_leaf=lambda x: x is None)  # None is no function
+    return callable(block_specs) and all(map(callable, leaves))
 
 
 _TO_BE_CALLED = {
@@ -178,56 +179,56 @@ def match_leaves(
     return found
 
 
-_REMEMBERED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_REMEMBERED: dict[int, dict[Any, Any]] = {}  # by the id of a function, while it lives
 
 
-def remembered(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any]) -> T:
+def remembered(of: Callable[[Any, Any], T], given: Any, params: Any, *, is_init: bool = False) -> T:
     """`of(given, params)`; a user's function is called once for a tree, and not at every step.
 
-    What it returned is freed with the function.
+    What it returned is freed with the function. What `init` finds counts for every tree with the
+    same paths and shapes: `nnx.Optimizer` passes variables to `init`, and arrays without their
+    metadata to `update`, and the dtype of a missing gradient is unknown.
 
     Args:
         of: `resolve_block_specs`, or another function of `given` and the parameters.
         given: what the user gave: a function, or a pytree.
-        treedef: the structure of the parameters.
-        shapes: the parameters, as `jax.ShapeDtypeStruct`s.
+        params: the parameters, or their shapes.
+        is_init: whether to call it in any case, and to let the result count for such trees.
     """
-    params = jax.tree.unflatten(treedef, shapes)
-    memory = _memory(given, treedef)
+    if is_init:
+        check_arrays(params)
+    memory = _memory(given)
     if memory is None:
         return of(given, params)
-    key = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
-    if key not in memory:
-        same = (of, _paths(params), tuple(shapes))
-        if same in memory:  # not stored: another init may find something else
-            return memory[same]
-        memory[key] = of(given, params)
-    return memory[key]
-
-
-def remember(of: Callable[..., T], given: Any, treedef: Any, shapes: list[Any], found: T) -> None:
-    """Stores what `of` found in `init`, for every tree with the same paths and shapes.
-
-    `nnx.Optimizer` passes variables to `init`, and arrays without their metadata to `update`.
-    """
-    memory = _memory(given, treedef)
-    if memory is not None:
-        paths = _paths(jax.tree.unflatten(treedef, shapes))
-        for like in (treedef, paths):
-            memory[of, like, tuple(shapes)] = found
-
-
-def _memory(given: Any, treedef: Any) -> dict[Any, Any] | None:
-    """What was found with a function; None where nothing can be stored beside it."""
+    treedef, shapes = shapes_of(params)
+    exact = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
     try:
-        hash(treedef)
-        return _REMEMBERED.setdefault(given, {}) if callable(given) else None
-    except TypeError:  # not hashable, or no weak reference to it
+        if exact in memory and not is_init:
+            return memory[exact]
+    except TypeError:  # metadata in the treedef have no hash
+        exact = None
+    paths = tuple(path_of(keys) for keys, _ in leaves_with_path(params))
+    alike = (of, paths, tuple(x.shape for x in shapes))
+    if alike in memory and not is_init:
+        return memory[alike]
+    found = of(given, params)
+    for key in (exact, alike) if is_init else (exact,):
+        if key is not None:
+            memory[key] = found
+    return found
+
+
+def _memory(given: Any) -> dict[Any, Any] | None:
+    """What was found with a label function; None for a tree, and for what has no weak reference."""
+    if not is_label_function(given):
         return None
-
-
-def _paths(params: Any) -> tuple[tuple[str, ...], ...]:
-    return tuple(path_of(keys) for keys, _ in leaves_with_path(params))
+    if id(given) not in _REMEMBERED:
+        try:
+            weakref.finalize(given, _REMEMBERED.pop, id(given), None).atexit = False
+        except TypeError:
+            return None
+        _REMEMBERED[id(given)] = {}
+    return _REMEMBERED[id(given)]
 
 
 def check_arrays(params: Any) -> None:
@@ -251,14 +252,19 @@ def check_arrays(params: Any) -> None:
             )
 
 
-def has_outer(block_specs: Any, params: Any) -> bool:
-    """Whether the `nu` of a state with these specs has two trees.
+def has_outer(block_specs: Any, specs: Iterable[Spec]) -> bool:
+    """Whether the `nu` of a state has two trees.
 
-    It depends on all specs that are given, so that every group of `optax.multi_transform` gets a
-    state of the same structure.
+    A tree of specs counts as a whole, so that every group of `optax.multi_transform` gets a state
+    of the same structure. Of a label function only the specs of the group are known.
+
+    Args:
+        block_specs: what the user gave.
+        specs: the specs of the parameters in the state.
     """
-    specs = spec_leaves(evaluate_specs(block_specs, params))
-    return any(isinstance(spec, Outer) for spec in specs.values())
+    if not is_label_function(block_specs):
+        specs = spec_leaves(block_specs).values()
+    return any(isinstance(spec, Outer) for spec in specs)
 
 
 def evaluate_specs(block_specs: Any, params: Any) -> Any:
@@ -270,7 +276,7 @@ def evaluate_specs(block_specs: Any, params: Any) -> Any:
     return None if is_empty(params) else _call(block_specs, params)
 
 
-def specs_for_parts(block_specs: Any, params: Any) -> Any:
+def specs_for_parts(block_specs: Any, params: Any, *, is_init: bool = False) -> Any:
     """Block specs for parts of `params`: a user's label function is called on the whole tree.
 
     It may not expect `optax.MaskedNode`, which a part has elsewhere. The label functions of this
@@ -278,7 +284,8 @@ def specs_for_parts(block_specs: Any, params: Any) -> Any:
     """
     if not is_label_function(block_specs) or isinstance(block_specs, Label):
         return block_specs
-    return remembered(evaluate_specs, block_specs, *shapes_of(params))
+    specs = remembered(evaluate_specs, block_specs, params, is_init=is_init)
+    return lambda _: specs
 
 
 def shapes_of(params: Any) -> tuple[Any, list[jax.ShapeDtypeStruct]]:

@@ -13,7 +13,7 @@ from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
 from optax_adam_mini.labels import first_few, path_of, path_str
-from optax_adam_mini.quantized import RowCodes, check_stored_dtype, read_row, write_row
+from optax_adam_mini.quantized import RowCodes, check_stored_dtype, narrowed, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
 from optax_adam_mini.sums import widen
 
@@ -47,8 +47,8 @@ def scale_by_muon_in_pieces(
         return with_scalars._replace(mu=mu)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        _check_momentum(state.mu, updates, mu_dtype)
         pieces, treedef = pieces_of(updates), jax.tree.structure(updates)
+        _check_momentum(state.mu, updates, pieces, mu_dtype)
         wide = lambda x: x.astype(widen(x.dtype))
         split = lambda tree: [
             piece.split(wide(x)) for x, piece in zip(jax.tree.leaves(tree), pieces, strict=True)
@@ -81,7 +81,7 @@ def _read(mu: Any) -> Any:
     return jax.tree.unflatten(treedef, [read_row(*pair) for pair in pairs])
 
 
-def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
+def _check_momentum(mu: Any, updates: Any, pieces: list[Pieces], mu_dtype: Any) -> None:
     """Refuses a momentum of other matrices or with another `mu_dtype`."""
     is_int8 = isinstance(mu, RowCodes)
     if is_int8 != (mu_dtype == jnp.int8):
@@ -97,6 +97,10 @@ def _check_momentum(mu: Any, updates: Any, mu_dtype: Any) -> None:
     for keys, x in leaves_with_path(stored):
         check_stored_dtype(path_str(keys), x, is_codes=is_int8)
     found, expected = shapes(stored), shapes(updates)
+    if is_int8 and found == expected:
+        found = shapes(mu.largest)
+        rows = zip(expected.items(), pieces, strict=True)
+        expected = {path: rows_of(shape, piece.numbers)[1] for (path, shape), piece in rows}
     if found != expected:
         differ = [p for p in {**found, **expected} if found.get(p) != expected.get(p)]
         raise ValueError(
@@ -112,7 +116,7 @@ def _written(
     if not isinstance(old, RowCodes):
         like = old if params is None else params
         dtypes = [mu_dtype or jnp.result_type(x) for x in jax.tree.leaves(like)]
-        cast = [m.astype(d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
+        cast = [narrowed(m, d) for m, d in zip(jax.tree.leaves(mu), dtypes, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(old), cast)
     seeds = rounding_seeds(count, [salt_of(path_of(keys)) for keys, _ in leaves_with_path(mu)])
     pairs = [

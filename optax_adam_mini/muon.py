@@ -21,14 +21,17 @@ from optax_adam_mini.hyperparams import (
 )
 from optax_adam_mini.labels import (
     BlockSpecs,
+    call_noting_parts,
     check_called,
     first_few,
+    is_label_function,
     remembered,
     shapes_of,
     specs_for_parts,
 )
 from optax_adam_mini.messages import check_given_mask, check_gradients, check_order
 from optax_adam_mini.momentum import scale_by_muon_in_pieces
+from optax_adam_mini.sums import widened
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, cast_to_param_dtypes
 
 if TYPE_CHECKING:
@@ -166,44 +169,53 @@ def muon_mini(
 
     def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
-            _coefficients(ns_coeffs), ns_steps, beta, eps, nesterov=nesterov, adaptive=adaptive,
-            preconditioning=preconditioning,
+            _coefficients(ns_coeffs), ns_steps, widened(beta), widened(eps), nesterov=nesterov,
+            adaptive=adaptive, preconditioning=preconditioning,
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
 
-    matrices = lambda pieces_of: cast_to_param_dtypes(
+    matrices = lambda pieces_of, mask: cast_to_param_dtypes(
         optax.chain(
             scale_by_muon_in_pieces(orthogonalize, pieces_of, dtype, consistent_rms),
             optax.identity(),  # `optax.contrib.muon` has an entry in its state here
-            add_decayed_weights(weight_decay, weight_decay_mask),
+            add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
         ),
         4,
         learning_rate=learning_rate, weight_decay=weight_decay, beta=beta, eps=eps,
         **({} if consistent_rms is None else {"consistent_rms": consistent_rms}),
     )  # fmt: skip
-    rest = lambda block_specs: adam_mini(
+    rest = lambda block_specs, mask: adam_mini(
         adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,
-        weight_decay_mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
+        mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
-    rest_as_given = rest(block_specs)
+    rest_as_given = rest(block_specs, weight_decay_mask)
 
-    def both(params: Any) -> optax.GradientTransformationExtraArgs:
-        found = remembered(dimension_numbers, muon_weight_dimension_numbers, *shapes_of(params))
+    def both(params: Any, is_init: bool = False) -> optax.GradientTransformationExtraArgs:
+        ask = lambda of, given: remembered(of, given, params, is_init=is_init)
+        found = ask(dimension_numbers, muon_weight_dimension_numbers)
         numbers = [each for each in found if each is not None]
-        given = specs_for_parts(block_specs, params)
+        # The user's functions see the whole tree.
+        given = specs_for_parts(block_specs, params, is_init=is_init)
+        mask = weight_decay_mask
+        if is_label_function(mask):
+            mask = ask(_mask_of, mask)
 
         def pieces_of(part: Any) -> list[Pieces]:
             """The pieces of every matrix, in a tree of the matrices alone."""
-            specs = specs_of(given, part) if parts else [None] * len(numbers)
+            specs = specs_of(given, part, is_init) if parts else [None] * len(numbers)
             shapes = [jnp.shape(p) for p in jax.tree.leaves(part)]
             return [Pieces.of(*each) for each in zip(shapes, numbers, specs, strict=True)]
 
         names = [ADAM if each is None else MUON for each in found]
         labels = jax.tree.unflatten(jax.tree.structure(params), names)
-        adam = rest_as_given if given is block_specs else rest(given)
+        as_given = given is block_specs and mask is weight_decay_mask
+        adam = rest_as_given if as_given else rest(given, mask)
         # As a function: Optax would call labels in an Equinox module.
-        return optax.partition({MUON: matrices(pieces_of), ADAM: adam}, lambda _: labels)
+        return optax.partition({MUON: matrices(pieces_of, mask), ADAM: adam}, lambda _: labels)
+
+    def init_fn(params: Any) -> Any:
+        return both(params, is_init=True).init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         _check_gradients(updates, params)
@@ -212,14 +224,15 @@ def muon_mini(
                 "muon_mini: expected the PartitionState that init made, got a "
                 f"{type(state).__name__}: call tx.update(grads, state, params), in this order"
             )
-        # Label functions get the parameters, whose dtypes may differ from the gradients'.
-        return both(updates if params is None else params).update(
-            updates, state, params, **extra_args
-        )
+        # Functions get the parameters, whose dtypes may differ from the gradients'.
+        like = jax.tree.unflatten(*shapes_of(updates if params is None else params))
+        return both(like).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: both(params).init(params), update_fn
-    )
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _mask_of(mask: Any, params: Any) -> Any:
+    return call_noting_parts("weight_decay_mask", mask, params)
 
 
 def _coefficients(given: Any) -> Any:

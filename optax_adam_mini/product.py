@@ -369,7 +369,7 @@ def _mean_of_finite(nu: Array, fine: Sequence[Runs], coarse: Sequence[Runs]) -> 
     finite = jnp.isfinite(nu)
     total = lambda x: sums.block_mean(jnp.where(finite, x, 0.0), counts)
     weight = total(jnp.asarray(weights, nu.dtype))
-    return total(nu * weights) / jnp.maximum(weight, jnp.finfo(nu.dtype).tiny)
+    return total(nu * np.asarray(weights, nu.dtype)) / jnp.maximum(weight, jnp.finfo(nu.dtype).tiny)
 
 
 def unpack_nu(nu: Any, specs: Sequence[Spec]) -> list[Any]:

@@ -137,11 +137,8 @@ def write(
         >>> write(m, v, jnp.dtype("int8"), rounding_seed(1, 0))
         Array([ 92,   0, -12], dtype=int8)
     """
-    if dtype == jnp.float16:  # an infinite moment would stay infinite
-        most = float(jnp.finfo(dtype).max)
-        m = jnp.clip(m, -most, most)
     if dtype != jnp.int8:
-        return m.astype(dtype)
+        return narrowed(m, dtype)
     # A root too small to have an inverse gives the code 0.
     inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0.0)
     number = _times_roots(jnp.abs(m), factors, inverse).astype(jnp.float32) + _OFFSET
@@ -158,6 +155,14 @@ def write(
     # The sign is applied last, in 8 bits. If a conversion came last, XLA's CPU compiler would
     # compute the codes again for the update, from a copy of the old codes.
     return jnp.where(m < _ZERO, -code, code)
+
+
+def narrowed(m: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """A moment in another dtype; within float16's range, because infinity would stay."""
+    if dtype == jnp.float16:
+        most = float(jnp.finfo(dtype).max)
+        m = jnp.clip(m, -most, most)
+    return m.astype(dtype)
 
 
 def _times_roots(x: Array, factors: Sequence[Factor], of: Any) -> Array:

@@ -76,14 +76,14 @@ def block_table(
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
     given = evaluate_specs(block_specs, params)
     matrices, rest = _matrices(muon_weight_dimension_numbers, params)
-    specs = iter([spec for _, spec in resolve_block_specs(given, rest)])
-    is_outer = has_outer(given, rest)
+    of_rest = [spec for _, spec in resolve_block_specs(given, rest)]
+    specs, is_outer = iter(of_rest), has_outer(block_specs, of_rest)
     _, leaves = shapes_of(params)
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters that differ only in numbers in paths
     for (path, matrix), leaf in zip(matrices, leaves, strict=True):
         cut = matrix or next(specs)
         note = "" if matrix else cut.note
-        alike = (re.sub(r"\d+", "*", path), leaf.shape, leaf.dtype, cut, note)
+        alike = (re.sub(r"\d+", "\0", path), leaf.shape, leaf.dtype, cut, note)
         rows.setdefault(alike, []).append(path)
 
     table.add_column("parameter")

@@ -69,7 +69,7 @@ def block_mean(
     for axis, runs in enumerate(axes):
         if not (_is_whole(runs) or _is_each(runs)):
             total = _sum_runs(total, axis, runs)
-    return total / sizes
+    return total / np.asarray(sizes, total.dtype)
 
 
 def spread(
@@ -123,6 +123,11 @@ def widen(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype to compute in: float32, or `dtype` itself if it is wider or complex."""
     is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
     return jnp.dtype(dtype if is_wide else jnp.float32)
+
+
+def widened(x: Any) -> Any:
+    """An array in `widen` of its dtype; `optax.inject_hyperparams` may make them in 16 bits."""
+    return x.astype(widen(x.dtype)) if isinstance(x, jax.Array) else x
 
 
 def _is_whole(runs: Runs) -> bool:
@@ -244,9 +249,9 @@ def block_sizes(axes: Sequence[Runs]) -> float | np.ndarray:
     """The number of coordinates in each block: one number, or an array that broadcasts."""
     if all(len(runs) == 1 for runs in axes):
         return float(math.prod(runs[0][1] for runs in axes))
-    sizes = np.ones([1] * len(axes), np.float32)
+    sizes = np.ones([1] * len(axes))
     for axis, runs in enumerate(axes):
-        along = np.repeat([s for _, s in runs], [n for n, _ in runs]).astype(np.float32)
+        along = np.repeat([s for _, s in runs], [n for n, _ in runs]).astype(float)
         sizes = sizes * along.reshape([-1 if a == axis else 1 for a in range(len(axes))])
     return sizes
 

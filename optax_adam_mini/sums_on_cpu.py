@@ -47,7 +47,8 @@ def whole_axes_sum(
 
     def looped(x: Array) -> Array:
         # The axis becomes two. The loop runs over the inner one: GSPMD may have sharded the outer.
-        rows = x.reshape(*x.shape[:axis], -1, steps, *x.shape[axis + 1 :])
+        outer = x.shape[axis] // steps  # not -1: an array may be empty
+        rows = x.reshape(*x.shape[:axis], outer, steps, *x.shape[axis + 1 :])
 
         def at(i: Any) -> Array:
             # Without the barrier, `rows` would be widened before the loop.

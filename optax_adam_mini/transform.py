@@ -26,15 +26,12 @@ from optax_adam_mini.hyperparams import (
 from optax_adam_mini.labels import (
     BlockSpecs,
     check_called,
-    evaluate_specs,
     has_outer,
     is_empty,
     is_label_function,
     path_of,
-    remember,
     remembered,
     resolve_block_specs,
-    shapes_of,
     spec_leaves,
 )
 from optax_adam_mini.messages import (
@@ -60,7 +57,7 @@ from optax_adam_mini.quantized import (
     write,
 )
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
-from optax_adam_mini.sums import spread_product, widen
+from optax_adam_mini.sums import spread_product, widen, widened
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -321,10 +318,16 @@ def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransform
         # Integers do not decay, and a parameter without a gradient does not move.
         is_none = lambda u: u is None
         keep = lambda u, p, d: d if u is not None and _is_inexact(p) else u
+        wide = lambda x: x if x is None else jnp.asarray(x, widen(jnp.result_type(x)))
         kept = lambda tree: jax.tree.map(
-            lambda x, p: x if x is None or _is_inexact(p) else 0.0, tree, params, is_leaf=is_none
+            lambda x, p: wide(x) if _is_inexact(p) else 0.0, tree, params, is_leaf=is_none
         )
-        decayed, state = decay(params).update(kept(updates), state, kept(params))
+        # Optax's state says whether there is a mask, and a converted run may have had none.
+        inner = state.inner_state if isinstance(state, optax.MaskedState) else state
+        given = inner if mask is None else optax.MaskedState(inner)
+        decayed, given = decay(params).update(kept(updates), given, kept(params))
+        inner = given.inner_state if isinstance(given, optax.MaskedState) else given
+        state = state._replace(inner_state=inner) if isinstance(state, optax.MaskedState) else inner
         return jax.tree.map(keep, updates, params, decayed, is_leaf=is_none), state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -348,9 +351,8 @@ def _wide_adam_mini(
         check_hyperparams(are_known=True, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
         if mu_dtype == jnp.int8 and not any(isinstance(b, jax.core.Tracer) for b in (b1, b2)):
             check_decays(b1, b2)
-        specs = evaluate_specs(block_specs, params)
-        labels, is_outer = resolve_block_specs(specs, params), has_outer(specs, params)
-        remember(resolve_block_specs, block_specs, *shapes_of(params), labels)
+        labels = remembered(resolve_block_specs, block_specs, params, is_init=True)
+        is_outer = has_outer(block_specs, [spec for _, spec in labels])
         for (path, _), leaf in zip(labels, leaves, strict=True):
             check_param_dtype(path, jnp.result_type(leaf), mu_dtype)
         # Zeros like the results of update, with the same shapes, dtypes and shardings.
@@ -379,7 +381,7 @@ def _wide_adam_mini(
             m.dtype if p is None else jnp.result_type(p) for m, p in zip(mu, like, strict=True)
         ]
         shapes = [jax.ShapeDtypeStruct(m.shape, dtype) for m, dtype in zip(mu, dtypes, strict=True)]
-        labels = remembered(resolve_block_specs, block_specs, treedef, shapes)
+        labels = remembered(resolve_block_specs, block_specs, jax.tree.unflatten(treedef, shapes))
         nu = unpack_nu(state.nu, [spec for _, spec in labels])
         check_grids(labels, shapes, nu)
 
@@ -467,9 +469,7 @@ def _step(
     count: Array, b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, bounded: bool,
     is_int8: bool,
 ) -> _Step:  # fmt: skip
-    # Arrays of `optax.inject_hyperparams` may have the dtype of parameters in 16 bits.
-    wide = lambda x: x.astype(widen(x.dtype)) if isinstance(x, jax.Array) else x
-    b1, b2, eps, eps_root = map(wide, (b1, b2, eps, eps_root))
+    b1, b2, eps, eps_root = map(widened, (b1, b2, eps, eps_root))
     if is_int8 and not all(isinstance(b, (int, float)) for b in (b1, b2)):
         b2 = jnp.clip(b2, *allowed_b2(b1))
     c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
@@ -493,12 +493,14 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     t = count.astype(jnp.float32)
     is_one = jnp.abs(log_r) < 1e-6
     below_one = jnp.where(is_one, -1.0, log_r)
-    ratio = jnp.expm1(jnp.minimum(t * below_one, 80.0)) / jnp.expm1(below_one)
+    exponent = t * below_one
+    ratio = jnp.expm1(jnp.minimum(exponent, 80.0)) / jnp.expm1(below_one)
     total = jnp.where(is_one, t, ratio) * (1 - b1) ** 2
     total = mu_weight**2 * total + g_weight * (2 * mu_weight * (1 - b1) + g_weight)
     longest = jnp.sqrt(c2 * total / (1 - b2))
     # A little more, so that rounding never shortens a step of Adam's; infinite without a bound.
-    return jnp.where(jnp.isfinite(longest), longest * (1 + 1e-5), jnp.inf)
+    is_bounded = jnp.isfinite(longest) & (exponent <= 80)
+    return jnp.where(is_bounded, longest * (1 + 1e-5), jnp.inf)
 
 
 def _bias_correction(decay: Any, count: Array) -> Array:

@@ -102,7 +102,9 @@ def test_no_step_is_longer_than_adams(gradients, nesterov, mu_dtype):
     assert all(held.values())  # without the bound, a step was longer
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.9, 0.81), (0.95, 0.8), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    "betas", [(0.9, 0.999), (0.0, 0.9), (0.9, 0.81), (0.95, 0.8), (0.0, 0.0), (0.9, 0.0)]
+)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_step_that_adam_makes_is_not_shortened(betas, nesterov):
     """Not even for the gradients with which Adam makes its longest possible step."""

@@ -151,7 +151,10 @@ GROUPS = {"m": "kernel", "v": "bias"}
 RULES = by_path([("kernel", OUTER_SPECS["kernel"]), ("bias", OUTER_SPECS["bias"])])
 
 
-@pytest.mark.parametrize("specs", [RULES, OUTER_SPECS], ids=["rules", "specs"])
+by_name = lambda p: {name: OUTER_SPECS[name] for name, x in p.items() if jax.tree.leaves(x)}
+
+
+@pytest.mark.parametrize("specs", [RULES, OUTER_SPECS, by_name], ids=["rules", "specs", "function"])
 def test_groups_with_and_without_rows_are_converted_into_states_that_init_makes(specs):
     """Otherwise a checkpoint of the converted run cannot be restored."""
     p = params()
@@ -282,3 +285,10 @@ def test_the_state_of_adam_continues_without_weight_decay():
         ValueError, match=r"its state continues in optax\.chain\(scale_by_adam_mini"
     ):
         adam_mini(0.1, block_specs=BLOCK_SPECS).update(p, state, p)
+
+
+def test_integers_beside_codes_are_not_read_as_codes():
+    p = {"w": jnp.ones((4, 6)), "frozen": jnp.ones((4, 6), jnp.int8)}
+    state = adam_mini(0.1, mu_dtype="int8", block_specs=per_tensor()).init(p)
+    back = to_adam_state(state, p, per_tensor())
+    assert back[0].mu["frozen"].dtype == jnp.int8

@@ -651,7 +651,7 @@ def test_label_functions_get_the_parameters_and_not_the_gradients(parts):
         )
     )
     cut = outer(BlockSpec(((0, None), (-1, 2))), per_neuron())
-    tx = muon_mini(
+    make = lambda: muon_mini(
         0.02,
         parts=parts,
         muon_weight_dimension_numbers=of_wide(MuonDimensionNumbers(), None),
@@ -660,7 +660,8 @@ def test_label_functions_get_the_parameters_and_not_the_gradients(parts):
     params = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "b": jnp.ones(16)}
     grads = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     as_wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    found, expected = (tx.update(g, tx.init(params), params)[0] for g in (grads, as_wide))
+    state = make().init(params)  # of another, as after a restart
+    found, expected = (make().update(g, state, params)[0] for g in (grads, as_wide))
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
@@ -685,6 +686,54 @@ def test_label_functions_get_all_parameters(parts):
     assert len(calls) == 2  # once for the tree, and once above
 
 
+def test_a_mask_function_gets_all_parameters():
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "scale": jnp.ones(4)}
+    largest = lambda p: {name: x.size == max(map(jnp.size, p.values())) for name, x in p.items()}
+    tx = muon_mini(0.1, weight_decay=0.5, adam_weight_decay=0.5, weight_decay_mask=largest,
+                   block_specs=per_element())  # fmt: skip
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert jax.tree.map(np.any, updates) == {"kernel": True, "bias": False, "scale": False}
+
+
+def test_injected_numbers_of_16_bits_are_widened():
+    static = ("ns_steps", "ns_coeffs", "mu_dtype")
+    inject = optax.inject_hyperparams(muon_mini, static, hyperparam_dtype=jnp.bfloat16)
+    params, g = {"w": jnp.zeros((8, 12))}, {"w": jax.random.normal(jax.random.key(0), (8, 12))}
+    tx = inject(1e-2, adam_b2=0.95, adaptive=True)
+    state = tx.init(params)
+    value = lambda name: float(state.hyperparams[name])
+    plain = muon_mini(value("learning_rate"), beta=value("beta"), adaptive=True)
+    found, expected = tx.update(g, state, params), plain.update(g, plain.init(params), params)
+    np.testing.assert_allclose(found[0]["w"], expected[0]["w"], rtol=1e-3)
+
+
+def test_axes_may_be_numpys_integers():
+    """Optax takes Python's alone."""
+    numbers = MuonDimensionNumbers(np.int64(1), (2, np.int64(3)))
+    tx = muon_mini(0.1, muon_weight_dimension_numbers=numbers)
+    w = jnp.ones((3, 12, 2, 4))
+    assert jnp.isfinite(tx.update(w, tx.init(w))[0]).all()
+
+
+def test_a_momentum_in_float16_stays_finite():
+    tx, params = muon_mini(0.1, mu_dtype=jnp.float16), jnp.zeros((4, 6))
+    _, state = tx.update(jnp.full((4, 6), 3e6), tx.init(params))
+    updates, _ = tx.update(jnp.ones((4, 6)), state)
+    assert jnp.isfinite(updates).all()
+
+
+def test_codes_of_other_dimension_numbers_are_refused():
+    """Of a square matrix the codes fit, and the largest entries of its rows do not."""
+    make = lambda *axes: muon_mini(
+        0.1, mu_dtype="int8", muon_weight_dimension_numbers=MuonDimensionNumbers(*axes)
+    )
+    w = jnp.ones((8, 8))
+    with pytest.raises(
+        ValueError, match="the state's momentum does not fit the matrices at params"
+    ):
+        make(1, 0).update(w, make(0, 1).init(w))
+
+
 @pytest.mark.slow
 def test_dimension_numbers_in_an_equinox_or_nnx_model_are_not_called():
     """Such a tree is callable, as the model is."""
@@ -707,6 +756,12 @@ def test_dimension_numbers_in_an_equinox_or_nnx_model_are_not_called():
     )
     updates, _ = tx.update(grads, tx.init(net), net)
     assert np.any(updates.w)
+    without = muon_mini(
+        0.02, muon_weight_dimension_numbers=Net(None, None), block_specs=per_element()
+    )
+    assert np.any(without.update(grads, without.init(net), net)[0].w)
+    with pytest.raises(TypeError, match=r"b: expected an array, got <.*eqx.filter"):
+        without.init(Net(jnp.ones((4, 5)), jax.nn.relu))
     model = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
     loss = lambda model, x: jnp.mean(jnp.tanh(model(x)) ** 2)
     tx = muon_mini(

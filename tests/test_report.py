@@ -79,6 +79,22 @@ def test_rows_are_joined_only_where_they_are_alike():
     assert "Dense_2/kernel" in text
 
 
+def test_names_with_a_star_are_no_numbers():
+    params = {"a*": jnp.ones(3), "a1": jnp.ones(3)}
+    assert list(block_table(params, per_element()).columns[0].cells)[:2] == ["a*", "a1"]
+
+
+def test_a_label_function_counts_for_the_parameters_of_adam_mini():
+    """If only a matrix of Muon has an outer, the state has one tree."""
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    specs = by_path([("w", outer(per_neuron(axis=0), per_neuron()))], default=per_element())
+    tx = muon_mini(0.1, block_specs=specs)
+    found = sum(x.nbytes for x in jax.tree.leaves(tx.init(params)) if x.size > 3)
+    table = block_table(params, specs, muon_weight_dimension_numbers={
+        "w": MuonDimensionNumbers(), "b": None})  # fmt: skip
+    assert f"optimizer state: {found} bytes" in table.caption
+
+
 def test_a_cut_is_described_in_words():
     assert describe(per_head(12), (768, 768)) == "12 heads x (768, 64)"
     assert describe(per_head(12, axis=-2, stacked=0), (32, 768, 12, 64)) == (

@@ -446,3 +446,31 @@ def test_what_a_mask_function_returns_is_checked(mask, error, match):
     )
     with pytest.raises(error, match=match):
         init()
+
+
+@pytest.mark.parametrize("grad", [None, "bfloat16"])
+def test_a_label_function_is_not_asked_again_for_other_dtypes(grad):
+    """Of a gradient that is None, or without `params`, the parameter's dtype is unknown."""
+    of_floats = lambda x: per_neuron() if x.dtype == jnp.float32 else per_element()
+    tx = adam_mini(
+        1e-2, weight_decay=0.0, mu_dtype="int8", block_specs=lambda p: jax.tree.map(of_floats, p)
+    )
+    state = tx.init(PARAMS)
+    grads = {**PARAMS, "kernel": grad and PARAMS["kernel"].astype(grad)}
+    _, new = tx.update(grads, state, None if grad else PARAMS)
+    chex.assert_trees_all_equal_shapes(new, state)
+
+
+def test_weight_decay_of_bfloat16_parameters_is_rounded_once():
+    params = {"w": jnp.linspace(0.1, 1, 97, dtype=jnp.bfloat16)}
+    tx = adam_mini(0.1, weight_decay=0.3, block_specs=per_element())
+    updates, _ = tx.update({"w": jnp.zeros(97, jnp.bfloat16)}, tx.init(params), params)
+    expected = (-0.1 * (np.float32(0.3) * np.float32(params["w"]))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(updates["w"], expected)
+
+
+def test_a_stack_of_no_layers_is_updated():
+    params = {"layers": jnp.zeros((0, 256, 4096)), "head": jnp.ones((2, 3))}
+    tx = adam_mini(1e-2, block_specs={"layers": per_neuron(stacked=0), "head": per_neuron()})
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["layers"].shape == (0, 256, 4096)

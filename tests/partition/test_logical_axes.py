@@ -1,15 +1,22 @@
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 
 from optax_adam_mini import (
+    BlockSpec,
     adam_mini,
     by_logical_axes,
     by_path,
     flax_layers,
+    muon_mini,
+    outer,
     per_element,
     per_neuron,
 )
@@ -130,6 +137,49 @@ def test_an_nnx_optimizer_trains_with_the_names_of_axes():
         optimizer.update(model, nnx.grad(loss)(model))
     assert optimizer.opt_state[0].nu["kernel"].shape == (1, 12)
     assert loss(model) < before
+
+
+@dataclasses.dataclass
+class ByNames:
+    """A label function without a hash. It returns `one` for a kernel of (embed, mlp)."""
+
+    one: Any
+    other: Any
+    calls: int = 0
+
+    def __call__(self, params):
+        self.calls += 1
+        is_variable = lambda x: isinstance(x, nnx.Variable)
+        named = lambda v: (
+            is_variable(v) and v.get_metadata().get("out_sharding") == ("embed", "mlp")
+        )
+        pick = lambda v: self.one if named(v) else self.other
+        return jax.tree.map(pick, params, is_leaf=is_variable)
+
+
+@pytest.mark.parametrize("name", ["adam_mini", "muon_mini", "parts"])
+def test_an_nnx_optimizer_calls_functions_of_names_once(name):
+    kernel_init = nnx.with_partitioning(
+        nnx.initializers.lecun_normal(), ("embed", "mlp"), eager_sharding=False
+    )
+    model = nnx.Linear(8, 12, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+    specs, numbers = ByNames(per_neuron(), per_element()), ByNames(MuonDimensionNumbers(), None)
+    tx = adam_mini(1e-2, block_specs=specs)
+    if name == "muon_mini":
+        tx = muon_mini(1e-2, muon_weight_dimension_numbers=numbers, block_specs=specs)
+    if name == "parts":
+        halves = outer(BlockSpec(((0, None), (-1, 2))), per_neuron())
+        given = by_logical_axes([(("embed", "mlp"), ("mlp",))], default=per_element())
+        given = by_path([("kernel", halves)], default=given)
+        tx = muon_mini(1e-2, parts=True, muon_weight_dimension_numbers=numbers, block_specs=given)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    loss = lambda model: jnp.mean((model(jnp.ones((4, 8))) - 1) ** 2)
+    before = loss(model)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss)(model))
+    assert loss(model) < before
+    assert specs.calls == (name != "parts")
+    assert numbers.calls == (name != "adam_mini")
 
 
 def test_two_models_with_the_same_paths_keep_their_own_specs():

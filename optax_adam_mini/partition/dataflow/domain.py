@@ -74,7 +74,8 @@ class Value:
     """The parameters that the array still is, alone or combined with data."""
     axes: list[Factors] = dataclasses.field(default_factory=list)
     made: int = 0
-    """1 for a product of parameters, 2 for a nonlinear function of such a product, else 0."""
+    """1 for a product of parameters, 2 for a nonlinear function of such a product, or of a
+    parameter combined with data; else 0."""
     is_summary: bool = False
     """It sums parameters over their own axes: a norm, a penalty."""
     is_plain: bool = False

@@ -790,6 +790,29 @@ def test_a_sum_of_gated_outputs_is_a_layer_and_joins_no_neurons():
     assert found(forms["sum of a product"], params, x, "mean") == expected
 
 
+MIXTURES = {
+    "a dot": lambda w, h: jnp.einsum("ek,ekf->ef", w, h),
+    "a product and its sum": lambda w, h: (w[:, :, None] * h).sum(1),
+    "normalized": lambda w, h: jnp.einsum("ek,ekf->ef", w / w.sum(-1, keepdims=True), h),
+    "a loop": lambda w, h: sum(w[:, k, None] * h[:, k] for k in range(H)),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES.values(), ids=MIXTURES)
+def test_gaussians_that_mix_kernels_are_not_joined(mixture):
+    """MoNet (Monti et al., arXiv 1611.08402): data and a parameter are mixed before they are a
+    mixture's weights."""
+
+    def forward(p, x, u):
+        far = jnp.square((u[:, None, :] - p["mu"]) / (1e-6 + p["sigma"])).sum(-1)
+        return jnp.tanh(mixture(jnp.exp(-far), (x @ p["w"]).reshape(-1, H, F))) @ p["o"]
+
+    params = shapes(w=(D, H * F), mu=(H, 2), sigma=(H, 2), o=(F, 5))
+    batch = tuple(shapes(x=(9, D), u=(9, 2)).values())
+    grids = found(lambda p, batch: forward(p, *batch), params, batch, "mean")
+    assert grids == {"w": (1, H * F), "mu": (H, 2), "sigma": (H, 1), "o": (1, 5)}
+
+
 def test_outputs_of_members_that_are_summed_with_weights_are_not_joined():
     def forward(p, x):
         y = jnp.tanh(jnp.einsum("btd,edf->ebtf", x, p["w"]))

@@ -234,8 +234,10 @@ def _of_a_parameter(
                 found.keeps.add(operand)
         elif not side.is_contracted and not kernels:
             _multiply(facts, found, operand, sides, places)
-        elif kernels or facts.is_activation(value, side.contracted):
+        elif kernels or facts.is_activation(value, side.contracted) or side.is_layer(facts):
             found.spent.add(operand)
+            if side.is_layer(facts):
+                found.cuts += [(operand, axis) for axis in side.contracted if value.is_own(axis)]
             found.cuts += [  # a factor for each member of a stack
                 (operand, axis)
                 for axis, met in zip(side.batch, other.batch, strict=True)
@@ -253,7 +255,7 @@ def _is_kernel(facts: Facts, side: Side, other: Side) -> bool:
         return False
     if side.value.kind == Kind.WEIGHT:
         return True
-    if other.value.kind == Kind.WEIGHT and other.is_contracted:
+    if (other.value.kind == Kind.WEIGHT and other.is_contracted) or side.is_layer(facts):
         return False
     return not facts.is_activation(side.value, side.contracted) or side.has_outputs(facts)
 

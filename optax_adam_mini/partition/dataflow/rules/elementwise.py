@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optax_adam_mini.partition.dataflow.axes import Indices
-from optax_adam_mini.partition.dataflow.domain import Combines, Facts, Kind, Relation, Value
+from optax_adam_mini.partition.dataflow.domain import (
+    FUNCTIONS,
+    Combines,
+    Facts,
+    Kind,
+    Relation,
+    Value,
+)
 from optax_adam_mini.partition.dataflow.program import (
     ADDING,
     LINEAR,
@@ -66,8 +73,10 @@ def elementwise(facts: Facts, step: Step) -> Relation:
         return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
     is_square = step.name == "mul" and step.inputs[0] == step.inputs[1]
-    if found.kind != Kind.DATA and (step.name not in LINEAR or is_square):
-        found.made = 2 if any(value.made for value in ins) else None
+    if step.name not in LINEAR or is_square:
+        is_layer = any(value.is_combined for value in ins) and step.name in FUNCTIONS
+        if is_layer or (found.kind != Kind.DATA and any(value.made for value in ins)):
+            found.made = 2
     if step.name in ADDING and any(_is_kernel(value, out) for value in ins):
         found.made = 0  # a product that is added to a kernel (LoRA) makes another kernel
     if not _keeps_one_hot(facts, step, ins):

@@ -61,6 +61,13 @@ class Side:
             for axis in self.free
         )
 
+    def is_layer(self, facts: Facts) -> bool:
+        """Whether it is the output of a layer: functions of a parameter combined with data.
+
+        A kernel that is computed for each example has outputs of its own.
+        """
+        return self.value.is_combined and self.value.made == 2 and not self.has_outputs(facts)
+
 
 def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
     """Whether the contracted coordinates act through one number, and so are coupled.
