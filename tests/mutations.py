@@ -742,8 +742,8 @@ def _pass""",
     ),
     "outputs of critics are scores": Fault(
         DATAFLOW + "rules/inner_products.py",
-        "or facts.weights_others(step.outputs[0])",
-        "or True",
+        "else facts.is_linear(place, data.uses(data.contracted))",
+        "else True",
         "partition/dataflow/test_infer.py::test_one_function_is_cut_alike_however_it_is_written[critics of one hidden layer-1]",
     ),
     "kernels of examples are keys": Fault(

@@ -69,6 +69,8 @@ class _Callers:
     tracebacks: tuple[Any, ...] = ()
     is_backward: bool = False
     is_differentiated: bool = False
+    has_derivative: bool = False
+    """The user says what their derivative is."""
 
     def of(self, eqn: Any) -> _Callers:
         """The callers of what an equation calls, including the equation."""
@@ -83,6 +85,7 @@ class _Callers:
             # A transpose without a jvp is a linear function that the model transposes: a layer.
             self.is_backward or {"transpose", "jvp"} <= transforms,
             self.is_differentiated or "jvp" in transforms,
+            self.has_derivative or eqn.primitive.name.startswith("custom_vjp_call"),
         )
 
 
@@ -231,6 +234,12 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     if (kernel := written_out(eqn)) is not None:
         return inline(kernel, operands)
     outs = results()
+    if here.has_derivative and name in ("ge", "gt", "le", "lt"):  # of a binary kernel
+        name, params = "max", {}
+    if name == "bcoo_dot_general":
+        dense = program.array(params["lhs_spinfo"].shape)
+        step("bcoo_todense", operands[:2], [dense])
+        name, operands = "dot_general", [dense, operands[2]]
     if name in ("slice", "dynamic_slice", "gather"):
         name, params, operands = one_axis_at_a_time(program, step, name, params, operands)
     if name == "unstack":  # iterating over an array indexes it

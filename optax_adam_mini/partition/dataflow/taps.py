@@ -121,7 +121,9 @@ def _roots(program: Program) -> dict[int, int]:
     """For values that were shifted, padded or sliced, what they were made from."""
     found: dict[int, int] = {}
     for step in program.steps:
-        if step.name in LAYOUT | RESHAPES | {"convert_element_type", "gather"}:
+        # A gather at places that data choose is no shift: the edges of a relation, routed tokens.
+        is_shift = step.name == "gather" and step.inputs[1] in program.known
+        if is_shift or step.name in LAYOUT | RESHAPES | {"convert_element_type"}:
             operands = step.inputs if step.name in ("concatenate", "stack") else step.inputs[:1]
             roots = {found.get(i, i) for i in operands if i not in program.zeros}
             if len(roots) == 1:

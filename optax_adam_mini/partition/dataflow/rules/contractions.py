@@ -236,7 +236,7 @@ def _of_a_parameter(
             _multiply(facts, found, operand, sides, places)
         elif kernels or facts.is_activation(value, side.contracted) or side.is_layer(facts):
             found.spent.add(operand)
-            if side.is_layer(facts):
+            if not kernels and side.is_layer(facts):
                 found.cuts += [(operand, axis) for axis in side.contracted if value.is_own(axis)]
             found.cuts += [  # a factor for each member of a stack
                 (operand, axis)

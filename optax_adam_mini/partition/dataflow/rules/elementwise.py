@@ -35,7 +35,7 @@ ELEMENTWISE = {
     "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite",
     "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic", "lt", "lt_to", "max", "min",
     "mulhi", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial",
-    "population_count", "pow",
+    "population_count", "pow", "random_gamma",
     "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta",
     "random_wrap", "random_unwrap", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",
@@ -72,8 +72,8 @@ def elementwise(facts: Facts, step: Step) -> Relation:
     if id(step) in facts.filters and not all(value.is_weight for value in ins):
         return _tap(found, ins)
     combine(facts, found, ins, is_product=step.name in MULTIPLICATIVE)
-    is_square = step.name == "mul" and step.inputs[0] == step.inputs[1]
-    if step.name not in LINEAR or is_square:
+    is_square = step.inputs[:1] == step.inputs[1:] or all(value.made for value in ins)
+    if step.name not in LINEAR or (step.name == "mul" and is_square):
         is_layer = any(value.is_combined for value in ins) and step.name in FUNCTIONS
         if is_layer or (found.kind != Kind.DATA and any(value.made for value in ins)):
             found.made = 2

@@ -178,7 +178,8 @@ def _dynamic_update_slice(facts: Facts, step: Step) -> Relation:
             positions[first : first + length] = np.arange(length)
             links.append(Link(1, (axis,), (axis,), positions=positions))
     window = {a: a for a, size in enumerate(updates.shape) if size == value.shape[a]}
-    if len(links) < len(value.shape) or value.is_weight or value.has_features:
+    joined = value.kind == Kind.DATA and updates.kind == Kind.WEIGHT
+    if len(links) < len(value.shape) or value.is_weight or value.has_features or joined:
         if len(window) < len(value.shape):
             return _placed(facts, step, 1, window)
         links = same(1, range(len(value.shape)))

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from optax_adam_mini.partition.dataflow.axes import Part
-from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Value
+from optax_adam_mini.partition.dataflow.domain import Axes, Facts, Kind, Value
 from optax_adam_mini.partition.dataflow.program import Step
 
 
@@ -66,7 +66,9 @@ class Side:
 
         A kernel that is computed for each example has outputs of its own.
         """
-        return self.value.is_combined and self.value.made == 2 and not self.has_outputs(facts)
+        value = self.value
+        is_function = value.is_combined and value.made == 2 and not facts.is_rows(value)
+        return is_function and not any(value.is_own(axis) for axis in self.free)
 
 
 def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
@@ -91,23 +93,23 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
     if a.is_kernel or b.is_kernel:
         kernel, data = (a, b) if a.is_kernel else (b, a)
         place = step.inputs[1 if a.is_kernel else 0]
-        # Either a layer without outputs, one number per head, as in GAT's attention, and not the
-        # last layer of each net of an ensemble; or queries computed from parameters alone.
+        # Either a linear layer without outputs, one number per head, as in GAT's attention; or
+        # queries computed from parameters alone, whose scores weight values.
         has_outputs = any(
             kernel.value.is_own(axis) or kernel.value.shape[axis] == 1 for axis in kernel.free
         )
         return (
             not data.is_kernel
-            and (not has_outputs or kernel.value.made > 0)
+            and (not has_outputs or (kernel.value.made > 0 and kernel.value.kind == Kind.WEIGHT))
             and any(
                 fast.keys() & slow.keys() and _are_slower(slow, fast)
                 for slow in map(data.value.features, data.batch)
                 for fast in map(data.value.features, data.contracted)
             )
             and (
-                has_outputs
-                or facts.weights_others(step.outputs[0])
-                or facts.is_linear(place, data.uses(data.contracted))
+                facts.weights_others(step.outputs[0])
+                if has_outputs
+                else facts.is_linear(place, data.uses(data.contracted))
             )
         )
     if _meet(a, b):
@@ -141,12 +143,11 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
         return not kept
     # One side keeps features. They are heads that share the other side if they are the slower axes
     # of the same parameter. (If they were the faster axes, blocks would be strided.)
-    # Without positions on either side, it is a layer whose kernel is computed for each example.
+    # Without positions on both sides, it is a layer whose kernel is computed.
     ((side, axes),) = kept
-    has_positions = any(
-        one.value.shape[axis] > 1 and not (one is side and axis in axes)
+    has_positions = all(
+        any(one.value.shape[axis] > 1 and not (one is side and axis in axes) for axis in one.free)
         for one in (a, b)
-        for axis in one.free
     )
     return has_positions and all(
         slow.keys() == fast.keys() and _are_slower(slow, fast)

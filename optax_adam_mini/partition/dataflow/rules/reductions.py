@@ -24,6 +24,9 @@ def _reduce(facts: Facts, step: Step) -> Relation:
         found.kind = Kind.DATA if value.kind else Kind.CONSTANT
     found.is_summary |= value.is_weight and any(value.is_own(axis) for axis in gone)
     found.drops = step.name != "reduce_sum"
+    if found.drops and value.made and value.kind == Kind.WEIGHT:  # maxout
+        found.made = 2
+        found.cuts += [(0, axis) for axis in gone if value.is_own(axis)]
     for result in range(len(step.outputs)):
         found.links += [Link(min(result, len(step.inputs) - 1), (a,), (i,), result)
                         for i, a in enumerate(kept)]  # fmt: skip

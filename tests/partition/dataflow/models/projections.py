@@ -486,7 +486,7 @@ MODELS = {
     "graph attention of sums": (
         graph_attention_of_sums, shapes(left=(D, H, N), right=(D, H, N), a=(H, N), o=(D, 5)),
         [shape(9, D), shape(15, dtype="int32"), shape(15, dtype="int32")],
-        {"left": (1, H, N), "right": (1, H, 1), "a": (H, 1), "o": (1, 5)},
+        {"left": (1, H, N), "right": (1, H, N), "a": (H, 1), "o": (1, 5)},
     ),
     "triangle": (
         triangle,
