@@ -9,6 +9,7 @@ from optax_adam_mini.partition.dataflow.domain import Relation, Role
 from optax_adam_mini.partition.dataflow.interpret import Result
 from optax_adam_mini.partition.dataflow.program import Step
 
+_SORTS = {"sort", "top_k", "approx_top_k"}
 _GROUPS = ("feature_group_count", "batch_group_count")  # of a convolution
 
 
@@ -81,6 +82,10 @@ def _meeting_kernels(result: Result) -> set[int]:
             # All steps count for a frozen parameter, and its trail has them all.
             if step.is_backward or (relation.is_stopped and result.trail is not result.facts.trail):
                 continue
-            if _kernels(result, step, relation) or not found.isdisjoint(step.outputs):
+            if step.name in _SORTS:  # no gradient passes through an index
+                found.update(
+                    i for i, out in zip(step.inputs, step.outputs, strict=False) if out in found
+                )
+            elif _kernels(result, step, relation) or not found.isdisjoint(step.outputs):
                 found.update(step.inputs)
     return found

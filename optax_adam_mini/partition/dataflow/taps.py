@@ -57,18 +57,22 @@ def find_taps(program: Program, data: set[int]) -> tuple[set[int], set[int]]:
     slices: set[int] = set()
     for family in families.values():
         reached = [_summed_in(program, product.step) for product in family]
+        holders: dict[int, set[int]] = {}
+        for i, places in enumerate(reached):
+            for place in places:
+                holders.setdefault(place, set()).add(i)
         for i, product in enumerate(family):
             in_loop = product.slices[0].name not in ("slice", "split")
             if product.step.name == "mul":
-                met = [j for j in range(len(family)) if j != i or in_loop]
+                met = {j for j in range(len(family)) if j != i or in_loop}
             else:
-                met = [j for j, other in enumerate(family) if other.moved != product.moved]
-            sums = _sums(program, reached[i])
-            summed = [
-                j for j in met
-                if any((left in reached[i] and right in reached[j])
-                       or (right in reached[i] and left in reached[j]) for left, right in sums)
-            ]  # fmt: skip
+                met = {j for j, other in enumerate(family) if other.moved != product.moved}
+            added = set[int]()
+            for left, right in _sums(program, reached[i]):
+                for own, other in ((left, right), (right, left)):
+                    if own in reached[i]:
+                        added |= holders.get(other, set())
+            summed = sorted(met & added)
             is_summed = bool(summed) or (
                 product.step.name == "mul" and _is_collected_sum(program, made, reached[i])
             )

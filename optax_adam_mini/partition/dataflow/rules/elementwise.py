@@ -36,6 +36,7 @@ ELEMENTWISE = {
     "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic", "lt", "lt_to", "max", "min",
     "mulhi", "ne", "nextafter", "not", "one_minus_square", "or", "polygamma", "polynomial",
     "population_count", "pow", "random_gamma",
+    "select_if_vmap", "nonbatchable", "nondifferentiable_backward",  # of Equinox's loops
     "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh", "xor", "zeta",
     "random_wrap", "random_unwrap", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp",

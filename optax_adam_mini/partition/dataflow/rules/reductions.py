@@ -51,7 +51,7 @@ def _sum_products(facts: Facts, step: Step, found: Relation, value: Value, gone:
             value.is_own(axis) and product not in {number for number, _ in tags[axis]}
             for axis in kept
         )
-        if goes_into - {"reduce_sum"} or is_spread:
+        if goes_into - STOPPING - {"reduce_sum"} or is_spread:
             continue
         contracted = {axis for a in gone for number, axis in tags[a] if number == product}
         to = {
