@@ -115,6 +115,8 @@ def dimension_numbers(given: Any, params: Any) -> list[Any]:
     """
     from optax.contrib import MuonDimensionNumbers
 
+    if is_empty(params):  # or `optax.tree.map_params` calls `init` with a placeholder
+        return []
     leaves = leaves_with_path(params)
     if given is None:
         is_matrix = lambda p: jnp.ndim(p) == 2 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)

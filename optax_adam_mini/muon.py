@@ -24,6 +24,7 @@ from optax_adam_mini.labels import (
     call_noting_parts,
     check_called,
     first_few,
+    is_empty,
     is_label_function,
     remembered,
     shapes_of,
@@ -198,7 +199,7 @@ def muon_mini(
         # The user's functions see the whole tree.
         given = specs_for_parts(block_specs, params, is_init=is_init)
         mask = weight_decay_mask
-        if is_label_function(mask):
+        if is_label_function(mask) and not is_empty(params):
             mask = ask(_mask_of, mask)
 
         def pieces_of(part: Any) -> list[Pieces]:

@@ -420,7 +420,15 @@ def test_the_state_keeps_its_type_in_micro_steps_in_bfloat16():
     "make",
     [
         lambda given: OURS(0.1, weight_decay=0.1, mask=given),
-        lambda given: muon_mini(0.1, weight_decay=0.1, weight_decay_mask=given),
+        lambda given: muon_mini(
+            0.1,
+            weight_decay=0.1,
+            weight_decay_mask=given,
+            muon_weight_dimension_numbers=lambda p: {
+                name: optax.contrib.MuonDimensionNumbers() if x.ndim > 1 else None
+                for name, x in p.items()
+            },
+        ),
     ],
 )
 def test_map_params_works_with_a_mask(make, given):

@@ -667,8 +667,9 @@ def defined(where):
 def registered():
     """The primitives of JAX that XLA is told how to compute, on any platform."""
     tables = mlir._lowerings, *mlir._platform_specific_lowerings.values()
-    of_jax = lambda name: name.split(".")[0] == "jax"
-    # Other packages have primitives of their own, once something has imported them.
+    is_sparse = lambda name: name.startswith("jax.experimental.sparse")
+    of_jax = lambda name: name.split(".")[0] == "jax" and not is_sparse(name)
+    # Other packages, and sparse arrays, have primitives of their own, once they are imported.
     others = defined(lambda name: not of_jax(name)) - defined(of_jax)
     return {p for table in tables for p in table} - others
 
