@@ -160,6 +160,22 @@ def check_gradients(updates: Any, params: Any) -> list[tuple[str, Any]]:
     return grads
 
 
+def check_has_gradients(updates: Any, params: Any) -> None:
+    """Refuses gradients that do not fit `params`, and None, which `optax.partition` misplaces.
+
+    Raises:
+        TypeError, ValueError: as `check_gradients`; also if a gradient is None.
+    """
+    if params is None:
+        return
+    missing = [path for path, g in check_gradients(updates, params) if g is None]
+    if missing:
+        raise ValueError(
+            f"the gradients at {first_few(missing)} are None, and muon_mini needs one for every "
+            "parameter: pass zeros, or set these parameters to None in init and in update"
+        )
+
+
 def check_given_mask(mask: Any) -> None:
     """Refuses anything but a pytree of booleans and a function, and a single boolean.
 

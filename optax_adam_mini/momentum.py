@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_adam_mini.boxes import leaves_with_path, with_kept_names
@@ -125,3 +127,42 @@ def _written(
     ]
     in_tree_of = lambda i: jax.tree.unflatten(jax.tree.structure(old[i]), [p[i] for p in pairs])
     return RowCodes(in_tree_of(0), in_tree_of(1))
+
+
+def coefficients(given: Any) -> Any:
+    """The coefficients, in an array that no state shares and no donation deletes."""
+    from optax.contrib import muon
+
+    if isinstance(given, str):  # a preset: Optax's state has its numbers
+        with jax.ensure_compile_time_eval():
+            given = optax.tree.get(muon(1.0, given).init(jnp.zeros((1, 1))), "ns_coeffs")
+    return given if isinstance(given, jax.core.Tracer) else np.asarray(given)
+
+
+def check_coefficients(given: Any, steps: int) -> None:
+    """Refuses what are no coefficients of the Newton-Schulz iteration.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    from optax.contrib import muon
+
+    found: Any = given
+    if isinstance(given, str):  # optimizers may be built before jax.distributed.initialize
+        state = jax.eval_shape(muon(1.0, given).init, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+        found = optax.tree.get(state, "ns_coeffs")
+    elif not isinstance(given, jax.core.Tracer):
+        found = np.asarray(given)
+    is_number = jnp.issubdtype(found.dtype, jnp.number)
+    if found.ndim not in (1, 2) or found.shape[-1] != 3 or not found.size or not is_number:
+        raise ValueError(
+            f"ns_coeffs must be three numbers, or three for each step, got {given!r} of shape "
+            f"{found.shape}"
+        )
+    if isinstance(found, np.ndarray) and not np.isfinite(found).all():
+        raise ValueError(f"ns_coeffs must be finite, got {given!r}")
+    if found.ndim == 2 and found.shape[0] > steps:
+        raise ValueError(
+            f"ns_coeffs has coefficients for {found.shape[0]} steps, and ns_steps is {steps}: give "
+            "as many steps"
+        )

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_adam_mini.dimension_numbers import Pieces, dimension_numbers, specs_of
@@ -23,15 +21,14 @@ from optax_adam_mini.labels import (
     BlockSpecs,
     call_noting_parts,
     check_called,
-    first_few,
     is_empty,
     is_label_function,
     remembered,
     shapes_of,
     specs_for_parts,
 )
-from optax_adam_mini.messages import check_given_mask, check_gradients, check_order
-from optax_adam_mini.momentum import scale_by_muon_in_pieces
+from optax_adam_mini.messages import check_given_mask, check_has_gradients, check_order
+from optax_adam_mini.momentum import check_coefficients, coefficients, scale_by_muon_in_pieces
 from optax_adam_mini.sums import widened
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, cast_to_param_dtypes
 
@@ -165,12 +162,12 @@ def muon_mini(
     check_is_bool(nesterov=nesterov, adaptive=adaptive, parts=parts)
     if preconditioning not in (known := get_args(Preconditioning)):
         raise ValueError(f"preconditioning must be one of {known}, got {preconditioning!r}")
-    _check_coefficients(ns_coeffs, ns_steps)
+    check_coefficients(ns_coeffs, ns_steps)
     check_called(muon_weight_dimension_numbers)
 
     def orthogonalize(pieces: list[Pieces]) -> optax.GradientTransformation:
         return scale_by_muon(
-            _coefficients(ns_coeffs), ns_steps, widened(beta), widened(eps), nesterov=nesterov,
+            coefficients(ns_coeffs), ns_steps, widened(beta), widened(eps), nesterov=nesterov,
             adaptive=adaptive, preconditioning=preconditioning,
             weight_dimension_numbers=[[p.numbers] * p.matrices for p in pieces],
         )  # fmt: skip
@@ -219,7 +216,8 @@ def muon_mini(
         return both(params, is_init=True).init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        _check_gradients(updates, params)
+        check_order(updates)
+        check_has_gradients(updates, params)
         if set(getattr(state, "inner_states", ())) != {MUON, ADAM}:
             raise ValueError(
                 "muon_mini: expected the PartitionState that init made, got a "
@@ -234,50 +232,3 @@ def muon_mini(
 
 def _mask_of(mask: Any, params: Any) -> Any:
     return call_noting_parts("weight_decay_mask", mask, params)
-
-
-def _coefficients(given: Any) -> Any:
-    """The coefficients, in an array that no state shares and no donation deletes."""
-    from optax.contrib import muon
-
-    if isinstance(given, str):  # a preset: Optax's state has its numbers
-        with jax.ensure_compile_time_eval():
-            given = optax.tree.get(muon(1.0, given).init(jnp.zeros((1, 1))), "ns_coeffs")
-    return given if isinstance(given, jax.core.Tracer) else np.asarray(given)
-
-
-def _check_coefficients(given: Any, steps: int) -> None:
-    from optax.contrib import muon
-
-    found: Any = given
-    if isinstance(given, str):  # optimizers may be built before jax.distributed.initialize
-        state = jax.eval_shape(muon(1.0, given).init, jax.ShapeDtypeStruct((1, 1), jnp.float32))
-        found = optax.tree.get(state, "ns_coeffs")
-    elif not isinstance(given, jax.core.Tracer):
-        found = np.asarray(given)
-    is_number = jnp.issubdtype(found.dtype, jnp.number)
-    if found.ndim not in (1, 2) or found.shape[-1] != 3 or not found.size or not is_number:
-        raise ValueError(
-            f"ns_coeffs must be three numbers, or three for each step, got {given!r} of shape "
-            f"{found.shape}"
-        )
-    if isinstance(found, np.ndarray) and not np.isfinite(found).all():
-        raise ValueError(f"ns_coeffs must be finite, got {given!r}")
-    if found.ndim == 2 and found.shape[0] > steps:
-        raise ValueError(
-            f"ns_coeffs has coefficients for {found.shape[0]} steps, and ns_steps is {steps}: give "
-            "as many steps"
-        )
-
-
-def _check_gradients(updates: Any, params: Any) -> None:
-    """Refuses gradients that do not fit `params`, and None, which `optax.partition` misplaces."""
-    check_order(updates)
-    if params is None:
-        return
-    missing = [path for path, g in check_gradients(updates, params) if g is None]
-    if missing:
-        raise ValueError(
-            f"the gradients at {first_few(missing)} are None, and muon_mini needs one for every "
-            "parameter: pass zeros, or set these parameters to None in init and in update"
-        )

@@ -319,7 +319,7 @@ FAULTS = {
         "test_rounding.py::test_rounded_parameters_have_no_derivative",
     ),
     "states share the coefficients": Fault(
-        "muon.py",
+        "momentum.py",
         "else np.asarray(given)",
         "else jnp.asarray(given)",
         "test_muon.py::test_a_donated_state_leaves_others_their_coefficients[ns_coeffs1]",
