@@ -813,9 +813,10 @@ def test_gaussians_that_mix_kernels_are_not_joined(mixture):
     assert grids == {"w": (1, H * F), "mu": (H, 2), "sigma": (H, 1), "o": (1, 5)}
 
 
-def test_outputs_of_members_that_are_summed_with_weights_are_not_joined():
+@pytest.mark.parametrize("act", [jnp.tanh, jnp.negative])
+def test_outputs_of_members_that_are_summed_with_weights_are_not_joined(act):
     def forward(p, x):
-        y = jnp.tanh(jnp.einsum("btd,edf->ebtf", x, p["w"]))
+        y = act(jnp.einsum("btd,edf->ebtf", x, p["w"]))
         gate = jax.nn.sigmoid(x @ p["u"])
         return (gate * jnp.einsum("ebtf,ef->btf", y, p["g"])) @ p["o"]
 

@@ -135,6 +135,10 @@ def updated(layer):
     return forward
 
 
+def gated_update(layer):
+    return lambda p, x: updated(layer)(p, x) * jax.nn.sigmoid(x @ p["g"])[:, None, None]
+
+
 # The parameters, the data, the grids, and the ways.
 ALIKE = {
     "neurons": (shapes(w=(D, 7)), [ROWS], {"w": (1, 7)}, [
@@ -261,6 +265,13 @@ ALIKE = {
             updated(lambda y, p: y @ p["w"] + y @ p["a"] @ p["b"]),
             updated(lambda y, p: y @ (p["w"] + p["a"] @ p["b"])),
             updated(lambda y, p: y @ (2.0 * (p["a"] @ p["b"]) + p["w"])),
+        ],
+    ),
+    "a gated low-rank update of a kernel of heads": (  # its outputs weight others, as scores do
+        shapes(u=(D, H * N), w=(H, N, 5), a=(H, N, 2), b=(H, 2, 5), g=(D, 5)), [ROWS],
+        {"u": (1, H * N), "w": (H, 1, 5), "a": (H, 1, 2), "b": (H, 1, 5), "g": (1, 5)}, [
+            gated_update(lambda y, p: y @ p["w"] + y @ p["a"] @ p["b"]),
+            gated_update(lambda y, p: y @ (p["w"] + p["a"] @ p["b"])),
         ],
     ),
     "kernels of groups, summed": (
