@@ -74,10 +74,7 @@ def from_adam_state(
     """
     dtype = check_mu_dtype(mu_dtype)
 
-    def convert(
-        path: Any, spec: Spec, m: Any, v: Any, param: Any, is_codes: bool
-    ) -> tuple[Any, Any]:
-        del is_codes
+    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         if v.shape != jnp.shape(param):
             raise ValueError(f"nu has shape {v.shape}, the parameter {jnp.shape(param)}")
         check_param_dtype("/".join(path), m.dtype, dtype)
@@ -121,9 +118,7 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
     """
     programs: dict[Any, Any] = {}
 
-    def convert(
-        path: Any, spec: Spec, m: Any, v: Any, param: Any, is_codes: bool
-    ) -> tuple[Any, Any]:
+    def convert(path: Any, spec: Spec, m: Any, v: Any, param: Any) -> tuple[Any, Any]:
         del path
         # `optax.adamw` has complex numbers in both moments of complex parameters.
         of_real = widen(jax.tree.leaves(v)[0].dtype)
@@ -135,6 +130,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
             program = spec, jnp.shape(param), dtype, sharding
             spread = programs.setdefault(program, jax.jit(spread, out_shardings=sharding))
         nu = spread(v)  # first, because it refuses a grid of other specs
+        # The `mu` of integers in 8 bits has no codes.
+        is_codes = m.dtype == jnp.int8 and jnp.issubdtype(jnp.result_type(param), jnp.inexact)
         return read(m, spec.factors(v, m.shape)) if is_codes else m, nu
 
     return _convert(
@@ -192,8 +189,7 @@ def _convert(
             if jnp.issubdtype(jnp.result_type(p), jnp.inexact):
                 check_stored_dtype("/".join(path), m, is_codes=is_int8)
             try:
-                is_own = is_int8 and jnp.issubdtype(jnp.result_type(p), jnp.inexact)
-                pairs.append(convert_leaf(path, spec, m, v, p, is_own))
+                pairs.append(convert_leaf(path, spec, m, v, p))
             except ValueError as error:
                 raise ValueError(
                     f"{'/'.join(path) or 'params'}: the state is not of these params: {error}"

@@ -236,7 +236,7 @@ def _inline_eqn(program: Program, eqn: Any, operands: list[int], callers: _Calle
     outs = results()
     if here.has_derivative and name in ("ge", "gt", "le", "lt"):  # of a binary kernel
         name, params = "max", {}
-    if name == "bcoo_dot_general":
+    if name == "bcoo_dot_general":  # a sparse array times a dense one
         dense = program.array(params["lhs_spinfo"].shape)
         step("bcoo_todense", operands[:2], [dense])
         name, operands = "dot_general", [dense, operands[2]]
