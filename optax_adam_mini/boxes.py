@@ -64,11 +64,12 @@ def leaves_with_path(
 def axis_names(box: Any) -> tuple[Any, ...] | None:
     """The axis names in a parameter's box; None if it is not a box, or has no names.
 
-    Linen's boxes have them in `names`, NNX's variables in their metadata.
+    Linen's boxes have them in `names`, NNX's variables, and Linen's boxes of these, in their
+    metadata.
     """
     if not _is_box(box):
         return None
-    names = getattr(box, "names", None) if hasattr(box, "unbox") else None
+    names = getattr(box, "names", None)
     if names is None:
         metadata = _metadata(box)
         names = next((names for key in _OF_VARIABLES if (names := metadata.get(key))), None)
@@ -89,18 +90,23 @@ def with_kept_names(parts: Any, params: Any) -> Any:
         if not has_names(box) or not (inside := jax.tree.leaves(box)):
             return box
         shapes = jnp.shape(inside[0]), jnp.shape(jax.tree.leaves(param)[0])
-        if hasattr(box, "unbox"):
+        if getattr(box, "names", None) is not None:
             return box.replace(names=kept_names(box.names, *shapes))
-        box = jax.tree.map(lambda x: x, box)  # copies the variable
+        kept: dict[str, Any] = {}
         for key in _OF_VARIABLES:
             if names := _metadata(box).get(key):
                 if isinstance(names, NamedSharding):
                     spec = PartitionSpec(*kept_names(names.spec, *shapes))
-                    box.set_metadata(key, names.update(spec=spec))
+                    kept[key] = names.update(spec=spec)
                 else:
-                    kept = kept_names(names, *shapes)
                     is_spec = isinstance(names, PartitionSpec)
-                    box.set_metadata(key, PartitionSpec(*kept) if is_spec else kept)
+                    of_part = kept_names(names, *shapes)
+                    kept[key] = PartitionSpec(*of_part) if is_spec else of_part
+        if hasattr(box, "unbox"):  # one of Linen's boxes, around a variable of NNX
+            return box.replace(metadata={**_metadata(box), **kept})
+        box = jax.tree.map(lambda x: x, box)  # copies the variable
+        for key, names in kept.items():
+            box.set_metadata(key, names)
         return box
 
     return jax.tree.map(renamed, parts, params, is_leaf=has_names)
@@ -119,5 +125,5 @@ def _is_box(x: Any) -> bool:
 
 
 def _metadata(box: Any) -> dict[str, Any]:
-    get: Any = getattr(box, "get_metadata", dict)
-    return get()
+    get: Any = getattr(box, "get_metadata", None)
+    return get() if get else getattr(box, "metadata", {})

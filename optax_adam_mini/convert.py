@@ -22,9 +22,9 @@ from optax_adam_mini.labels import (
     BlockSpecs,
     has_outer,
     path_of,
-    resolve_block_specs,
+    specs_of_some,
 )
-from optax_adam_mini.messages import check_has_state
+from optax_adam_mini.messages import check_counts, check_has_state
 from optax_adam_mini.product import Outer, OuterMoments, Spec, pack_nu, unpack_nu
 from optax_adam_mini.quantized import Codes, check_stored_dtype, pack_mu, read, unpack_mu, write
 from optax_adam_mini.random_bits import rounding_seed, salt_of
@@ -154,13 +154,13 @@ def _convert(
     convert_leaf: Callable[..., tuple[Any, Any]],
     new_dtype: Any = None,
 ) -> Any:
-    specs = [spec for _, spec in resolve_block_specs(block_specs, params)]
-    leaves = leaves_with_path(params)
-    by_path = {path_of(keys): (spec, p) for (keys, p), spec in zip(leaves, specs, strict=True)}
+    check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
+    by_path = {path_of(keys): p for keys, p in leaves_with_path(params)}
 
     def convert(node: Any) -> Any:
         if not isinstance(node, old):
             return node
+        check_counts(node)
         is_int8 = isinstance(node.mu, Codes)
         mu = unpack_mu(node.mu, jnp.int8 if is_int8 else None)
         paths = [path_of(keys) for keys, _ in leaves_with_path(mu)]
@@ -170,7 +170,11 @@ def _convert(
                     f"{'/'.join(path) or 'params'}: the state has moments for this parameter, but "
                     "params do not contain it: pass the params that the state was made with"
                 )
-        found = [by_path[path] for path in paths]
+        # Parameters without moments (frozen, or matrices of Muon) need no specs.
+        needed = {*paths}
+        specs = iter(specs_of_some(block_specs, params, [path in needed for path in by_path]))
+        pairs_of = {path: (next(specs)[1], p) for path, p in by_path.items() if path in needed}
+        found = [pairs_of[path] for path in paths]
         is_outer = any(isinstance(spec, Outer) for spec, _ in found)
         may_be_outer = has_outer(block_specs, [spec for spec, _ in found])
         has_rows = isinstance(node.nu, OuterMoments)
@@ -199,5 +203,4 @@ def _convert(
         nu = pack_nu([v for _, v in pairs], mu, is_new_outer)
         return new(node.count, pack_mu(new_mu, new_dtype), nu)
 
-    check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
     return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

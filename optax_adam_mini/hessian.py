@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adam_mini.labels import BlockSpecs, resolve_block_specs
+from optax_adam_mini.labels import BlockSpecs, first_few, resolve_block_specs
 from optax_adam_mini.product import Spec
 from optax_adam_mini.sums import spread
 
@@ -95,6 +95,11 @@ def block_shares(
                 f"Hessians, of at most {_LARGEST:,}: measure a smaller model"
             )
         measured[index] = path
+    if len({*measured.values()}) < len(measured):
+        raise ValueError(
+            "block_shares returns shares by path, and two parameters have paths that read alike: "
+            f"rename one of {first_few(sorted(measured.values()))}"
+        )
 
     def of_measured(xs: dict[int, Array]) -> Any:
         replaced = [xs.get(index, leaf) for index, leaf in enumerate(leaves)]

@@ -73,6 +73,8 @@ def check_called(block_specs: Any) -> None:
     Raises:
         TypeError: if it is one.
     """
+    if isinstance(block_specs, functools.partial) and not isinstance(block_specs, Label):
+        block_specs = block_specs.func
     name = getattr(block_specs, "__qualname__", "")
     if isinstance(block_specs, type) and name not in _TO_BE_CALLED:
         raise TypeError(f"expected a pytree or a function of the parameters, got {block_specs!r}")
@@ -182,36 +184,42 @@ def match_leaves(
 _REMEMBERED: dict[int, dict[Any, Any]] = {}  # by the id of a function, while it lives
 
 
-def remembered(of: Callable[[Any, Any], T], given: Any, params: Any, *, is_init: bool = False) -> T:
-    """`of(given, params)`; a user's function is called once for a tree, and not at every step.
+def remembered(
+    of: Callable[..., T], given: Any, params: Any, *args: Any, is_init: bool = False
+) -> T:
+    """`of(given, params, *args)`; a user's function is called once for a tree, not at every step.
 
-    What it returned is freed with the function. What `init` finds counts for every tree with the
-    same paths and shapes: `nnx.Optimizer` passes variables to `init`, and arrays without their
-    metadata to `update`, and the dtype of a missing gradient is unknown.
+    (At every step if it takes no weak reference.) What it returned is freed with the function.
+
+    What `init` finds counts for every tree with the same paths and shapes: `nnx.Optimizer` passes
+    variables to `init`, and arrays without their metadata to `update`, and the dtype of a missing
+    gradient is unknown.
 
     Args:
         of: `resolve_block_specs`, or another function of `given` and the parameters.
         given: what the user gave: a function, or a pytree.
         params: the parameters, or their shapes.
+        *args: further arguments of `of`, with hashes.
         is_init: whether to call it in any case, and to let the result count for such trees.
     """
     if is_init:
         check_arrays(params)
     memory = _memory(given)
     if memory is None:
-        return of(given, params)
+        return of(given, params, *args)
     treedef, shapes = shapes_of(params)
-    exact = (of, treedef, tuple(shapes))  # treedefs that differ only in names have equal hashes
+    # Treedefs that differ only in names have equal hashes.
+    exact = (of, args, treedef, tuple(shapes))
     try:
         if exact in memory and not is_init:
             return memory[exact]
     except TypeError:  # metadata in the treedef have no hash
         exact = None
     paths = tuple(path_of(keys) for keys, _ in leaves_with_path(params))
-    alike = (of, paths, tuple(x.shape for x in shapes))
+    alike = (of, args, paths, tuple(x.shape for x in shapes))
     if alike in memory and not is_init:
         return memory[alike]
-    found = of(given, params)
+    found = of(given, params, *args)
     for key in (exact, alike) if is_init else (exact,):
         if key is not None:
             memory[key] = found
@@ -267,25 +275,40 @@ def has_outer(block_specs: Any, specs: Iterable[Spec]) -> bool:
     return any(isinstance(spec, Outer) for spec in specs)
 
 
-def evaluate_specs(block_specs: Any, params: Any) -> Any:
-    """The pytree of specs that is given, or that a label function returns for the parameters."""
-    if not is_label_function(block_specs):
-        return block_specs
+def specs_of_some(block_specs: Any, params: Any, needed: Sequence[bool]) -> list[tuple[str, Spec]]:
+    """As `resolve_block_specs`, for some leaves; a label function sees all parameters.
+
+    It may not expect `optax.MaskedNode`, and the shape of a bias may say which axes of a kernel are
+    outputs. The label functions of this package are told which leaves need specs, so that they
+    refuse no others.
+
+    Args:
+        block_specs: as in `resolve_block_specs`.
+        params: all parameters.
+        needed: which of the leaves need a spec.
+    """
+    if not any(needed):
+        return []
+    leaves, treedef = jax.tree.flatten(params)
+    kept = zip(leaves, needed, strict=True)
+    some = jax.tree.unflatten(
+        treedef, [p if is_kept else optax.MaskedNode() for p, is_kept in kept]
+    )
     check_called(block_specs)
     check_arrays(params)
-    return None if is_empty(params) else _call(block_specs, params)
+    if isinstance(block_specs, Label):
+        block_specs = block_specs(params, needed=needed)
+    elif is_label_function(block_specs):
+        block_specs = _call(block_specs, params)
+    return resolve_block_specs(block_specs, some)
 
 
-def specs_for_parts(block_specs: Any, params: Any, *, is_init: bool = False) -> Any:
-    """Block specs for parts of `params`: a user's label function is called on the whole tree.
-
-    It may not expect `optax.MaskedNode`, which a part has elsewhere. The label functions of this
-    package do, and are returned as they are.
-    """
-    if not is_label_function(block_specs) or isinstance(block_specs, Label):
-        return block_specs
-    specs = remembered(evaluate_specs, block_specs, params, is_init=is_init)
-    return lambda _: specs
+def function_of_some(block_specs: Any, params: Any, needed: Sequence[bool]) -> LabelFn:
+    """A label function for parts of `params`, which returns what `specs_of_some` finds."""
+    found = iter(specs_of_some(block_specs, params, needed))
+    specs = [next(found)[1] if is_needed else None for is_needed in needed]
+    tree = jax.tree.unflatten(jax.tree.structure(params), specs)
+    return lambda _: tree
 
 
 def shapes_of(params: Any) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
@@ -299,7 +322,9 @@ def call_noting_parts(what: str, function: Callable[[Any], T], params: Any) -> T
     try:
         return function(params)
     except Exception as error:
-        if has_masked(params):
+        if not has_masked(params):
+            error.add_note(f"{what}: the function was called with the pytree of parameters")
+        else:
             error.add_note(
                 f"{what}: the function was called with a part of the parameters: optax.masked, "
                 "multi_transform and partition put optax.MaskedNode() in the place of the others. "
@@ -463,30 +488,40 @@ def completed(
     specs: Sequence[Spec | None],
     default: Spec | LabelFn | None,
     seen: Callable[[Any, Any], Any],
+    needed: Sequence[bool] | None = None,
 ) -> Any:
     """A pytree of the specs of `params`, with the default's where they are None.
 
+    A default sees all parameters: the shape of a bias may say which axes of a kernel are outputs.
+
+    Args:
+        what: the label function that asks.
+        params: the parameters.
+        specs: what its rules give for each leaf.
+        default: a spec, or a label function.
+        seen: what the rules look at, `seen(keys, leaf)`, for the message.
+        needed: which leaves need a spec; None for all.
+
     Raises:
-        ValueError: if there is no default where one is needed; the message has `seen(keys, leaf)`,
-            what the rules of the label function `what` look at.
+        ValueError: if there is no default where one is needed.
     """
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
-    unmatched = [pair for spec, pair in zip(specs, leaves, strict=True) if spec is None]
-    if unmatched and default is None:
+    asked = [spec is None for spec in specs]
+    asked = asked if needed is None else [a and n for a, n in zip(asked, needed, strict=True)]
+    unmatched = [pair for is_asked, pair in zip(asked, leaves, strict=True) if is_asked]
+    given = {path_str(keys) for (keys, _), a in zip(leaves, asked, strict=True) if not a}
+    check_only_params(what, params, given.__contains__)
+    if not unmatched:
+        return jax.tree.unflatten(treedef, specs)
+    if default is None:
         shown = first_few([f"{path_str(keys)} {seen(keys, leaf)}" for keys, leaf in unmatched])
         raise ValueError(
             f"{what}: no rule matches {shown}: add a rule for it, or a default such as "
             "flax_layers() or per_element()"
         )
-    rest = [
-        leaf if spec is None else optax.MaskedNode()
-        for spec, (_, leaf) in zip(specs, leaves, strict=True)
-    ]
-    defaults = iter(
-        resolve_block_specs(default, jax.tree.unflatten(treedef, rest)) if unmatched else ()
-    )
+    defaults = iter(specs_of_some(default, params, asked))
     return jax.tree.unflatten(
-        treedef, [next(defaults)[1] if spec is None else spec for spec in specs]
+        treedef, [next(defaults)[1] if a else spec for spec, a in zip(specs, asked, strict=True)]
     )
 
 

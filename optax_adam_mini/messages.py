@@ -58,7 +58,7 @@ def check_counts(state: Any) -> None:
     """
     if isinstance(state.count, jax.ShapeDtypeStruct):
         raise TypeError(
-            "update: got a state of shapes without numbers, such as the template of a restore: "
+            "got a state of shapes without numbers, such as the template of a restore: "
             "pass the state that the restore returned, or the one that init made"
         )
     if not jnp.issubdtype(jnp.result_type(state.count), jnp.integer):
@@ -113,15 +113,17 @@ def check_gradient(path: str, shape: Any, gradient: Any) -> None:
     """Refuses a gradient that does not have the shape, or the kind of numbers, of its parameter.
 
     Raises:
-        TypeError: if a real parameter has a gradient of complex numbers, integers, booleans, or
-            floats of 8 bits.
+        TypeError: if a parameter has a gradient of integers, booleans, or floats of 8 bits, or a
+            real parameter has one of complex numbers.
         ValueError: if the gradient has another shape.
     """
     check_shape(path, "gradient", shape.shape, gradient)
-    if gradient is None or not jnp.issubdtype(shape.dtype, jnp.floating):
+    if gradient is None or not jnp.issubdtype(shape.dtype, jnp.inexact):
         return
     dtype = jnp.result_type(gradient)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    is_real = jnp.issubdtype(shape.dtype, jnp.floating)
+    kind = jnp.floating if is_real else jnp.inexact
+    if not jnp.issubdtype(dtype, kind) or dtype.itemsize < 2:
         remedy = ", or take the gradient of a real loss" * (dtype.itemsize > 1)
         raise TypeError(
             f"{path or 'params'}: got a gradient of {dtype} for a parameter of {shape.dtype}: cast "
@@ -176,27 +178,31 @@ def check_has_gradients(updates: Any, params: Any) -> None:
         )
 
 
-def check_given_mask(mask: Any) -> None:
+def check_given_mask(what: str, mask: Any) -> None:
     """Refuses anything but a pytree of booleans and a function, and a single boolean.
 
     `optax.inject_hyperparams` calls a mask function with the step, and passes on a single boolean.
+
+    Args:
+        what: the name of the argument.
+        mask: what was given.
 
     Raises:
         TypeError: if it is refused.
     """
     if isinstance(mask, type):
-        raise TypeError(f"mask: expected a pytree of booleans or a function, got {mask!r}")
+        raise TypeError(f"{what}: expected a pytree of booleans or a function, got {mask!r}")
     if isinstance(mask, bool | np.bool_ | jax.Array):
         raise TypeError(
-            f"mask: expected a pytree of booleans or a function, got {mask!r}: if it was a "
+            f"{what}: expected a pytree of booleans or a function, got {mask!r}: if it was a "
             "function, optax.inject_hyperparams took it for a schedule: name the argument in "
             "static_args; if everything decays, leave the mask out; if nothing does, set the "
             "weight decay to 0"
         )
-    check_mask_leaves(mask)
+    check_mask_leaves(what, mask)
 
 
-def check_mask_leaves(mask: Any) -> None:
+def check_mask_leaves(what: str, mask: Any) -> None:
     """Refuses a mask that is neither a pytree of booleans nor a function that returns one.
 
     Raises:
@@ -207,13 +213,13 @@ def check_mask_leaves(mask: Any) -> None:
         is_function = callable(value) and not keys  # `init` checks what the function returns
         if not (isinstance(value, bool) or is_array or is_function):
             raise TypeError(
-                f"mask{'' if not keys else ' at ' + path_str(keys)}: expected True or False, got "
+                f"{what}{'' if not keys else ' at ' + path_str(keys)}: expected True or False, got "
                 f"{value!r}: give a pytree of booleans like the parameters, or a function that "
                 "returns one"
             )
 
 
-def check_mask(mask: Any, params: Any) -> None:
+def check_mask(what: str, mask: Any, params: Any) -> None:
     """Refuses a mask that does not have the structure of the parameters.
 
     Raises:
@@ -223,16 +229,16 @@ def check_mask(mask: Any, params: Any) -> None:
         return
     if is_label_function(mask):
         mask = mask(params)
-        check_mask_leaves(mask)
+        check_mask_leaves(what, mask)
         if mask is None:
-            raise ValueError("mask: the function returned None, expected a pytree of booleans")
+            raise ValueError(f"{what}: the function returned None, expected a pytree of booleans")
     if mask is None:
         return
     try:
         jax.tree.map(lambda _, p: None, mask, params)
     except ValueError as error:
         raise ValueError(
-            f"mask must have the structure of the parameters, or be a prefix of it: {error}"
+            f"{what} must have the structure of the parameters, or be a prefix of it: {error}"
         ) from None
 
 
@@ -244,7 +250,7 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
     """
     try:
         leaves = jax.tree.structure(like).flatten_up_to(tree)
-        if not any(isinstance(leaf, (dict, list, tuple)) for leaf in leaves):
+        if jax.tree_util.all_leaves([leaf for leaf in leaves if leaf is not None]):
             return leaves
     except ValueError:
         pass

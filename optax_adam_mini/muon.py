@@ -12,6 +12,7 @@ import optax
 from optax_adam_mini.dimension_numbers import Pieces, dimension_numbers, specs_of
 from optax_adam_mini.hyperparams import (
     check_count,
+    check_first_values,
     check_hyperparams,
     check_is_bool,
     check_mu_dtype,
@@ -21,14 +22,19 @@ from optax_adam_mini.labels import (
     BlockSpecs,
     call_noting_parts,
     check_called,
+    function_of_some,
     is_empty,
     is_label_function,
     remembered,
-    shapes_of,
-    specs_for_parts,
 )
-from optax_adam_mini.messages import check_given_mask, check_has_gradients, check_order
+from optax_adam_mini.messages import (
+    check_given_mask,
+    check_has_gradients,
+    check_mask,
+    check_order,
+)
 from optax_adam_mini.momentum import check_coefficients, coefficients, scale_by_muon_in_pieces
+from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.sums import widened
 from optax_adam_mini.transform import adam_mini, add_decayed_weights, cast_to_param_dtypes
 
@@ -151,12 +157,18 @@ def muon_mini(
     if adam_learning_rate is not None:
         adam_rate = check_scalar_or_schedule("adam_learning_rate", adam_learning_rate)
     adam_weight_decay = check_scalar_or_schedule("adam_weight_decay", adam_weight_decay)
-    check_given_mask(weight_decay_mask)
-    check_hyperparams(
-        beta=beta, eps=eps, adam_b1=adam_b1, adam_b2=adam_b2, adam_eps_root=adam_eps_root
-    )
+    check_given_mask("weight_decay_mask", weight_decay_mask)
+    hyperparams = {
+        "beta": beta, "eps": eps, "adam_b1": adam_b1, "adam_b2": adam_b2,
+        "adam_eps_root": adam_eps_root,
+    }  # fmt: skip
     if consistent_rms is not None:
-        check_hyperparams(consistent_rms=consistent_rms)
+        hyperparams["consistent_rms"] = consistent_rms
+    check_hyperparams(**hyperparams)
+    rates = {"learning_rate": learning_rate, "adam_learning_rate": adam_rate,
+             "weight_decay": weight_decay, "adam_weight_decay": adam_weight_decay}  # fmt: skip
+    schedules = {name: rate for name, rate in rates.items() if callable(rate)}
+    arrays = {name: x for name, x in (hyperparams | rates).items() if name not in schedules}
     ns_steps = check_count("ns_steps", ns_steps)
     dtype = check_mu_dtype(mu_dtype)
     check_is_bool(nesterov=nesterov, adaptive=adaptive, parts=parts)
@@ -188,13 +200,16 @@ def muon_mini(
         mask, nesterov=nesterov, bounded=bounded, block_specs=block_specs,
     )  # fmt: skip
     rest_as_given = rest(block_specs, weight_decay_mask)
+    default = flax_layers()
 
     def both(params: Any, is_init: bool = False) -> optax.GradientTransformationExtraArgs:
-        ask = lambda of, given: remembered(of, given, params, is_init=is_init)
+        ask = lambda of, given, *args: remembered(of, given, params, *args, is_init=is_init)
         found = ask(dimension_numbers, muon_weight_dimension_numbers)
         numbers = [each for each in found if each is not None]
-        # The user's functions see the whole tree.
-        given = specs_for_parts(block_specs, params, is_init=is_init)
+        # Functions see the whole tree.
+        given = default if block_specs is None and not parts else block_specs
+        if is_label_function(given) and not is_empty(params):
+            given = ask(function_of_some, given, tuple(parts or n is None for n in found))
         mask = weight_decay_mask
         if is_label_function(mask) and not is_empty(params):
             mask = ask(_mask_of, mask)
@@ -213,6 +228,11 @@ def muon_mini(
         return optax.partition({MUON: matrices(pieces_of, mask), ADAM: adam}, lambda _: labels)
 
     def init_fn(params: Any) -> Any:
+        # Here, because the parts know some of them by other names.
+        check_hyperparams(are_known=True, **arrays)
+        check_first_values(**schedules)
+        if not is_label_function(weight_decay_mask):
+            check_mask("weight_decay_mask", weight_decay_mask, params)
         return both(params, is_init=True).init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
@@ -224,11 +244,15 @@ def muon_mini(
                 f"{type(state).__name__}: call tx.update(grads, state, params), in this order"
             )
         # Functions get the parameters, whose dtypes may differ from the gradients'.
-        like = jax.tree.unflatten(*shapes_of(updates if params is None else params))
-        return both(like).update(updates, state, params, **extra_args)
+        return both(updates if params is None else params).update(
+            updates, state, params, **extra_args
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _mask_of(mask: Any, params: Any) -> Any:
-    return call_noting_parts("weight_decay_mask", mask, params)
+    """What a mask function returns for the whole tree, as a function for its parts."""
+    found = call_noting_parts("weight_decay_mask", mask, params)
+    check_mask("weight_decay_mask", lambda _: found, params)
+    return lambda _: found

@@ -7,6 +7,7 @@ one more number per input.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -110,7 +111,7 @@ class Outer:
         Raises:
             ValueError: as `Outer.runs`; also if all blocks of one grid lie
                 inside those of the other, except for vectors, where they
-                always do.
+                always do, and except along axes of size 1.
 
         Examples:
             >>> outer(per_head(4, stacked=0), per_neuron()).check((64, 64))
@@ -120,6 +121,11 @@ class Outer:
         is_vector = (sum(longer) == 1 and a != b) or sum(size > 1 for size in shape) < 2
         if is_vector or both not in (a, b):  # blocks with less than two axes are vectors
             return
+        # A kernel with one output has one column; the same spec makes sense for more outputs.
+        longer_shape = tuple(max(size, 2) for size in shape)
+        if longer_shape != tuple(shape):
+            with contextlib.suppress(ValueError):
+                return self.check(longer_shape)
         inner, other = ("b", "a") if both == a else ("a", "b")
         raise ValueError(
             f"{self}: the blocks of {inner} lie inside those of {other} on the shape "

@@ -140,7 +140,7 @@ def write(
     if dtype != jnp.int8:
         return narrowed(m, dtype)
     # A root too small to have an inverse gives the code 0.
-    inverse = lambda root: jnp.where(root > _TINY, 1 / root, 0.0)
+    inverse = lambda root: 1 / jnp.where(root > _TINY, root, jnp.inf)
     number = _times_roots(jnp.abs(m), factors, inverse).astype(jnp.float32) + _OFFSET
     number = without_derivative(number, _NO_CODES)
     # In each binade, codes are evenly spaced in the bits and hence in the numbers. Adding a random

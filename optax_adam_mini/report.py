@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from optax_adam_mini.blocks import BlockSpec
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.dimension_numbers import dimension_numbers, rows_of, sizes_of
-from optax_adam_mini.hyperparams import check_mu_dtype
+from optax_adam_mini.hyperparams import check_mu_dtype, check_param_dtype
 from optax_adam_mini.labels import (
     BlockSpecs,
-    evaluate_specs,
     has_outer,
     path_str,
-    resolve_block_specs,
     shapes_of,
+    specs_of_some,
 )
 from optax_adam_mini.product import Outer, Spec
 from optax_adam_mini.sums import period, widen
@@ -61,7 +59,8 @@ def block_table(
         AdamW's, and bytes of parameters, gradients and state.
 
     Raises:
-        TypeError, ValueError: if the specs or the dimension numbers do not fit the parameters.
+        TypeError, ValueError: if the specs or the dimension numbers do not fit the parameters, or
+            a parameter cannot be trained.
 
     Examples:
         >>> params = {"kernel": jax.ShapeDtypeStruct((768, 3072), jnp.float32)}
@@ -74,9 +73,11 @@ def block_table(
         ['kernel', '(768, 3072)', 'matrix (768 x 3072), Muon', '0', '0']
     """
     table = _printable_table()(title="Blocks of Adam-mini", title_justify="left")
-    given = evaluate_specs(block_specs, params)
-    matrices, rest = _matrices(muon_weight_dimension_numbers, params)
-    of_rest = [spec for _, spec in resolve_block_specs(given, rest)]
+    matrices = _matrices(muon_weight_dimension_numbers, params)
+    is_rest = [matrix is None for _, matrix in matrices]
+    of_rest = [spec for _, spec in specs_of_some(block_specs, params, is_rest)]
+    for (path, _), leaf in zip(matrices, jax.tree.leaves(params), strict=True):
+        check_param_dtype(path, jnp.result_type(leaf))
     specs, is_outer = iter(of_rest), has_outer(block_specs, of_rest)
     _, leaves = shapes_of(params)
     rows: dict[tuple[Any, ...], list[str]] = {}  # parameters that differ only in numbers in paths
@@ -134,13 +135,11 @@ def block_table(
     return table
 
 
-def _matrices(numbers: Any, params: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """Every parameter's path and dimension numbers, and the tree of the parameters without any."""
-    leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
-    found = [None] * len(leaves) if numbers is None else dimension_numbers(numbers, params)
-    rest = [optax.MaskedNode() if n else p for (_, p), n in zip(leaves, found, strict=True)]
-    paths = [path_str(keys) for keys, _ in leaves]
-    return list(zip(paths, found, strict=True)), jax.tree.unflatten(treedef, rest)
+def _matrices(numbers: Any, params: Any) -> list[tuple[str, Any]]:
+    """Every parameter's path and dimension numbers."""
+    paths = [path_str(keys) for keys, _ in leaves_with_path(params)]
+    found = [None] * len(paths) if numbers is None else dimension_numbers(numbers, params)
+    return list(zip(paths, found, strict=True))
 
 
 def _describe_matrix(numbers: MuonDimensionNumbers, shape: tuple[int, ...]) -> str:

@@ -141,5 +141,11 @@ def _is_bfloat16(x: Any) -> bool:
 
 def _widened(tree: Any) -> Any:
     is_narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-    widen = lambda x: x.astype(jnp.float32) if hasattr(x, "dtype") and is_narrow(x) else x
+
+    def widen(x: Any) -> Any:
+        if not (hasattr(x, "dtype") and is_narrow(x)):
+            return x
+        is_shape = isinstance(x, jax.ShapeDtypeStruct)
+        return x.update(dtype=jnp.float32) if is_shape else x.astype(jnp.float32)
+
     return jax.tree.map(widen, tree)

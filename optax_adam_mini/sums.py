@@ -58,7 +58,8 @@ def block_mean(
         >>> block_mean(jnp.array([1.0, 3.0, 5.0]), [((1, 2), (1, 1))])
         Array([2., 5.], dtype=float32)
     """
-    value = lambda x: (of or (lambda x: x))(x.astype(widen(x.dtype)))
+    wide = lambda x: x.astype(widen(x.dtype))
+    value = lambda x: wide(of(wide(x)) if of else wide(x))
     if (axis := _axis_in_parts(axes)) is not None:
         bounds = _bounds(axes[axis])
         plain = lambda x: _part_means(x, axis, bounds, value)

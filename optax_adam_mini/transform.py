@@ -222,7 +222,7 @@ def adam_mini(
     """
     learning_rate = check_scalar_or_schedule("learning_rate", learning_rate)
     weight_decay = check_scalar_or_schedule("weight_decay", weight_decay)
-    check_given_mask(mask)
+    check_given_mask("mask", mask)
     return cast_to_param_dtypes(
         optax.chain(
             _wide_adam_mini(
@@ -283,10 +283,11 @@ def cast_to_param_dtypes(
 
 
 def _with_gradients(updates: Any, params: Any) -> Any:
-    """`params` without leaves whose gradient is None (functions in an Equinox model)."""
+    """`params` without what is no array and has no gradient (functions in an Equinox model)."""
     if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
         return params
-    keep = lambda g, p: jax.tree.map(lambda _: None, p) if g is None else p
+    is_array = lambda p: hasattr(p, "dtype")
+    keep = lambda g, p: jax.tree.map(lambda x: x if is_array(x) else None, p) if g is None else p
     try:
         return jax.tree.map(keep, updates, params, is_leaf=lambda g: g is None)
     except ValueError:  # another structure, about which update has a better message
@@ -304,7 +305,7 @@ def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransform
         return optax.add_decayed_weights(rate, mask(params) if is_called else mask)
 
     def init_fn(params: Any) -> Any:
-        check_mask(mask, params)
+        check_mask("mask", mask, params)
         return decay(params).init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -395,7 +396,9 @@ def _wide_adam_mini(
         for (path, spec), seed, shape, g, p, m, v in zip(
             labels, seeds, shapes, grads, like, mu, nu, strict=True
         ):
-            check_gradient(path, shape, g)
+            # Without params, mu says what kind of numbers a parameter has.
+            of_mu = m if params is None and mu_dtype is None else shape
+            check_gradient(path, of_mu, g)
             check_shape(path, "parameter", shape.shape, p)
             if g is None:
                 new.append((None, m, v))
@@ -461,7 +464,8 @@ def _clip_step(update: Array, longest: Any) -> Array:
     """Limits every coordinate to `longest`."""
     if jnp.issubdtype(update.dtype, jnp.complexfloating):
         length = jnp.abs(jnp.where(update == 0, 1, update))  # at 0 it has no derivative
-        return update * jnp.minimum(1, longest / length)
+        is_long = length > longest
+        return update * jnp.where(is_long, longest / jnp.where(is_long, length, 1), 1)
     return jnp.clip(update, -longest, longest)
 
 
@@ -489,7 +493,7 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
     the newest gradient.
     """
     # a_i**2 / b_i = r**i (1 - b1)**2 / (1 - b2); with b2 = 0 it is infinite from i = 1 on
-    log_r = jnp.minimum(2 * _log(b1) - jnp.maximum(_log(b2), -1e30), 80.0)
+    log_r = jnp.minimum(2 * _log(b1) - _log(b2), 80.0)
     t = count.astype(jnp.float32)
     is_one = jnp.abs(log_r) < 1e-6
     below_one = jnp.where(is_one, -1.0, log_r)
@@ -505,13 +509,21 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
 
 def _bias_correction(decay: Any, count: Array) -> Array:
     """1 - decay**count to full float32 precision: the plain form loses five digits at 0.999."""
-    return -jnp.expm1(count * _log(decay))
+    if isinstance(decay, (int, float)):
+        return -jnp.expm1(count * _log(decay)) if decay > 0 else jnp.ones_like(count, jnp.float32)
+    is_zero = decay <= 0  # where the logarithm has no derivative
+    exact = -jnp.expm1(count * _log(jnp.where(is_zero, 0.5, decay)))
+    return jnp.where(is_zero, 1 - decay**count, exact)
+
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def _log(decay: Any) -> Any:
+    """The logarithm of a decay rate, finite at 0."""
     if isinstance(decay, (int, float)):
-        return math.log(decay) if decay > 0 else -math.inf
-    return jnp.log(decay)
+        return math.log(max(decay, _TINY))
+    return jnp.log(jnp.maximum(decay, _TINY))
 
 
 def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:

@@ -55,11 +55,15 @@ def by_path(
     check_default("by_path", default)
 
     made = functools.partial(_label, compiled, default)
-    return label("by_path", [list(rules)], {"default": default}, made)
+    said = [(pattern.pattern, spec) for pattern, spec in compiled]
+    return label("by_path", [said], {"default": default}, made)
 
 
 def _label(
-    rules: list[tuple[re.Pattern[str], Spec]], default: Spec | LabelFn | None, params: Any
+    rules: list[tuple[re.Pattern[str], Spec]],
+    default: Spec | LabelFn | None,
+    params: Any,
+    needed: Sequence[bool] | None = None,
 ) -> Any:
     """The specs of `params`; a module-level function, so that it can be pickled."""
     check_is_params("by_path", params)
@@ -67,4 +71,4 @@ def _label(
     for rule, _ in rules:
         check_used(f"by_path: the rule {rule.pattern!r}", rule.search, rule.pattern, params)
     specs = [next((s for rule, s in rules if rule.search(path)), None) for path in paths]
-    return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf))
+    return completed("by_path", params, specs, default, lambda _, leaf: jnp.shape(leaf), needed)

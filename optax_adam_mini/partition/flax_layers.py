@@ -136,7 +136,13 @@ def flax_layers(
         raise TypeError(
             f'flax_layers: stacked must be a dict such as {{"layers": 0}}, got {stacked!r}'
         )
-    stacks = {name: (a,) if isinstance(a, int) else tuple(a) for name, a in (stacked or {}).items()}
+    stacks: dict[str, tuple[int, ...]] = {}
+    for name, axes in (stacked or {}).items():
+        stacks[name] = (axes,) if isinstance(axes, int) else tuple(axes or ())
+        if not stacks[name] or not all(isinstance(axis, int) for axis in stacks[name]):
+            raise TypeError(
+                f"flax_layers: stacked must give an axis, or several, for {name!r}, got {axes!r}"
+            )
     options = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "query_key": query_key,
         "value": value, "conv": conv, "bias": bias,
@@ -154,6 +160,7 @@ def _label(
     stacks: dict[str, tuple[int, ...]],
     default: Spec | None,
     params: Any,
+    needed: Sequence[bool] | None = None,
 ) -> Any:
     """The specs of `params`; a module-level function, so that it can be pickled."""
     used: set[str] = set()  # the options that some parameter has needed
@@ -167,7 +174,7 @@ def _label(
         if use("query_key") == "neuron":
             return per_neuron(axis)
         of_keys = None if module in _QUERIES | _OTHER_QUERIES else use("num_kv_heads")
-        count = of_keys or use("num_heads")
+        count = use("num_heads") if of_keys is None else of_keys
         if count is None:
             return (
                 "the number of heads is not in a plain kernel: pass num_heads to flax_layers, or "
@@ -203,8 +210,11 @@ def _label(
         rank = len(shape)
         if rank < 2:
             return per_element()
+        if is_haiku and bias_shape is not None and set(bias_shape[1:]) == {1}:
+            bias_shape = bias_shape[:1]  # a convolution with channels first
         # (inputs, heads, head_dim) or (inputs, outputs), but `out` is (heads, head_dim, outputs).
-        is_attention = module in _QUERIES | _KEYS | _VALUES | {"out"}
+        is_conv = rank > 3 and module in _VALUES | {"out"} and bias_shape == shape[-1:]
+        is_attention = module in _QUERIES | _KEYS | _VALUES | {"out"} and not is_conv
         outputs = 1 if rank == 2 or module == "out" else 2
         if is_attention and (rank > 3 or bias_shape not in (None, shape[-outputs:])):
             with_bias = "" if bias_shape is None else f" and its bias {bias_shape}"
@@ -221,11 +231,11 @@ def _label(
             return heads(module, axis=-1)
         if module in _OTHER_QUERIES | _OTHER_KEYS or _FUSED.fullmatch(module):
             return _UNTOLD
-        if module in _VALUES:
+        if module in _VALUES and not is_conv:
             if use("value") == "tensor":
                 return per_tensor()
             return per_neuron() if rank == 2 else per_neuron(axis=(-2, -1))
-        if rank == 2 or module == "out":
+        if rank == 2 or (module == "out" and not is_conv):
             return per_neuron()
         if (rank > 3 or "conv" in module) and use("conv") == "tensor":
             return per_tensor()
@@ -238,6 +248,8 @@ def _label(
                 return per_neuron() if outputs == 1 else per_neuron(axis=tuple(range(-outputs, 0)))
             if bias_shape == shape[-2:-1]:
                 return per_neuron(axis=-2)  # ConvTranspose(transpose_kernel=True)
+            if bias_shape == shape[:-2] + shape[-1:]:
+                return per_neuron()  # ConvLocal: a bias for each position
             return f"its bias has shape {bias_shape}, which is not that of its last axes"
         if "conv" in module or (rank > 3 and not re.search("dense|einsum|linear", module)):
             return per_neuron()
@@ -270,7 +282,8 @@ def _label(
         return default or "its name is none of Flax's own: pass default to flax_layers"
 
     check_is_params("flax_layers", params)
-    check_only_params("flax_layers", params)
+    if needed is None:  # otherwise the function that asks has checked
+        check_only_params("flax_layers", params)
     for module in stacks:
         check_used(
             f"flax_layers: stacked={{{module!r}: ...}}",
@@ -280,13 +293,14 @@ def _label(
         )
     leaves, treedef = leaves_with_path(params), jax.tree.structure(params)
     shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
+    joined = {"/".join(path): shape for path, shape in shapes.items()}
     attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
-    specs: list[Spec] = []
+    specs: list[Spec | None] = []
     unread: dict[str, list[str]] = {}
-    for path, shape in shapes.items():
+    for index, (path, shape) in enumerate(shapes.items()):
         names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
         axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
-        bias_shape = shapes.get((*path[:-1], "b" if names[-1] == "w" else "bias"))
+        bias_shape = joined.get("/".join((*names[:-1], "b" if names[-1] == "w" else "bias")))
         try:
             spec = label(
                 names,
@@ -297,7 +311,9 @@ def _label(
             spec = spec if isinstance(spec, str) else _stack(spec, axes, len(shape))
         except ValueError as error:
             spec = str(error)
-        if isinstance(spec, str):
+        if needed is not None and not needed[index]:
+            specs.append(None)
+        elif isinstance(spec, str):
             unread.setdefault(spec, []).append(f"{'/'.join(path)} {shape}")
         else:
             specs.append(spec)

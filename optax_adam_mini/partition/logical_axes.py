@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -69,13 +69,16 @@ def by_logical_axes(
         >>> label(params)["kernel"].value.grid((2, 8, 4, 16))
         (2, 1, 4, 1)
     """
+    for name, given in (("rules", rules), ("stacked", stacked)):
+        if not isinstance(given, Iterable):
+            raise TypeError(f"by_logical_axes: {name} must be a sequence, got {given!r}")
     stacked = (stacked,) if isinstance(stacked, str) else tuple(stacked)
     table = _checked(rules, stacked)
     check_default("by_logical_axes", default)
 
     made = functools.partial(_label, table, stacked, default)
     options = {"default": default, "stacked": stacked if stacked != ("layers",) else None}
-    return label("by_logical_axes", [list(rules)], options, made)
+    return label("by_logical_axes", [list(table.items())], options, made)
 
 
 def _label(
@@ -83,6 +86,7 @@ def _label(
     stacked: tuple[str, ...],
     default: Spec | LabelFn | None,
     params: Any,
+    needed: Sequence[bool] | None = None,
 ) -> Any:
     """The specs of `params`; a module-level function, so that it can be pickled."""
     check_is_params("by_logical_axes", params)
@@ -111,7 +115,7 @@ def _label(
         )
 
     seen = lambda keys, _: named.get(path_of(keys), ())
-    return completed("by_logical_axes", params, specs, default, seen)
+    return completed("by_logical_axes", params, specs, default, seen, needed)
 
 
 def _checked(rules: Any, stacked: tuple[str, ...]) -> dict[Names, tuple[str, ...]]:

@@ -189,7 +189,7 @@ def _second_moments(state: Any) -> dict[tuple[str, ...], Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _spread(spec: Spec, v: Float[Array, "*shape"]) -> Float[Array, ""]:
     """How far the steps with `spec` are from Adam's: a root mean square over coordinates."""
-    v = v.astype(widen(v.dtype))
+    v = jnp.real(v).astype(widen(jnp.real(v).dtype))  # of complex parameters it is complex
     v = v / jnp.max(v, initial=jnp.finfo(v.dtype).tiny)  # so that small values do not underflow
     nu: Any = spec.block_mean(v)
     of_blocks = spec.spread(nu, v.shape)

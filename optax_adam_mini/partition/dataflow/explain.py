@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from optax_adam_mini.partition.dataflow.rows import check_v, outer_of
 from optax_adam_mini.partition.dataflow.specs import spec_of
 from optax_adam_mini.product import Outer, Spec
 
-# The paths of libraries, which are not the user's own code.
-_LIBRARIES = re.compile(r"[\\/](jax|jaxlib|flax|haiku|equinox|optax|optax_adam_mini)[\\/]")
+# Whose code is not the user's own.
+_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "optax_adam_mini")
 _MANY = 8  # uses: up to this many are each tried alone
 
 
@@ -116,7 +117,9 @@ def _kept(spec: Spec, shape: Sequence[int]) -> str:
 def place(step: Step) -> str:
     """File and line of a step in the user's code."""
     frames = [frame for found in step.tracebacks if found is not None for frame in found.frames]
-    own = [frame for frame in frames if not _LIBRARIES.search(frame.file_name)]
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES)
+    folders = tuple(os.path.dirname(file) + os.sep for file in files if file)
+    own = [frame for frame in frames if not frame.file_name.startswith(folders)]
     if not own:
         return "an unknown place"
     return f"{own[0].file_name}:{own[0].line_num}"
