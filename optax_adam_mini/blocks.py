@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from optax_adam_mini import sums
@@ -75,6 +76,9 @@ class BlockSpec:
         axes = [axis for axis, _ in self.cuts]
         if len(set(axes)) < len(axes):
             raise ValueError(f"a block spec names each axis once, got axes {axes}")
+        # NumPy's integers would show in `repr`.
+        plain = lambda x: int(x) if isinstance(x, np.integer) else x
+        object.__setattr__(self, "cuts", jax.tree.map(plain, self.cuts))
 
     def runs(self, shape: Sequence[int]) -> tuple[Runs, ...]:
         """The cuts along every axis of an array of `shape`.

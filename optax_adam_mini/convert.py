@@ -25,6 +25,7 @@ from optax_adam_mini.labels import (
     specs_of_some,
 )
 from optax_adam_mini.messages import check_counts, check_has_state
+from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Outer, OuterMoments, Spec, pack_nu, unpack_nu
 from optax_adam_mini.quantized import Codes, check_stored_dtype, pack_mu, read, unpack_mu, write
 from optax_adam_mini.random_bits import rounding_seed, salt_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 def from_adam_state(
     state: PyTree,
     params: PyTree,
-    block_specs: BlockSpecs,
+    block_specs: BlockSpecs | None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> PyTree:
     """Converts the state of `optax.adamw` (or `optax.adam`) to Adam-mini's.
@@ -52,7 +53,8 @@ def from_adam_state(
             squares.
         params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
-        block_specs: specs, or label function, of the new `adam_mini`.
+        block_specs: specs, or label function, of the new `adam_mini`; None for
+            its default. Parameters without moments need no specs.
         mu_dtype: `mu_dtype` of the new `adam_mini`; None keeps `mu` as it is.
 
     Returns:
@@ -89,7 +91,7 @@ def from_adam_state(
     )
 
 
-def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyTree:
+def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs | None) -> PyTree:
     """Converts Adam-mini's state to that of `optax.adamw`.
 
     Every coordinate gets its block's `v`.
@@ -98,7 +100,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs) -> PyT
         state: optimizer state that contains a `ScaleByAdamMiniState`.
         params: the parameters that it was made for: arrays or
             `jax.ShapeDtypeStruct`s.
-        block_specs: the specs, or label function, that it was made with.
+        block_specs: the specs, or label function, that it was made with; None
+            for `adam_mini`'s default.
 
     Returns:
         The same structure, with an `optax.ScaleByAdamState` in place of each
@@ -155,6 +158,7 @@ def _convert(
     new_dtype: Any = None,
 ) -> Any:
     check_has_state("", old.__name__, {new.__name__: _IS_CONVERTED[new.__name__]}, state)
+    block_specs = flax_layers() if block_specs is None else block_specs  # as in `adam_mini`
     by_path = {path_of(keys): p for keys, p in leaves_with_path(params)}
 
     def convert(node: Any) -> Any:

@@ -107,9 +107,12 @@ def check_scalar_or_schedule(name: str, value: Any) -> Any:
     Raises:
         TypeError, ValueError: as `check_hyperparams`.
     """
+    kind = "a number or a schedule"
     if not callable(value):
-        return _checked(name, value, math.inf, "a number or a schedule", False)
+        return _checked(name, value, math.inf, kind, False)
     schedule: Any = value
+    if hasattr(value, "made_by"):
+        raise TypeError(f"{name}: expected {kind}, got the label function {value!r}")
     try:
         takes = inspect.signature(schedule)
     except (TypeError, ValueError):  # some functions that are written in C have none

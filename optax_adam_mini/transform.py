@@ -314,7 +314,8 @@ def add_decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransform
         if params is None:
             raise ValueError(
                 f"weight decay (weight_decay={weight_decay}) needs the parameters, and update got "
-                "none: call tx.update(grads, state, params), or set weight_decay=0.0"
+                "none: call tx.update(grads, state, params), or set weight_decay=0.0 (a number: "
+                "inside optax.inject_hyperparams, name it in static_args)"
             )
         # Integers do not decay, and a parameter without a gradient does not move.
         is_none = lambda u: u is None

@@ -292,3 +292,15 @@ def test_integers_beside_codes_are_not_read_as_codes():
     state = adam_mini(0.1, mu_dtype="int8", block_specs=per_tensor()).init(p)
     back = to_adam_state(state, p, per_tensor())
     assert back[0].mu["frozen"].dtype == jnp.int8
+
+
+def test_parameters_without_moments_need_no_specs():
+    params = {"qkv": {"kernel": jnp.ones((4, 12))}, "head": {"kernel": jnp.ones((4, 3))}}
+    group = lambda tx: optax.multi_transform(
+        {"train": tx, "freeze": optax.set_to_zero()}, {"qkv": "freeze", "head": "train"}
+    )
+    adamw, mini = group(optax.adamw(1e-3)), group(adam_mini(1e-3))
+    for specs in (flax_layers(), None):  # None is adam_mini's default
+        state = from_adam_state(adamw.init(params), params, specs)
+        chex.assert_trees_all_equal(state, mini.init(params))
+        chex.assert_trees_all_equal_structs(to_adam_state(state, params, specs), adamw.init(params))

@@ -199,3 +199,10 @@ def test_inferred_blocks_hold_more_than_random_ones(make):
         assert len(shares) >= 2
         for path, share in shares.items():
             assert share.ratio > 1.5, (path, share)
+
+
+def test_paths_that_read_alike_are_refused():
+    params = {"a/b": jnp.ones((3, 3)), "a": {"b": jnp.ones((3, 3))}}
+    loss = lambda p: jnp.sum(jnp.tanh(p["a/b"] @ p["a"]["b"])) ** 2
+    with pytest.raises(ValueError, match=r"two parameters have paths that read alike: .*a/b"):
+        block_shares(loss, params, per_neuron())

@@ -1,3 +1,4 @@
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +13,11 @@ from optax_adam_mini import (
     BlockSpec,
     adam_mini,
     block_table,
+    by_logical_axes,
     by_path,
     explain,
     flax_layers,
+    from_adam_state,
     fused,
     infer_block_specs,
     infer_muon_dimension_numbers,
@@ -26,6 +29,7 @@ from optax_adam_mini import (
     per_head,
     per_neuron,
     per_tensor,
+    scale_by_adam_mini,
     to_adam_state,
 )
 from optax_adam_mini.labels import resolve_block_specs
@@ -123,6 +127,15 @@ def eighths(p):
     return jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), p)
 
 
+def boxed(p):
+    return jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), p)
+
+
+def complex_with_integers():
+    params, tx = {"w": jnp.ones(2, complex)}, adam_mini(0.1, block_specs=per_tensor())
+    return tx.update({"w": jnp.ones(2, int)}, tx.init(params), params)
+
+
 def nan_state(params):
     adamw = optax.adamw(0.1)
     grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
@@ -144,6 +157,29 @@ def nan_state(params):
         (lambda p: adam_mini(0.1, mask="bias"), "mask: expected True or False, got 'bias'"),
         (lambda p: adam_mini(0.1, mask={"w": True, "c": False}).init(p), "mask must have the structure"),
         (lambda p: adam_mini(0.1, nesterov="yes"), "nesterov must be True or False, got 'yes'"),
+        (lambda p: adam_mini(0.1, block_specs=functools.partial(per_head, 2)), "the function per_head itself"),
+        (lambda p: adam_mini(flax_layers()), r"learning_rate: expected a number or a schedule, got the label function flax_layers\(\)"),
+        (lambda p: by_logical_axes(None), "by_logical_axes: rules must be a sequence, got None"),
+        (lambda p: by_logical_axes([], stacked=None), "by_logical_axes: stacked must be a sequence, got None"),
+        (lambda p: flax_layers(stacked={"layers": None}), "stacked must give an axis, or several, for 'layers', got None"),
+        (lambda p: flax_layers(stacked={"layers": "0"}), "stacked must give an axis, or several, for 'layers', got '0'"),
+        (lambda p: flax_layers(num_heads=4, num_kv_heads=0)({"key": {"kernel": jnp.ones((8, 8))}}), "num_heads must be at least 1, got 0"),
+        (lambda p: from_adam_state(p, optax.adamw(0.1).init(p), per_tensor()), "expected an optimizer state with a ScaleByAdamState"),
+        (lambda p: to_adam_state(jax.eval_shape(adam_mini(0.1).init, p), p, flax_layers()), "a state of shapes without numbers"),
+        (lambda p: scale_by_adam_mini().update(jax.tree.map(lambda x: x * 1j, p), scale_by_adam_mini().init(p)), "b: got a gradient of complex64 for a parameter of float32"),
+        (lambda p: scale_by_adam_mini().update(jax.tree.map(lambda x: x.astype(int), p), scale_by_adam_mini().init(p)), "b: got a gradient of int32 for a parameter of float32"),
+        (lambda p: complex_with_integers(), "w: got a gradient of int32 for a parameter of complex64"),
+        (lambda p: adam_mini(0.1).update(boxed(p), adam_mini(0.1).init(p), p), "the gradients must have the structure of the parameters"),
+        (lambda p: adam_mini(0.1).update(p, adam_mini(0.1).init(p), boxed(p)), "the params must have the structure of the parameters"),
+        (lambda p: muon_mini(0.1, weight_decay_mask=True), "weight_decay_mask: expected a pytree of booleans"),
+        (lambda p: muon_mini(0.1, weight_decay_mask={"w": "yes", "b": True}), "weight_decay_mask at w: expected True or False"),
+        (lambda p: muon_mini(0.1, weight_decay_mask={"v": True}).init(p), "weight_decay_mask must have the structure"),
+        (lambda p: muon_mini(0.1, weight_decay=0.1, weight_decay_mask=lambda p: None).init(p), "weight_decay_mask: the function returned None"),
+        (lambda p: muon_mini(0.1, adam_learning_rate=lambda t: jnp.nan * t).init(p), "adam_learning_rate: what the schedule returns"),
+        (lambda p: muon_mini(0.1, adam_weight_decay=lambda t: jnp.nan * t).init(p), "adam_weight_decay: what the schedule returns"),
+        (lambda p: muon_mini(0.1, adam_b1=jnp.float32(1.5)).init(p), r"adam_b1 must be in \[0, 1\), got 1.5"),
+        (lambda p: muon_mini(0.1, adam_eps_root=jnp.float32(-1)).init(p), "adam_eps_root must be at least 0, got -1.0"),
+        (lambda p: muon_mini(0.1, block_specs=by_path([("bais", per_tensor())], per_element())).init(p), "the rule 'bais' matches no parameter"),
         (lambda p: adam_mini(-0.1), "learning_rate must be at least 0, got -0.1"),
         (lambda p: adam_mini(float("inf")), "learning_rate must be at least 0, and finite, got inf"),
         (lambda p: adam_mini(float("nan")), "learning_rate must be at least 0, got nan"),
@@ -236,3 +272,47 @@ def test_a_field_called_value_keeps_its_name():
         adam_mini(0.1, block_specs={"attention": Attention(None, None, per_neuron())}).init(params)
     boxed = {"kernel": nn.Partitioned(jnp.ones((3, 4)), ("in", "out"))}
     assert [path for path, _ in resolve_block_specs(per_neuron(), boxed)] == ["kernel"]
+
+
+def test_a_default_sees_all_parameters():
+    """Also those that rules match: the shape of a bias may say which axis has the outputs."""
+    params = {"up": {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones(4)}}
+    alone = flax_layers()(params)["up"]["kernel"].grid((3, 3, 4, 6))
+    rule = by_path([("bias$", per_tensor())], default=flax_layers())
+    for label in (rule, by_path([("other", per_tensor())], default=rule)):
+        if label is not rule:
+            params = {**params, "other": jnp.ones(3)}
+        found = label(params)["up"]
+        assert found["kernel"].grid((3, 3, 4, 6)) == alone == (1, 1, 4, 1)
+        assert found["bias"] == per_tensor()
+
+
+def test_a_users_function_as_a_default_gets_parameters():
+    by_rank = lambda p: {
+        name: per_neuron() if x.ndim > 1 else per_element() for name, x in p.items()
+    }
+    params = {"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    label = by_path([("embed", per_tensor())], default=by_rank)
+    assert label(params) == {"embed": per_tensor(), "w": per_neuron(), "b": per_element()}
+
+
+def test_a_misspelt_option_of_a_default_is_refused():
+    params = {"embed": jnp.ones((9, 4)), "layers": {"scale": jnp.ones((3, 4))}}
+    label = by_path([("embed", per_tensor())], default=flax_layers(stacked={"layer": 0}))
+    with pytest.raises(ValueError, match=r"stacked=\{'layer': ...\} matches no parameter"):
+        label(params)
+
+
+def test_rules_from_an_iterator_are_in_the_repr():
+    label = by_path(zip(["w"], [per_tensor()], strict=True))
+    assert repr(label) == "by_path([('w', per_tensor())])"
+    axes = by_logical_axes(rule for rule in [(("embed", "mlp"), ("mlp",))])
+    assert repr(axes) == "by_logical_axes([(('embed', 'mlp'), ('mlp',))])"
+
+
+def test_a_functions_own_error_says_what_it_was_called_with():
+    with pytest.raises(AttributeError) as raised:
+        adam_mini(0.1, block_specs=lambda leaf: per_tensor() if leaf.ndim else None).init(
+            {"w": 1.0}
+        )
+    assert "block_specs: the function was called with the pytree" in raised.value.__notes__[0]

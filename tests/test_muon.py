@@ -819,3 +819,30 @@ def test_a_state_that_does_not_fit_is_refused_by_name():
         tx.update(grads, other.init(params), params)
     with pytest.raises(TypeError, match=r"kernel: expected a matrix of floating-point numbers"):
         tx.init({**params, "kernel": jnp.ones((8, 12), jnp.int32)})
+
+
+def test_a_mask_function_may_return_a_prefix():
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    for mask, expected in ((lambda _: True, -0.5), (lambda _: False, 0.0)):
+        tx = muon_mini(1.0, weight_decay=0.5, adam_weight_decay=0.5, weight_decay_mask=mask,
+                       block_specs=per_element())  # fmt: skip
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        for update in jax.tree.leaves(updates):
+            np.testing.assert_array_equal(update, expected)
+
+
+def test_mask_functions_see_parameters_after_a_restart():
+    def make():
+        mask = lambda p: jax.tree.map(lambda x: isinstance(x, jax.Array) and x.ndim > 1, p)
+        return muon_mini(1.0, weight_decay=0.5, weight_decay_mask=mask, block_specs=per_element())
+
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(3)}
+    updates, _ = make().update(jax.tree.map(jnp.zeros_like, params), make().init(params), params)
+    np.testing.assert_array_equal(updates["w"], -0.5)
+
+
+def test_the_default_label_function_sees_biases_that_are_matrices():
+    params = {"dense": {"kernel": jnp.ones((8, 4, 2)), "bias": jnp.ones((4, 2))}}
+    state = muon_mini(1e-3).init(params)
+    nu = state.inner_states["adam"].inner_state[0].nu
+    assert nu["dense"]["kernel"].shape == (1, 4, 2)

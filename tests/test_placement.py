@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax_adam_mini import (
     ScaleByAdamMiniState,
     adam_mini,
+    by_logical_axes,
     by_path,
     opt_state_shardings,
     outer,
@@ -295,3 +296,24 @@ def test_lora_adapters_and_stacked_layers_are_placed_as_their_parameters():
         assert nu.a.kernel.get_metadata("out_sharding") == ("fsdp", None, None)
         assert nu.b.kernel.get_metadata("out_sharding") == ("fsdp", None, "tensor")
         assert nu.b.kernel.get_value().sharding.shard_shape((4, 1, 16)) == (1, 1, 8)
+
+
+def test_linens_boxes_of_nnx_variables_keep_their_names():
+    """`nnx.bridge.to_linen`, as in MaxText: the names are in the box's metadata."""
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    tx = adam_mini(1e-3, block_specs=by_logical_axes([(("fsdp", "tensor"), ("tensor",))]))
+    with nnx.use_eager_sharding(False):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tensor"))
+        model = nnx.bridge.to_linen(nnx.Linear, 16, 24, kernel_init=init, use_bias=False)
+
+        def create(key):
+            params = model.init(key, jnp.ones((8, 16)))["params"]
+            return params, tx.init(params)
+
+        shardings = nn.get_sharding(jax.eval_shape(create, jax.random.key(0)), mesh)
+        params, state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+    assert jax.tree.leaves(state[0].mu)[0].sharding.spec == P("fsdp", "tensor")
+    (nu,) = jax.tree.leaves(state[0].nu)
+    assert nu.shape == (1, 24)
+    assert nu.sharding.spec == P(None, "tensor")
+    tx.update(params, state, params)

@@ -326,3 +326,12 @@ def test_a_state_of_rows_and_columns_is_refused_for_rows_alone():
     state = adam_mini(1e-2, block_specs=outer(per_neuron(axis=0), per_neuron())).init(p)
     with pytest.raises(ValueError, match="kernel: the state's nu has shape"):
         adam_mini(1e-2, block_specs=per_neuron(axis=0)).update(p, state, p)
+
+
+def test_a_convolution_with_one_output_takes_the_spec_of_others():
+    spec = outer(per_neuron(axis=(0, 1, 2)), per_neuron())
+    params = {"first": jnp.ones((3, 3, 4, 8)), "last": jnp.ones((3, 3, 8, 1))}
+    nu = adam_mini(1e-3, block_specs=spec).init(params)[0].nu
+    assert (nu.a["last"].shape, nu.b["last"].shape) == ((3, 3, 8, 1), (1, 1, 1, 1))
+    with pytest.raises(ValueError, match="lie inside those of b"):
+        outer(per_neuron(axis=(0, 1, 2)), per_tensor()).check((3, 3, 8, 1))

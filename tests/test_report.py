@@ -207,3 +207,15 @@ def test_names_that_look_like_markup_are_shown_as_they_are():
     params = {"[/x]": jnp.ones((3, 4)), "a[b]": jnp.ones((3, 4)), "q:heart:z": jnp.ones(3)}
     printed = str(block_table(params, per_neuron()))
     assert all(name in printed for name in params)
+
+
+def test_random_keys_are_refused_by_path():
+    params = {"dropout": {"key": jax.random.key(0)}, "scale": jnp.ones(3)}
+    with pytest.raises(TypeError, match=r"^dropout/key: expected numbers, got dtype key"):
+        block_table(params, per_element())
+
+
+def test_matrices_of_muon_need_no_specs():
+    params = {"c_attn": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)}}
+    numbers = {"c_attn": {"kernel": MuonDimensionNumbers(), "bias": None}}
+    block_table(params, flax_layers(), muon_weight_dimension_numbers=numbers)

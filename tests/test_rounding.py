@@ -780,3 +780,9 @@ def test_parameters_that_were_widened_are_refused():
             tx.update(params, wrong, params)
     with pytest.raises(TypeError, match="expected a transformation"):
         stochastic_rounding(adam_mini)
+
+
+def test_init_takes_shapes():
+    shapes = {"w": jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)}
+    state = stochastic_rounding(adam_mini(1e-3, block_specs=per_neuron())).init(shapes)
+    assert state.inner_state[0].mu["w"].dtype == jnp.float32

@@ -82,3 +82,11 @@ def test_sums_over_a_long_axis_equal_numpy(shape, spec, dtype):
         sizes = x.size / np.prod(spec.grid(shape))
         if not any(isinstance(cut, tuple) for _, cut in spec.cuts):  # blocks of one size
             np.testing.assert_allclose(gradient, 2 * x / sizes, rtol=1e-5)
+
+
+def test_means_of_booleans_are_shares():
+    """Also of long rows, which a CPU adds in a loop."""
+    for shape in ((2048, 8), (2048, 4096)):
+        chex.assert_trees_all_equal(
+            per_neuron().block_mean(jnp.ones(shape), lambda x: x > 0), jnp.ones((1, shape[1]))
+        )

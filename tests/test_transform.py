@@ -1,3 +1,4 @@
+import functools
 import re
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 from optax_adam_mini import (
     ScaleByAdamMiniState,
@@ -474,3 +476,72 @@ def test_a_stack_of_no_layers_is_updated():
     tx = adam_mini(1e-2, block_specs={"layers": per_neuron(stacked=0), "head": per_neuron()})
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["layers"].shape == (0, 256, 4096)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_derivatives_by_decay_rates_are_optaxs(name):
+    """At 0 too, where the logarithm of a rate has no derivative."""
+    g = jnp.array([1.0, 2.0, 3.0])
+
+    def moved(make, value):
+        tx = make(eps_root=1e-8, **{name: value})
+        state = tx.init(g)
+        for scale in (1.0, 0.5):
+            updates, state = tx.update(scale * g, state, g)
+        return jnp.sum(updates)
+
+    ours = functools.partial(scale_by_adam_mini, block_specs=per_element())
+    for value in (0.0, 0.3):
+        expected = jax.grad(functools.partial(moved, optax.scale_by_adam))(value)
+        np.testing.assert_allclose(
+            jax.grad(functools.partial(moved, ours))(value), expected, rtol=1e-3
+        )
+
+
+def test_complex_updates_have_derivatives_where_steps_have_no_bound():
+    p = jnp.array([1 + 1j, 2.0])
+
+    def moved(make, scale, **more):
+        tx = make(0.1, b2=0.0, eps_root=1e-2, **more)
+        state = tx.init(p)
+        for _ in range(2):
+            updates, state = tx.update(p * scale, state, p)
+        return jnp.sum(jnp.abs(updates) ** 2)
+
+    found = jax.grad(lambda s: moved(adam_mini, s, block_specs=per_element()))(1.0)
+    np.testing.assert_allclose(found, jax.grad(lambda s: moved(optax.adamw, s))(1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("decays", [{"b1": 0.0}, {"b2": 0.0}])
+def test_no_infinity_is_computed(decays):
+    params = {"w": jnp.ones(3)}
+    tx = adam_mini(1e-3, block_specs=per_element(), **decays)
+    state = tx.init(params)
+    with jax.debug_infs(True):
+        tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, jnp.int8])
+def test_checkify_finds_no_error(mu_dtype):
+    params = {"w": jnp.ones((4, 6))}
+    grads = {"w": jnp.zeros((4, 6)).at[0].set(1.0)}  # blocks without a gradient
+    tx = adam_mini(1e-3, mu_dtype=mu_dtype, block_specs=per_neuron(axis=0))
+    update = checkify.checkify(jax.jit(tx.update), errors=checkify.float_checks)
+    error, _ = update(grads, tx.init(params), params)
+    assert error.get() is None
+
+
+def test_functions_get_parameters_whose_gradient_is_missing():
+    params = {name: jnp.ones((3, 4), jnp.bfloat16) for name in "ab"}
+    grads = {"a": params["a"], "b": None}
+
+    def make():  # as after a restart, which calls no init
+        label = lambda p: jax.tree.map(
+            lambda x: per_neuron() if x.dtype == jnp.bfloat16 else per_element(), p
+        )
+        mask = lambda p: {name: x.ndim > 1 for name, x in p.items()}
+        return adam_mini(1e-3, mu_dtype=jnp.float32, mask=mask, block_specs=label)
+
+    updates, state = make().update(grads, make().init(params), params)
+    assert updates["b"] is None
+    assert state[0].nu["b"].shape == (1, 4)

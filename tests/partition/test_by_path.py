@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 from optax_adam_mini import (
     BlockSpec,
@@ -87,3 +88,15 @@ def test_rules_are_ordered_by_the_user_not_by_length():
     label = by_path([("", per_tensor()), ("embed", per_token())])
     specs = jax.tree.leaves(label(PARAMS), is_leaf=lambda x: isinstance(x, BlockSpec))
     assert set(specs) == {per_tensor()}
+
+
+def test_variables_that_no_rule_names_are_refused():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    label = by_path([("kernel", per_neuron())], default=per_element())
+    with pytest.raises(ValueError, match=r"by_path: norm/mean, a BatchStat, .*not parameters"):
+        label(nnx.state(Model()))
+    label(nnx.state(Model(), nnx.Param))

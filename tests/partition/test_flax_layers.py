@@ -4,6 +4,7 @@ import re
 
 import equinox as eqx
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
@@ -450,3 +451,44 @@ def test_variables_that_are_not_parameters_are_refused():
         ValueError, match=r"infer_block_specs: norm/mean, a BatchStat, .*not parameters"
     ):
         infer_block_specs(lambda s: s, state)
+
+
+def params_of(layer, *shape):
+    return jax.eval_shape(layer.init, jax.random.key(0), jnp.ones(shape))["params"]
+
+
+def test_local_convolutions_with_a_bias():
+    params = params_of(nn.ConvLocal(4, (3, 3)), 2, 8, 8, 6)
+    assert flax_layers()(params)["kernel"] == per_neuron()
+
+
+@pytest.mark.parametrize("name", ["out", "value"])
+def test_convolutions_with_names_of_attention(name):
+    params = {name: params_of(nn.Conv(4, (3, 3)), 1, 8, 8, 4)}
+    assert flax_layers()(params)[name]["kernel"] == per_neuron()
+    assert flax_layers(conv="tensor")(params)[name]["kernel"] == per_tensor()
+
+
+def test_haikus_convolutions_with_channels_first():
+    params = {"conv2_d": {"w": jnp.ones((3, 3, 6, 4)), "b": jnp.ones((4, 1, 1))}}
+    assert flax_layers()(params)["conv2_d"]["w"] == per_neuron()
+
+
+def test_biases_are_found_under_joined_names():
+    nested = {"up": params_of(nn.ConvTranspose(4, (3, 3), transpose_kernel=True), 1, 8, 8, 6)}
+    flat = flax.traverse_util.flatten_dict(nested, sep="/")
+    assert flax_layers()(flat)["up/kernel"] == flax_layers()(nested)["up"]["kernel"]
+    assert flax_layers()(nested)["up"]["kernel"] == per_neuron(axis=-2)
+
+
+def test_a_transposed_convolution_whose_bias_is_in_another_group_is_refused():
+    params = {"ConvTranspose_0": params_of(nn.ConvTranspose(4, (3, 3)), 1, 8, 8, 6)}
+    part = optax.masked(adam_mini(1e-3), {"ConvTranspose_0": {"kernel": True, "bias": False}})
+    with pytest.raises(
+        ValueError, match=r"is in another group: .*block_specs=flax_layers\(\)\(params\)"
+    ):
+        part.init(params)
+    specs = flax_layers()(params)
+    optax.masked(
+        adam_mini(1e-3, block_specs=specs), {"ConvTranspose_0": {"kernel": True, "bias": False}}
+    ).init(params)

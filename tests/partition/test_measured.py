@@ -150,3 +150,21 @@ def test_states_and_candidates_that_do_not_fit_are_refused(state, message):
     ):
         with pytest.raises(TypeError, match=rf'got {got}: pass candidates={{"outer": specs}}'):
             measure_block_specs(state_of(params)[0], params, candidates)  # pyright: ignore[reportArgumentType]
+
+
+def trained(params):
+    adamw = optax.adamw(1e-3)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape, p.dtype), params)
+    return adamw.update(grads, adamw.init(params), params)[1]
+
+
+def test_a_convolution_with_one_output_is_measured():
+    params = {"last": jnp.ones((3, 3, 8, 1))}
+    spec = measure_block_specs(trained(params), params)["last"]
+    adam_mini(1e-3, block_specs={"last": spec}).init(params)
+
+
+def test_complex_parameters_are_measured():
+    params = {"w": jnp.ones((4, 6), jnp.complex64)}
+    spec = measure_block_specs(trained(params), params)["w"]
+    adam_mini(1e-3, block_specs={"w": spec}).init(params)

@@ -180,3 +180,11 @@ def test_a_callable_tree_of_specs_is_not_called():
     assert "layers/1/weight" in block_table(params, specs).columns[0].cells
     switched = from_adam_state(optax.adamw(1e-3).init(params), params, specs)
     assert switched[0].nu.layers[0].weight.shape == (8, 1)
+
+
+def test_a_users_folder_may_have_a_librarys_name():
+    names = {}
+    code = "import jax.numpy as jnp\ndef loss(w, x):\n    return jnp.sort(w @ x).sum()\n"
+    exec(compile(code, "/home/me/jax/model.py", "exec"), names)
+    text = explain(names["loss"], jnp.ones((4, 4)), jnp.ones(4), parameter="")
+    assert "/home/me/jax/model.py:3" in text
