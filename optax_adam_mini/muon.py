@@ -158,7 +158,7 @@ def muon_mini(
         adam_rate = check_scalar_or_schedule("adam_learning_rate", adam_learning_rate)
     adam_weight_decay = check_scalar_or_schedule("adam_weight_decay", adam_weight_decay)
     check_given_mask("weight_decay_mask", weight_decay_mask)
-    hyperparams = {
+    hyperparams: dict[str, Any] = {
         "beta": beta, "eps": eps, "adam_b1": adam_b1, "adam_b2": adam_b2,
         "adam_eps_root": adam_eps_root,
     }  # fmt: skip

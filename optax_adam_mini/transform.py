@@ -510,11 +510,10 @@ def _longest(count: Any, b1: Any, b2: Any, c2: Any, mu_weight: Any, g_weight: An
 
 def _bias_correction(decay: Any, count: Array) -> Array:
     """1 - decay**count to full float32 precision: the plain form loses five digits at 0.999."""
+    exact = -jnp.expm1(count * _log(decay))
     if isinstance(decay, (int, float)):
-        return -jnp.expm1(count * _log(decay)) if decay > 0 else jnp.ones_like(count, jnp.float32)
-    is_zero = decay <= 0  # where the logarithm has no derivative
-    exact = -jnp.expm1(count * _log(jnp.where(is_zero, 0.5, decay)))
-    return jnp.where(is_zero, 1 - decay**count, exact)
+        return exact
+    return jnp.where(decay > 0, exact, 1 - decay**count)  # a logarithm has no derivative at 0
 
 
 _TINY = float(np.finfo(np.float32).tiny)
