@@ -133,6 +133,8 @@ def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs | None)
             program = spec, jnp.shape(param), dtype, sharding
             spread = programs.setdefault(program, jax.jit(spread, out_shardings=sharding))
         nu = spread(v)  # first, because it refuses a grid of other specs
+        if isinstance(m, jax.core.Tracer) and any(jax.typeof(m).sharding.spec):
+            nu = jax.sharding.reshard(nu, jax.typeof(m).sharding)  # on an explicit mesh
         # The `mu` of integers in 8 bits has no codes.
         is_codes = m.dtype == jnp.int8 and jnp.issubdtype(jnp.result_type(param), jnp.inexact)
         return read(m, spec.factors(v, m.shape)) if is_codes else m, nu
@@ -205,6 +207,7 @@ def _convert(
         new_mu = jax.tree.unflatten(jax.tree.structure(mu), [m for m, _ in pairs])
         is_new_outer = new is ScaleByAdamMiniState and may_be_outer
         nu = pack_nu([v for _, v in pairs], mu, is_new_outer)
-        return new(node.count, pack_mu(new_mu, new_dtype), nu)
+        count = jax.tree.map(lambda x: x, node.count)  # another variable of NNX
+        return new(count, pack_mu(new_mu, new_dtype), nu)
 
     return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, old))

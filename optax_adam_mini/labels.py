@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -260,7 +260,7 @@ def check_arrays(params: Any) -> None:
             )
 
 
-def has_outer(block_specs: Any, specs: Iterable[Spec]) -> bool:
+def has_outer(block_specs: Any, specs: Collection[Spec]) -> bool:
     """Whether the `nu` of a state has two trees.
 
     A tree of specs counts as a whole, so that every group of `optax.multi_transform` gets a state
@@ -268,10 +268,15 @@ def has_outer(block_specs: Any, specs: Iterable[Spec]) -> bool:
 
     Args:
         block_specs: what the user gave.
-        specs: the specs of the parameters in the state.
+        specs: the specs of the parameters in the state. Without any, as for the placeholder of
+            `optax.tree.map_params`, a label function's last answers count.
     """
     if not is_label_function(block_specs):
         specs = spec_leaves(block_specs).values()
+    elif not specs:
+        memory = _memory(block_specs) or {}
+        found = [labels for key, labels in memory.items() if key[0] is resolve_block_specs]
+        specs = [spec for labels in found for _, spec in labels]
     return any(isinstance(spec, Outer) for spec in specs)
 
 

@@ -255,16 +255,16 @@ def leaves_as(like: Any, what: str, tree: Any) -> list[Any]:
     except ValueError:
         pass
     is_none = lambda x: x is None
-    got, expected = (
-        [path_str(keys) for keys, _ in leaves_with_path(t, is_leaf=is_none)] for t in (tree, like)
-    )
+    got = [path_str(keys) for keys, _ in leaves_with_path(tree, is_leaf=is_none)]
+    expected = [path_str(keys) for keys, _ in leaves_with_path(like)]
     if type(tree) is not type(like):
         said = [f"got a {type(tree).__name__}, expected a {type(like).__name__}"]
         if isinstance(tree, tuple) and len(tree) == 2:
             said += ["jax.value_and_grad returns the pair (loss, gradients): pass the gradients"]
     else:
         missing = [path for path in expected if path not in got]
-        surplus = [path for path in got if path not in expected]
+        present = [path_str(keys) for keys, _ in leaves_with_path(tree)]
+        surplus = [path for path in present if path not in expected]
         said = [f"got nothing for {first_few(missing)}"] if missing else []
         said += [f"got {first_few(surplus)}, which the parameters do not have"] if surplus else []
     if not said:

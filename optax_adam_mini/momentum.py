@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from optax_adam_mini.hyperparams import check_param_dtype
 from optax_adam_mini.labels import first_few, path_of, path_str
 from optax_adam_mini.quantized import RowCodes, check_stored_dtype, narrowed, read_row, write_row
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
-from optax_adam_mini.sums import widen
+from optax_adam_mini.sums import widen, zeros_beside
 
 
 def scale_by_muon_in_pieces(
@@ -40,8 +41,11 @@ def scale_by_muon_in_pieces(
         pieces, treedef = pieces_of(params), jax.tree.structure(params)
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or jnp.result_type(p)), params)
         if mu_dtype == jnp.int8:
-            rows = [
-                jnp.zeros_like(p, jnp.bfloat16, rows_of(p.shape, piece.numbers)[1])
+            of_rows = lambda p, piece: functools.partial(
+                _largest, rows_of(p.shape, piece.numbers)[0]
+            )
+            rows = [  # with the shardings of what `update` makes
+                zeros_beside(p, jax.eval_shape(of_rows(p, piece), p))
                 for p, piece in zip(jax.tree.leaves(params), pieces, strict=True)
             ]
             mu = RowCodes(mu, with_kept_names(treedef.unflatten(rows), params))
@@ -72,6 +76,10 @@ def scale_by_muon_in_pieces(
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _largest(axes: tuple[int, ...], m: Any) -> Any:
+    return jnp.max(m, axes, keepdims=True, initial=0).astype(jnp.bfloat16)
 
 
 def _read(mu: Any) -> Any:

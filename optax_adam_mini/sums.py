@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from optax_adam_mini import sums_on_cpu
 
@@ -129,6 +130,17 @@ def widen(dtype: jax.typing.DTypeLike) -> np.dtype:
 def widened(x: Any) -> Any:
     """An array in `widen` of its dtype; `optax.inject_hyperparams` may make them in 16 bits."""
     return x.astype(widen(x.dtype)) if isinstance(x, jax.Array) else x
+
+
+def zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:
+    """Zeros like `block`; with explicit sharding, on the devices of the parameter."""
+    if not isinstance(block.sharding, NamedSharding):
+        # Not like `block`: with some axes manual, JAX makes no zeros like a ShapeDtypeStruct.
+        return jnp.zeros_like(param, block.dtype, block.shape)
+    mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
+    if not isinstance(mesh, Mesh):
+        return jnp.zeros_like(block)
+    return jnp.zeros_like(block, device=NamedSharding(mesh, block.sharding.spec))
 
 
 def _is_whole(runs: Runs) -> bool:

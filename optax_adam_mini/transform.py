@@ -12,7 +12,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.hyperparams import (
@@ -48,6 +47,8 @@ from optax_adam_mini.messages import (
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Spec, pack_nu, repack_nu, unpack_nu
 from optax_adam_mini.quantized import (
+    Codes,
+    RowCodes,
     allowed_b2,
     check_decays,
     check_stored_dtype,
@@ -57,7 +58,7 @@ from optax_adam_mini.quantized import (
     write,
 )
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
-from optax_adam_mini.sums import spread_product, widen, widened
+from optax_adam_mini.sums import spread_product, widen, widened, zeros_beside
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, PyTree
@@ -273,7 +274,7 @@ def cast_to_param_dtypes(
         check_order(updates)
         if length is not None:
             check_is_chain(state, length)
-        params = _with_gradients(updates, params)
+        params = _in_state(state if length is None else state[0], params)
         new, state = tx.update(updates, state, params)
         like = updates if params is None else params
         cast = lambda u, p: None if u is None else u.astype(jnp.result_type(p))
@@ -282,14 +283,15 @@ def cast_to_param_dtypes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _with_gradients(updates: Any, params: Any) -> Any:
-    """`params` without what is no array and has no gradient (functions in an Equinox model)."""
-    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+def _in_state(state: Any, params: Any) -> Any:
+    """`params` without what the state has no moments for: a whole Equinox model may be given."""
+    mu = getattr(state, "mu", None)
+    mu = mu[0] if isinstance(mu, (Codes, RowCodes)) else mu
+    if params is None or jax.tree.structure(mu) == jax.tree.structure(params):
         return params
-    is_array = lambda p: hasattr(p, "dtype")
-    keep = lambda g, p: jax.tree.map(lambda x: x if is_array(x) else None, p) if g is None else p
+    keep = lambda m, p: jax.tree.map(lambda _: None, p) if m is None else p
     try:
-        return jax.tree.map(keep, updates, params, is_leaf=lambda g: g is None)
+        return jax.tree.map(keep, mu, params, is_leaf=lambda m: m is None)
     except ValueError:  # another structure, about which update has a better message
         return params
 
@@ -360,7 +362,7 @@ def _wide_adam_mini(
         # Zeros like the results of update, with the same shapes, dtypes and shardings.
         nu = [
             jax.tree.map(
-                functools.partial(_zeros_beside, leaf),
+                functools.partial(zeros_beside, leaf),
                 jax.eval_shape(lambda x, spec=spec: spec.block_mean(x, _abs_sq), leaf),
             )
             for (_, spec), leaf in zip(labels, leaves, strict=True)
@@ -524,17 +526,6 @@ def _log(decay: Any) -> Any:
     if isinstance(decay, (int, float)):
         return math.log(max(decay, _TINY))
     return jnp.log(jnp.maximum(decay, _TINY))
-
-
-def _zeros_beside(param: Any, block: jax.ShapeDtypeStruct) -> Array:
-    """Zeros like `block`; with explicit sharding, on the devices of the parameter."""
-    if not isinstance(block.sharding, NamedSharding):
-        # Not like `block`: with some axes manual, JAX makes no zeros like a ShapeDtypeStruct.
-        return jnp.zeros_like(param, block.dtype, block.shape)
-    mesh = getattr(getattr(param, "sharding", None), "mesh", None)  # has devices if param has
-    if not isinstance(mesh, Mesh):
-        return jnp.zeros_like(block)
-    return jnp.zeros_like(block, device=NamedSharding(mesh, block.sharding.spec))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -5,6 +5,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optax_adam_mini import (
     ScaleByAdamMiniState,
@@ -304,3 +306,12 @@ def test_parameters_without_moments_need_no_specs():
         state = from_adam_state(adamw.init(params), params, specs)
         chex.assert_trees_all_equal(state, mini.init(params))
         chex.assert_trees_all_equal_structs(to_adam_state(state, params, specs), adamw.init(params))
+
+
+def test_a_conversion_under_jit_keeps_explicit_shardings():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"w": jax.device_put(jnp.ones((4, 6)), NamedSharding(mesh, P("a", "b")))}
+    with jax.set_mesh(mesh):
+        state = adam_mini(1e-3, block_specs=per_neuron()).init(params)
+        found = jax.jit(lambda s: to_adam_state(s, params, per_neuron()))(state)
+    assert found[0].nu["w"].sharding.spec == P("a", "b")

@@ -23,9 +23,11 @@ from optax_adam_mini import (
     adam_mini,
     by_path,
     flax_layers,
+    from_adam_state,
     per_element,
     per_neuron,
     per_tensor,
+    stochastic_rounding,
 )
 from optax_adam_mini.boxes import leaves_with_path
 from optax_adam_mini.labels import path_str
@@ -735,3 +737,24 @@ def test_a_model_with_methods_of_the_names_of_flaxs_boxes_is_no_box():
     model = Model(jnp.ones((8, 6)), jnp.ones((8, 6)))
     state = adam_mini(1e-3, block_specs=Model(per_element(), per_tensor())).init(model)
     assert (state[0].nu.w.shape, state[0].nu.v.shape) == ((8, 6), (1, 1))
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, stochastic_rounding])
+def test_equinox_layers_are_frozen_by_leaving_them_out_of_init(wrap):
+    """`init` gets the trained part and `update` the whole model, as with Optax's optimizers."""
+    model = eqx.nn.MLP(3, 4, 5, 1, dtype=jnp.bfloat16, key=jax.random.key(0))
+    trained = eqx.tree_at(lambda m: m.layers[0], model, None)
+    trained = eqx.filter(trained, eqx.is_inexact_array)
+    for tx in (optax.adamw(1e-3), adam_mini(1e-3, block_specs=per_neuron(axis=0))):
+        tx = wrap(tx)
+        updates, _ = tx.update(trained, tx.init(trained), model)
+        assert jax.tree.structure(updates) == jax.tree.structure(trained)
+
+
+def test_a_converted_state_of_nnx_counts_by_itself():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    old = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+    new = nnx.Optimizer(model, adam_mini(1e-3), wrt=nnx.Param)
+    new.opt_state = from_adam_state(old.opt_state, nnx.state(model, nnx.Param), flax_layers())
+    new.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones(3))))(model))
+    assert (int(new.opt_state[0].count[...]), int(old.opt_state[0].count[...])) == (1, 0)

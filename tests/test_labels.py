@@ -171,6 +171,7 @@ def nan_state(params):
         (lambda p: complex_with_integers(), "w: got a gradient of int32 for a parameter of complex64"),
         (lambda p: adam_mini(0.1).update(boxed(p), adam_mini(0.1).init(p), p), "the gradients must have the structure of the parameters"),
         (lambda p: adam_mini(0.1).update(p, adam_mini(0.1).init(p), boxed(p)), "the params must have the structure of the parameters"),
+        (lambda p: adam_mini(0.1).update(p, adam_mini(0.1).init(p | {"b": None}), p | {"b": None}), "got b, which the parameters do not have"),
         (lambda p: muon_mini(0.1, weight_decay_mask=True), "weight_decay_mask: expected a pytree of booleans"),
         (lambda p: muon_mini(0.1, weight_decay_mask={"w": "yes", "b": True}), "weight_decay_mask at w: expected True or False"),
         (lambda p: muon_mini(0.1, weight_decay_mask={"v": True}).init(p), "weight_decay_mask must have the structure"),

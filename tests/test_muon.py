@@ -846,3 +846,16 @@ def test_the_default_label_function_sees_biases_that_are_matrices():
     state = muon_mini(1e-3).init(params)
     nu = state.inner_states["adam"].inner_state[0].nu
     assert nu["dense"]["kernel"].shape == (1, 4, 2)
+
+
+def test_rows_in_8_bits_are_sharded_as_update_leaves_them():
+    mesh = jax.make_mesh((4,), ("layers",), axis_types=(AxisType.Explicit,))
+    kernel = jax.device_put(jnp.ones((4, 3, 5)), NamedSharding(mesh, P("layers")))
+    tx = muon_mini(1e-3, mu_dtype=jnp.int8, muon_weight_dimension_numbers=MuonDimensionNumbers(1, 2),
+                   block_specs=per_element())  # fmt: skip
+    with jax.set_mesh(mesh):
+        params = {"w": kernel}
+        step = lambda s, _: (tx.update(params, s, params)[1], None)
+        state, _ = jax.jit(lambda s: jax.lax.scan(step, s, length=2))(tx.init(params))
+    largest = state.inner_states["muon"].inner_state[0].mu.largest["w"]
+    assert largest.sharding.spec[0] == "layers"
