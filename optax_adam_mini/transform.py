@@ -289,7 +289,7 @@ def _in_state(state: Any, params: Any) -> Any:
     mu = mu[0] if isinstance(mu, (Codes, RowCodes)) else mu
     if params is None or jax.tree.structure(mu) == jax.tree.structure(params):
         return params
-    keep = lambda m, p: jax.tree.map(lambda _: None, p) if m is None else p
+    keep = lambda m, p: None if m is None else p
     try:
         return jax.tree.map(keep, mu, params, is_leaf=lambda m: m is None)
     except ValueError:  # another structure, about which update has a better message

@@ -743,8 +743,9 @@ def test_a_model_with_methods_of_the_names_of_flaxs_boxes_is_no_box():
 def test_equinox_layers_are_frozen_by_leaving_them_out_of_init(wrap):
     """`init` gets the trained part and `update` the whole model, as with Optax's optimizers."""
     model = eqx.nn.MLP(3, 4, 5, 1, dtype=jnp.bfloat16, key=jax.random.key(0))
-    trained = eqx.tree_at(lambda m: m.layers[0], model, None)
-    trained = eqx.filter(trained, eqx.is_inexact_array)
+    is_trained = jax.tree.map(eqx.is_inexact_array, model)
+    is_trained = eqx.tree_at(lambda m: m.layers[0].weight, is_trained, False)
+    trained = eqx.filter(model, is_trained)
     for tx in (optax.adamw(1e-3), adam_mini(1e-3, block_specs=per_neuron(axis=0))):
         tx = wrap(tx)
         updates, _ = tx.update(trained, tx.init(trained), model)
