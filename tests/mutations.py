@@ -674,6 +674,18 @@ def _pass""",
         "exact, 1.0)",
         "test_transform.py::test_derivatives_by_decay_rates_are_optaxs",
     ),
+    "a likelihood is an inner product": Fault(
+        "partition/dataflow/rules/inner_products.py",
+        "facts.is_summed_into_losses(step.outputs[0])",
+        "False",
+        "partition/dataflow/test_literature.py::test_outputs_that_act_apart_are_not_joined[gaussian_likelihood]",
+    ),
+    "a nonlinear loss is a sum of terms": Fault(
+        "partition/dataflow/domain.py",
+        "or is_square\n",
+        "\n",
+        "partition/dataflow/test_literature.py::test_a_squared_sum_is_an_inner_product",
+    ),
     "widened parameters are not seen": Fault(
         "rounding.py",
         "        check_in_bfloat16(params)\n        check_order",

@@ -481,7 +481,75 @@ def nonnegative_matrix_factorisation():
     return loss, {"u": (U, N), "v": (V, N)}, [I(B), I(B), S(B)], {"u": (U, 1), "v": (V, 1)}
 
 
+def pixelcnn_mask_by_set():
+    """A causal filter whose later taps are set to 0."""
+
+    def loss(p, x):
+        masked = p["w"].at[1, 2:].set(0.0).at[2:].set(0.0)
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, masked, (1, 1), "SAME", dimension_numbers=dims)
+        return jnp.square(jax.nn.relu(y) @ p["o"]).mean()
+
+    shapes = {"w": (3, 3, 4, 7), "o": (7, 3)}
+    return loss, shapes, [S(2, 8, 8, 4)], {"w": (1, 1, 1, 7), "o": (1, 3)}
+
+
+def item_model_without_self_connections():
+    loss = lambda p, x: jnp.square(x @ jnp.fill_diagonal(p["w"], 0.0, inplace=False) - x).mean()
+    return loss, {"w": (6, 6)}, [S(4, 6)], {"w": (1, 6)}
+
+
+def gaussian_likelihood():
+    """Summed over the outputs: a term for each."""
+
+    def loss(p, x, y):
+        mean, log_var = jnp.split(jax.nn.relu(x @ p["w"]) @ p["o"], 2, -1)
+        return (jnp.exp(-log_var) * jnp.square(y - mean) + log_var).sum(-1).mean()
+
+    return loss, {"w": (6, 7), "o": (7, 10)}, [S(4, 6), S(4, 5)], {"w": (1, 7), "o": (1, 10)}
+
+
+def divergence_of_two_gaussians():
+    """Posterior and prior are both learned, as in Dreamer."""
+
+    def loss(p, x, y):
+        m1, s1, m2, s2 = x @ p["m1"], x @ p["s1"], y @ p["m2"], y @ p["s2"]
+        kl = s2 - s1 + (jnp.exp(2 * s1) + jnp.square(m1 - m2)) * jnp.exp(-2 * s2) / 2
+        return kl.sum(-1).mean()
+
+    names = ("m1", "s1", "m2", "s2")
+    return loss, dict.fromkeys(names, (6, 5)), [S(4, 6), S(4, 6)], dict.fromkeys(names, (1, 5))
+
+
+def experts_with_gated_errors():
+    """Jacobs et al., 1991."""
+
+    def loss(p, x, y):
+        gate = jax.nn.softmax(x @ p["r"])
+        mean = jnp.einsum("bd,edk->bek", x, p["w"])
+        return (gate * jnp.square(y[:, None] - mean).sum(-1)).sum(-1).mean()
+
+    shapes = {"r": (6, 3), "w": (3, 6, 5)}
+    return loss, shapes, [S(4, 6), S(4, 5)], {"r": (1, 3), "w": (3, 1, 5)}
+
+
+def losses_of_tasks_weighted_by_a_net():
+    def loss(p, x, y):
+        out = jnp.einsum("bd,tdk->btk", jax.nn.relu(x @ p["w"]), p["t"])
+        weights = jax.nn.softmax((x @ p["g"]).mean(0))
+        return (weights * jnp.square(out - y).mean((0, 2))).sum()
+
+    shapes = {"w": (6, 7), "t": (3, 7, 5), "g": (6, 3)}
+    return loss, shapes, [S(4, 6), S(4, 3, 5)], {"w": (1, 7), "t": (3, 1, 5), "g": (1, 3)}
+
+
 MODELS = [
+    gaussian_likelihood,
+    divergence_of_two_gaussians,
+    experts_with_gated_errors,
+    losses_of_tasks_weighted_by_a_net,
+    pixelcnn_mask_by_set,
+    item_model_without_self_connections,
     heteroscedastic_ensemble,
     task_conditioned_hypernetwork_out_in,
     advantage_weighted_twin_critics,
@@ -537,3 +605,12 @@ def test_an_index_makes_no_matrix_of_an_output_head():
     params = {name: S(*shape) for name, shape in shapes.items()}
     found = infer_muon_dimension_numbers(loss, params, S(4, 6), I(4))
     assert [name for name, numbers in found.items() if numbers] == ["a", "w"]
+
+
+@pytest.mark.parametrize("square", [jnp.square, lambda x: x * x])
+def test_a_squared_sum_is_an_inner_product(square):
+    """The score of two towers, of which the loss is no sum."""
+    loss = lambda p, x: square(((x @ p["a"]) * (x @ p["b"])).sum(-1)).mean()
+    params = {name: S(6, 5) for name in "ab"}
+    specs = infer_block_specs(loss, params, S(4, 6), v="mean")
+    assert [specs[name].grid((6, 5)) for name in "ab"] == [(1, 1)] * 2

@@ -189,9 +189,12 @@ def _dynamic_update_slice(facts: Facts, step: Step) -> Relation:
 def _placed(facts: Facts, step: Step, updates: int, window: dict[int, int]) -> Relation:
     """Parts of the first operand are replaced by another operand, or combined with it.
 
-    A parameter is used per coordinate as either operand.
+    A parameter is used per coordinate as either operand, but one that is masked by constants, as in
+    `kernel.at[2:].set(0)`, is still a parameter.
     """
     ins = facts.inputs(step)
+    if ins[0].kind == Kind.WEIGHT and ins[updates].kind == Kind.CONSTANT:
+        return layout(facts, step, same(0, range(len(ins[0].shape))), keeps={0})
     found = Relation(kind=max(value.kind for value in ins))
     links = {0: same(0, range(len(ins[0].shape))),
              updates: [Link(updates, (a,), (to,)) for a, to in window.items()]}  # fmt: skip

@@ -83,6 +83,8 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
         a: its first operand.
         b: its second operand.
     """
+    if facts.is_summed_into_losses(step.outputs[0]):
+        return False  # as in a Gaussian's likelihood: a sum of terms, one for each coordinate
     # A sum over examples or positions as well is a mean of many products.
     summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
     for side in (a, b):
