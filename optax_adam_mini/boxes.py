@@ -69,7 +69,7 @@ def axis_names(box: Any) -> tuple[Any, ...] | None:
     """
     if not _is_box(box):
         return None
-    names = getattr(box, "names", None)
+    names = getattr(box, "names", None) if hasattr(box, "unbox") else None
     if names is None:
         metadata = _metadata(box)
         names = next((names for key in _OF_VARIABLES if (names := metadata.get(key))), None)
@@ -90,7 +90,7 @@ def with_kept_names(parts: Any, params: Any) -> Any:
         if not has_names(box) or not (inside := jax.tree.leaves(box)):
             return box
         shapes = jnp.shape(inside[0]), jnp.shape(jax.tree.leaves(param)[0])
-        if getattr(box, "names", None) is not None:
+        if hasattr(box, "unbox") and getattr(box, "names", None) is not None:
             return box.replace(names=kept_names(box.names, *shapes))
         kept: dict[str, Any] = {}
         for key in _OF_VARIABLES:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def from_adam_state(
     state: PyTree,
     params: PyTree,
-    block_specs: BlockSpecs | None,
+    block_specs: BlockSpecs | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> PyTree:
     """Converts the state of `optax.adamw` (or `optax.adam`) to Adam-mini's.
@@ -91,7 +91,7 @@ def from_adam_state(
     )
 
 
-def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs | None) -> PyTree:
+def to_adam_state(state: PyTree, params: PyTree, block_specs: BlockSpecs | None = None) -> PyTree:
     """Converts Adam-mini's state to that of `optax.adamw`.
 
     Every coordinate gets its block's `v`.

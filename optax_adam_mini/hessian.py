@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -95,10 +96,11 @@ def block_shares(
                 f"Hessians, of at most {_LARGEST:,}: measure a smaller model"
             )
         measured[index] = path
-    if len({*measured.values()}) < len(measured):
+    alike = [path for path, n in collections.Counter(measured.values()).items() if n > 1]
+    if alike:
         raise ValueError(
-            "block_shares returns shares by path, and two parameters have paths that read alike: "
-            f"rename one of {first_few(sorted(measured.values()))}"
+            "block_shares returns shares by path, and two parameters have paths that read alike, "
+            f"{first_few(alike)}: rename one"
         )
 
     def of_measured(xs: dict[int, Array]) -> Any:

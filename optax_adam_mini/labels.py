@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -189,7 +189,8 @@ def remembered(
 ) -> T:
     """`of(given, params, *args)`; a user's function is called once for a tree, not at every step.
 
-    (At every step if it takes no weak reference.) What it returned is freed with the function.
+    A function that cannot be weakly referenced is called at every step. What a function returned is
+    freed with it.
 
     What `init` finds counts for every tree with the same paths and shapes: `nnx.Optimizer` passes
     variables to `init`, and arrays without their metadata to `update`, and the dtype of a missing
@@ -260,7 +261,7 @@ def check_arrays(params: Any) -> None:
             )
 
 
-def has_outer(block_specs: Any, specs: Collection[Spec]) -> bool:
+def has_outer(block_specs: Any, specs: Iterable[Spec]) -> bool:
     """Whether the `nu` of a state has two trees.
 
     A tree of specs counts as a whole, so that every group of `optax.multi_transform` gets a state
@@ -268,15 +269,10 @@ def has_outer(block_specs: Any, specs: Collection[Spec]) -> bool:
 
     Args:
         block_specs: what the user gave.
-        specs: the specs of the parameters in the state. Without any, as for the placeholder of
-            `optax.tree.map_params`, a label function's last answers count.
+        specs: the specs of the parameters in the state.
     """
     if not is_label_function(block_specs):
         specs = spec_leaves(block_specs).values()
-    elif not specs:
-        memory = _memory(block_specs) or {}
-        found = [labels for key, labels in memory.items() if key[0] is resolve_block_specs]
-        specs = [spec for labels in found for _, spec in labels]
     return any(isinstance(spec, Outer) for spec in specs)
 
 
@@ -292,6 +288,8 @@ def specs_of_some(block_specs: Any, params: Any, needed: Sequence[bool]) -> list
         params: all parameters.
         needed: which of the leaves need a spec.
     """
+    check_called(block_specs)
+    check_arrays(params)
     if not any(needed):
         return []
     leaves, treedef = jax.tree.flatten(params)
@@ -299,8 +297,6 @@ def specs_of_some(block_specs: Any, params: Any, needed: Sequence[bool]) -> list
     some = jax.tree.unflatten(
         treedef, [p if is_kept else optax.MaskedNode() for p, is_kept in kept]
     )
-    check_called(block_specs)
-    check_arrays(params)
     if isinstance(block_specs, Label):
         block_specs = block_specs(params, needed=needed)
     elif is_label_function(block_specs):
@@ -514,8 +510,9 @@ def completed(
     asked = [spec is None for spec in specs]
     asked = asked if needed is None else [a and n for a, n in zip(asked, needed, strict=True)]
     unmatched = [pair for is_asked, pair in zip(asked, leaves, strict=True) if is_asked]
-    given = {path_str(keys) for (keys, _), a in zip(leaves, asked, strict=True) if not a}
-    check_only_params(what, params, given.__contains__)
+    if isinstance(default, Label):
+        given = {path_str(keys) for (keys, _), a in zip(leaves, asked, strict=True) if not a}
+        check_only_params(what, params, given.__contains__)
     if not unmatched:
         return jax.tree.unflatten(treedef, specs)
     if default is None:

@@ -192,8 +192,6 @@ def muon_mini(
             optax.scale_by_learning_rate(learning_rate),
         ),
         4,
-        learning_rate=learning_rate, weight_decay=weight_decay, beta=beta, eps=eps,
-        **({} if consistent_rms is None else {"consistent_rms": consistent_rms}),
     )  # fmt: skip
     rest = lambda block_specs, mask: adam_mini(
         adam_rate, adam_b1, adam_b2, eps, adam_eps_root, dtype, adam_weight_decay,

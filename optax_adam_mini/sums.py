@@ -60,7 +60,7 @@ def block_mean(
         Array([2., 5.], dtype=float32)
     """
     wide = lambda x: x.astype(widen(x.dtype))
-    value = lambda x: wide(of(wide(x)) if of else wide(x))
+    value = lambda x: wide(of(wide(x))) if of else wide(x)  # `of` may return booleans
     if (axis := _axis_in_parts(axes)) is not None:
         bounds = _bounds(axes[axis])
         plain = lambda x: _part_means(x, axis, bounds, value)

@@ -204,5 +204,5 @@ def test_inferred_blocks_hold_more_than_random_ones(make):
 def test_paths_that_read_alike_are_refused():
     params = {"a/b": jnp.ones((3, 3)), "a": {"b": jnp.ones((3, 3))}}
     loss = lambda p: jnp.sum(jnp.tanh(p["a/b"] @ p["a"]["b"])) ** 2
-    with pytest.raises(ValueError, match=r"two parameters have paths that read alike: .*a/b"):
+    with pytest.raises(ValueError, match="paths that read alike, a/b: rename one"):
         block_shares(loss, params, per_neuron())

@@ -546,13 +546,3 @@ def test_functions_get_parameters_whose_gradient_is_missing():
     updates, state = make().update(grads, make().init(params), params)
     assert updates["b"] is None
     assert state[0].nu["b"].shape == (1, 4)
-
-
-def test_map_params_knows_the_outer_of_a_label_function():
-    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
-    label = by_path([("w", outer(per_neuron(axis=0), per_neuron()))], default=per_element())
-    tx = adam_mini(1e-3, block_specs=label)
-    state = tx.init(params)
-    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
-    chex.assert_trees_all_equal_structs(mapped, state)
-    np.testing.assert_array_equal(mapped[0].nu.a["w"], 1)

@@ -33,7 +33,8 @@ def by_path(
         rules: pairs `(pattern, spec)`. The first whose regular expression is
             found (`re.search`) in a parameter's path `"a/b/c"` gives its spec.
         default: spec, or label function, for parameters that no rule matches;
-            None makes such a parameter an error.
+            None makes such a parameter an error. A function is called with all
+            parameters.
 
     Returns:
         A label function `params -> pytree of BlockSpec`, for params that are

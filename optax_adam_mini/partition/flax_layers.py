@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import GetAttrKey
 
 from optax_adam_mini.blocks import (
@@ -139,11 +139,13 @@ def flax_layers(
         )
     stacks: dict[str, tuple[int, ...]] = {}
     for name, axes in (stacked or {}).items():
-        stacks[name] = (axes,) if isinstance(axes, int) else tuple(axes or ())
-        if not stacks[name] or not all(isinstance(axis, int) for axis in stacks[name]):
+        try:
+            given = axes if isinstance(axes, Iterable) else [axes]
+            stacks[name] = tuple(map(operator.index, given))
+        except TypeError:
             raise TypeError(
                 f"flax_layers: stacked must give an axis, or several, for {name!r}, got {axes!r}"
-            )
+            ) from None
     options = {
         "num_heads": num_heads, "num_kv_heads": num_kv_heads, "query_key": query_key,
         "value": value, "conv": conv, "bias": bias,
@@ -205,11 +207,7 @@ def _label(
         return per_tensor() if rank > 2 and use("conv") == "tensor" else per_neuron(axis=0)
 
     def kernel(
-        module: str,
-        shape: tuple[int, ...],
-        bias_shape: tuple[int, ...] | None,
-        is_haiku: bool,
-        is_bias_elsewhere: bool,
+        module: str, shape: tuple[int, ...], bias_shape: tuple[int, ...] | None, is_haiku: bool
     ) -> BlockSpec | str:
         """The spec of a kernel of `shape`, without stacked axes, or why it is unknown."""
         rank = len(shape)
@@ -246,11 +244,6 @@ def _label(
             return per_tensor()
         if is_haiku and "transpose" in module:
             return per_neuron(axis=-2)
-        if is_bias_elsewhere and "transpose" in module:
-            return (
-                "its bias, whose shape says which axis has the outputs, is in another group: give "
-                "the specs of all parameters, block_specs=flax_layers()(params)"
-            )
         # The bias has one entry per output, which shows which of three or more axes are outputs.
         if bias_shape is not None:
             outputs = len(bias_shape)
@@ -270,7 +263,6 @@ def _label(
         is_attribute: bool,
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None,
-        is_bias_elsewhere: bool,
     ) -> Spec | str:
         # "Conv_0" and "w1" count as Conv and w; an item of a list has no name.
         module, name = (re.sub(r"_?\d+$", "", n.lower()) for n in ("", "", *names)[-2:])
@@ -283,7 +275,7 @@ def _label(
                 return "an embedding has two axes; for stacked layers, pass stacked to flax_layers"
             return per_token()
         if name in _KERNELS:
-            return kernel(module, shape, bias_shape, name == "w", is_bias_elsewhere)
+            return kernel(module, shape, bias_shape, is_haiku=name == "w")
         if name in _TRANSPOSED_KERNELS and is_attribute:
             return transposed_kernel(module, shape, bias_shape)
         if len(shape) < 2:
@@ -306,26 +298,18 @@ def _label(
     shapes = {path_of(keys): jnp.shape(leaf) for keys, leaf in leaves}
     joined = {"/".join(path): shape for path, shape in shapes.items()}
     attributes = {path_of(k) for k, _ in leaves if k and isinstance(k[-1], GetAttrKey)}
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    elsewhere = {
-        "/".join(path_of(keys))
-        for keys, node in leaves_with_path(params, is_leaf=is_masked)
-        if is_masked(node)
-    }
     specs: list[Spec | None] = []
     unread: dict[str, list[str]] = {}
     for index, (path, shape) in enumerate(shapes.items()):
         names = tuple("/".join(path).split("/"))  # Haiku's modules are "a/b/c" in one key
         axes = tuple(axis for module in stacks if module in names for axis in stacks[module])
-        bias = "/".join((*names[:-1], "b" if names[-1] == "w" else "bias"))
-        bias_shape = joined.get(bias)
+        bias_shape = joined.get("/".join((*names[:-1], "b" if names[-1] == "w" else "bias")))
         try:
             spec = label(
                 names,
                 path in attributes,
                 _without(axes, shape),
                 None if bias_shape is None else _without(axes, bias_shape),
-                bias in elsewhere,
             )
             spec = spec if isinstance(spec, str) else _stack(spec, axes, len(shape))
         except ValueError as error:

@@ -96,7 +96,9 @@ def test_variables_that_no_rule_names_are_refused():
             self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
             self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
-    label = by_path([("kernel", per_neuron())], default=per_element())
+    # A spec as the default is an explicit choice.
+    by_path([("kernel", per_neuron())], default=per_element())(nnx.state(Model()))
+    label = by_path([("kernel", per_neuron())], default=flax_layers())
     with pytest.raises(ValueError, match=r"by_path: norm/mean, a BatchStat, .*not parameters"):
         label(nnx.state(Model()))
     label(nnx.state(Model(), nnx.Param))

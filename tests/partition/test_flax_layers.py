@@ -479,16 +479,3 @@ def test_biases_are_found_under_joined_names():
     flat = flax.traverse_util.flatten_dict(nested, sep="/")
     assert flax_layers()(flat)["up/kernel"] == flax_layers()(nested)["up"]["kernel"]
     assert flax_layers()(nested)["up"]["kernel"] == per_neuron(axis=-2)
-
-
-def test_a_transposed_convolution_whose_bias_is_in_another_group_is_refused():
-    params = {"ConvTranspose_0": params_of(nn.ConvTranspose(4, (3, 3)), 1, 8, 8, 6)}
-    part = optax.masked(adam_mini(1e-3), {"ConvTranspose_0": {"kernel": True, "bias": False}})
-    with pytest.raises(
-        ValueError, match=r"is in another group: .*block_specs=flax_layers\(\)\(params\)"
-    ):
-        part.init(params)
-    specs = flax_layers()(params)
-    optax.masked(
-        adam_mini(1e-3, block_specs=specs), {"ConvTranspose_0": {"kernel": True, "bias": False}}
-    ).init(params)

@@ -37,7 +37,6 @@ from optax_adam_mini.partition.dataflow.axes import (
     whole,
 )
 from optax_adam_mini.partition.dataflow.program import (
-    ADDING,
     COMPLEX,
     LAYOUT,
     LINEAR,
@@ -340,28 +339,32 @@ class Facts:
 
     def is_summed_into_losses(self, place: int) -> bool:
         """Whether the losses are sums of a value's numbers, with factors that are not learned."""
+        if any(step.is_backward for step in self.program.steps):
+            return False  # a derivative may be used in another way
+        learned = self.data & self.learned
         seen, todo = {place}, [place]
         while todo:
             place = todo.pop()
             if place in self.program.losses and self.values[place].shape:
                 return False  # an output that the user's code goes on with
             for step in self.program.consumers.get(place, ()):
-                if step.is_backward or step.name in STOPPING:
+                if step.name in STOPPING:
                     continue
-                factors = [i for i in step.inputs if i != place]
-                is_product = step.name in ("mul", "div", "dot_general")
-                is_square = step.inputs.count(place) > 1 and step.name not in ADDING
-                is_factor = step.name != "div" or step.inputs[0] == place
-                if (
-                    step.name not in LINEAR | LAYOUT | {"reduce_sum", "psum", "dot_general"}
-                    or (is_product and not (self.data & self.learned).isdisjoint(factors))
-                    or is_square
-                    or not is_factor
-                ):
+                others = [i for i in step.inputs if i != place]
+                is_learned = not learned.isdisjoint(others)
+                if step.name in ("mul", "dot_general"):
+                    is_sum = not is_learned and step.inputs.count(place) == 1
+                elif step.name == "div":
+                    is_sum = not is_learned and step.inputs[0] == place and len(others) == 1
+                elif step.name == "select_n":  # not if a learned value chooses
+                    is_sum = step.inputs[0] not in learned
+                else:
+                    is_sum = step.name in LINEAR | LAYOUT | {"reduce_sum", "psum"}
+                if not is_sum:
                     return False
                 todo += set(step.outputs) - seen
                 seen.update(step.outputs)
-        return not seen.isdisjoint(self.program.losses)  # otherwise only its derivative is used
+        return not seen.isdisjoint(self.program.losses)
 
     def put_together(self, place: int) -> set[int]:
         """The steps that place a value, or a linear function of it, beside other arrays.

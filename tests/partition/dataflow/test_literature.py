@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from equinox.internal import while_loop
 from jax import lax
@@ -614,3 +615,37 @@ def test_a_squared_sum_is_an_inner_product(square):
     params = {name: S(6, 5) for name in "ab"}
     specs = infer_block_specs(loss, params, S(4, 6), v="mean")
     assert [specs[name].grid((6, 5)) for name in "ab"] == [(1, 1)] * 2
+
+
+def gated(score):
+    return jnp.where(1 - score > 0, 1 - score, 0.0)
+
+
+@pytest.mark.parametrize("act", [gated, jax.nn.leaky_relu, lambda score: jnp.maximum(1 - score, 0)])
+def test_a_gate_of_a_score_is_not_a_sum(act):
+    loss = lambda p, x: act((jnp.tanh(x @ p["a"]) * jnp.tanh(x @ p["b"])).sum(-1)).mean()
+    params = {name: S(6, 5) for name in "ab"}
+    specs = infer_block_specs(loss, params, S(4, 6), v="mean")
+    assert [specs[name].grid((6, 5)) for name in "ab"] == [(1, 1)] * 2
+
+
+def test_a_score_whose_derivative_is_used_is_an_inner_product():
+    """A projection critic with a gradient penalty."""
+
+    def loss(p, x, y):
+        critic = lambda x, y: (jnp.tanh(x @ p["a"]) * jnp.tanh(y @ p["b"])).sum()
+        slope = jnp.linalg.norm(jax.vmap(jax.grad(critic))(x, y), axis=-1)
+        return jax.vmap(critic)(x, y).mean() + jnp.square(slope - 1).mean()
+
+    params = {name: S(6, 5) for name in "ab"}
+    specs = infer_block_specs(loss, params, S(4, 6), S(4, 6), v="mean")
+    assert [specs[name].grid((6, 5)) for name in "ab"] == [(1, 1)] * 2
+
+
+def test_a_cosine_similarity_that_the_loss_sums_joins_nothing():
+    """BYOL and SimSiam."""
+    cosine = optax.losses.cosine_similarity
+    loss = lambda p, x: -cosine(jnp.tanh(x @ p["a"]), jnp.tanh(x @ p["b"]), epsilon=1e-6).mean()
+    params = {name: S(6, 5) for name in "ab"}
+    specs = infer_block_specs(loss, params, S(4, 6), v="mean")
+    assert [specs[name].grid((6, 5)) for name in "ab"] == [(1, 5)] * 2

@@ -189,8 +189,8 @@ def _dynamic_update_slice(facts: Facts, step: Step) -> Relation:
 def _placed(facts: Facts, step: Step, updates: int, window: dict[int, int]) -> Relation:
     """Parts of the first operand are replaced by another operand, or combined with it.
 
-    A parameter is used per coordinate as either operand, but one that is masked by constants, as in
-    `kernel.at[2:].set(0)`, is still a parameter.
+    A parameter is used per coordinate as either operand, but one whose parts are replaced by
+    constants, or combined with them, is still a parameter: `kernel.at[2:].set(0)`.
     """
     ins = facts.inputs(step)
     if ins[0].kind == Kind.WEIGHT and ins[updates].kind == Kind.CONSTANT:

@@ -75,7 +75,9 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
     """Whether the contracted coordinates act through one number, and so are coupled.
 
     An inner product leaves no features but those of heads and of positions. If one side keeps
-    others, the contraction is a layer whose weights are computed.
+    others, the contraction is a layer whose weights are computed. If the losses are a mere sum of
+    its results, as of a Gaussian's likelihood, they have a term for each coordinate, and none is
+    coupled.
 
     Args:
         facts: what is known.
@@ -83,8 +85,12 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
         a: its first operand.
         b: its second operand.
     """
-    if facts.is_summed_into_losses(step.outputs[0]):
-        return False  # as in a Gaussian's likelihood: a sum of terms, one for each coordinate
+    return _leaves_no_features(facts, step, a, b) and not facts.is_summed_into_losses(
+        step.outputs[0]
+    )
+
+
+def _leaves_no_features(facts: Facts, step: Step, a: Side, b: Side) -> bool:
     # A sum over examples or positions as well is a mean of many products.
     summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
     for side in (a, b):
