@@ -293,10 +293,8 @@ def specs_of_some(block_specs: Any, params: Any, needed: Sequence[bool]) -> list
     if not any(needed):
         return []
     leaves, treedef = jax.tree.flatten(params)
-    kept = zip(leaves, needed, strict=True)
-    some = jax.tree.unflatten(
-        treedef, [p if is_kept else optax.MaskedNode() for p, is_kept in kept]
-    )
+    kept = [p if n else optax.MaskedNode() for p, n in zip(leaves, needed, strict=True)]
+    some = jax.tree.unflatten(treedef, kept)
     if isinstance(block_specs, Label):
         block_specs = block_specs(params, needed=needed)
     elif is_label_function(block_specs):

@@ -16,7 +16,14 @@ from optax_adam_mini.boxes import leaves_with_path, with_kept_names
 from optax_adam_mini.dimension_numbers import Pieces, rows_of, scale_of
 from optax_adam_mini.hyperparams import check_param_dtype
 from optax_adam_mini.labels import first_few, path_of, path_str
-from optax_adam_mini.quantized import RowCodes, check_stored_dtype, narrowed, read_row, write_row
+from optax_adam_mini.quantized import (
+    RowCodes,
+    check_stored_dtype,
+    narrowed,
+    read_row,
+    tree_in,
+    write_row,
+)
 from optax_adam_mini.random_bits import rounding_seeds, salt_of
 from optax_adam_mini.sums import widen, zeros_beside
 
@@ -103,7 +110,7 @@ def _check_momentum(mu: Any, updates: Any, pieces: list[Pieces], mu_dtype: Any) 
     shapes = lambda tree: {
         path_str(keys) or "params": jnp.shape(x) for keys, x in leaves_with_path(tree)
     }
-    stored = mu.codes if is_int8 else mu
+    stored = tree_in(mu)
     for keys, x in leaves_with_path(stored):
         check_stored_dtype(path_str(keys), x, is_codes=is_int8)
     found, expected = shapes(stored), shapes(updates)

@@ -276,7 +276,12 @@ def unpack_mu(mu: Any, mu_dtype: Any) -> Any:
             f"transformation has mu_dtype={mu_dtype}: pass the mu_dtype that the state was made "
             f"with, or convert it, {_CONVERT.format(mu_dtype)}"
         )
-    return mu.codes if isinstance(mu, Codes) else mu
+    return tree_in(mu)
+
+
+def tree_in(mu: Any) -> Any:
+    """The tree like the parameters in the `mu` of any state."""
+    return mu.codes if isinstance(mu, Codes | RowCodes) else mu
 
 
 def check_stored_dtype(path: str, kept: Any, is_codes: bool) -> None:

@@ -47,13 +47,12 @@ from optax_adam_mini.messages import (
 from optax_adam_mini.partition.flax_layers import flax_layers
 from optax_adam_mini.product import Spec, pack_nu, repack_nu, unpack_nu
 from optax_adam_mini.quantized import (
-    Codes,
-    RowCodes,
     allowed_b2,
     check_decays,
     check_stored_dtype,
     pack_mu,
     read,
+    tree_in,
     unpack_mu,
     write,
 )
@@ -285,8 +284,7 @@ def cast_to_param_dtypes(
 
 def _in_state(state: Any, params: Any) -> Any:
     """`params` without what the state has no moments for: a whole Equinox model may be given."""
-    mu = getattr(state, "mu", None)
-    mu = mu[0] if isinstance(mu, (Codes, RowCodes)) else mu
+    mu = tree_in(getattr(state, "mu", None))
     if params is None or jax.tree.structure(mu) == jax.tree.structure(params):
         return params
     keep = lambda m, p: None if m is None else p

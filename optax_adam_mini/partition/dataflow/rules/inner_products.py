@@ -91,6 +91,7 @@ def is_inner_product(facts: Facts, step: Step, a: Side, b: Side) -> bool:
 
 
 def _leaves_no_features(facts: Facts, step: Step, a: Side, b: Side) -> bool:
+    """Whether the results have no features but those of heads and of positions."""
     # A sum over examples or positions as well is a mean of many products.
     summed = [axis for axis in range(len(a.contracted)) if a.value.shape[a.contracted[axis]] > 1]
     for side in (a, b):
